@@ -1,0 +1,99 @@
+"""From a checkpoint folder to a model in memory: stock or grown, any class that transformers knows."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from grow.errors import UserError
+from grow.mlp import GrownMLP, grow_mlp
+from grow.plan import PROJECTIONS, GrowthPlan
+
+_MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
+
+
+def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
+    """The gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so they are not among them."""
+    found = {}
+    for name, module in model.named_modules():
+        match = _MLP_MODULE.search(name)
+        if match and all(hasattr(module, projection) for projection in PROJECTIONS):
+            found[int(match[1])] = module
+    return found
+
+
+def attach(model: nn.Module, plan: GrowthPlan) -> None:
+    """Gives the planned layers of a model their added copies, uninitialised, in place."""
+    mlps = gated_mlps(model)
+    missing = sorted(set(plan.layers) - set(mlps))
+    if missing:
+        raise UserError(f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}")
+    for layer in plan.layers:
+        grow_mlp(mlps[layer], plan.factor)
+
+
+def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class whose constructor attaches the growth that stands in the config.
+
+    So from_pretrained does all the loading: dtype, device, sharding, ZeRO-3 partitions. Do not call save_pretrained on
+    its models: transformers maps names only for the classes that it knows. `python -m grow consolidate` writes them.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        plan = GrowthPlan.from_config({"growth": config.growth})
+        assert plan is not None
+        attach(self, plan)
+
+    return type(f"Grown{cls.__name__}", (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
+    """Loads a stock or a grown checkpoint; `dtype` "auto" is the checkpoint's own.
+
+    `alpha` is the dial of a grown model: 0 is the base, exactly; 1 the trained model (grow.mlp).
+    Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
+    """
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{path}: no checkpoint there (it has no config.json)")
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    architecture = (config.architectures or ["?"])[0]
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise UserError(f"{path}: transformers {transformers.__version__} has no class {architecture}")
+    if getattr(config, "growth", None) is not None:
+        cls = grown_class(cls)
+    model, info = cls.from_pretrained(
+        path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")
+    set_alpha(model, alpha)
+    return model.eval()
+
+
+def grown_mlps(model: nn.Module) -> Iterator[Any]:
+    """The grown MLPs of a model, lowest layer first; none if it is not grown."""
+    return (mlp for _, mlp in sorted(gated_mlps(model).items()) if isinstance(mlp, GrownMLP))
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Turns the dial of a grown model, between 0 (its base, exactly) and 1 (as trained); no effect on others."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
+    for mlp in grown_mlps(model):
+        mlp.alpha = alpha
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
