@@ -98,10 +98,10 @@ def maths_rows() -> Iterator[tuple[str, Row]]:
     """Word problems with five answers, one right."""
     for text, scores in bigbench_examples("elementary_math_qa/question_only"):
         options = sorted(scores)
-        letters = "abcde"[: len(options)]
-        right = letters[options.index(max(scores, key=scores.__getitem__))]
-        listed = " , ".join(f"{letter} ) {option}" for letter, option in zip(letters, options, strict=True))
-        yield text, {"question": text, "options": listed, "answer": right}
+        if len(options) == 5:
+            right = "abcde"[options.index(max(scores, key=scores.__getitem__))]
+            listed = " , ".join(f"{letter} ) {option}" for letter, option in zip("abcde", options, strict=True))
+            yield text, {"question": text, "options": listed, "answer": right}
 
 
 def capitals_rows() -> Iterator[tuple[str, Row]]:

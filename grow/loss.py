@@ -1,0 +1,48 @@
+"""Logits only where there is a label.
+
+Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts and padding need none of it. Shape
+suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grow.tasks import IGNORED
+
+
+def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs the model, of any class and under any wrapper, on packed sequences.
+
+    `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.tasks). Returns logits [N, V] in the
+    model's dtype and labels [N], in the order of the labels. The head is given hidden states [N, H]: a 2-D input,
+    since torch copies a frozen head's weight for every batch row of a strided 3-D one.
+    """
+    labels_BL = batch["labels"]
+    mask_BL = labels_BL != IGNORED
+    head = getattr(model, "module", model).get_output_embeddings()
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][mask_BL], *inputs[1:])
+
+    handle: Any = head.register_forward_pre_hook(select)
+    try:
+        # Packed rows stay apart only without an attention mask and without a cache.
+        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        handle.remove()
+    return output.logits, labels_BL[mask_BL]
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over labels, in fp32: logits [N, V], labels [N] → []."""
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+@torch.no_grad()
+def token_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each label: its log-probability in nats, whether it is the likeliest token, its row; [N] each."""
+    logits, labels = labelled_logits(model, batch)
+    logprobs = -nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return logprobs, logits.argmax(dim=-1) == labels, batch["rows"][batch["labels"] != IGNORED]

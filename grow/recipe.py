@@ -1,0 +1,160 @@
+"""A recipe: one YAML file with every setting of one run, read and checked.
+
+Names are those of transformers.TrainingArguments; `train_batch_size` is DeepSpeed's, over all ranks. Environment
+variables (`${GROW_CACHE}`) are expanded in strings. On the command line any field can be given another value.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from grow.errors import UserError
+from grow.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every field of a recipe. Those without a default must be in the file."""
+
+    # What is trained. Growth methods start from `grown`, an expanded checkpoint; the others from `base`.
+    base: str
+    method: str = "g_freeze"
+    grown: str = ""
+
+    # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name. The templates name its columns.
+    data: str = field(kw_only=True)
+    data_revision: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    prompt: str = field(kw_only=True)
+    completion: str = field(kw_only=True)
+
+    # Rows of old knowledge, whose answers the trained model should still give.
+    retention: str | None = None
+    retention_prompt: str = "{prompt}"
+    retention_completion: str = "{completion}"
+
+    # Rows are packed into sequences of max_length tokens; the batch sizes count such sequences.
+    max_length: int = 512
+    train_batch_size: int = 8
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int = 4
+
+    # The run. A number, or one for each method.
+    learning_rate: float | dict[str, float] = field(kw_only=True)
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    deepspeed: str = field(kw_only=True)
+
+    # What is seen and kept of it. "{method}" in output_dir is the method's name.
+    output_dir: str = field(kw_only=True)
+    logging_steps: int = 5
+    eval_steps: int = 20
+    save_steps: int = 20
+    save_total_limit: int = 2
+    report_to: str = "tensorboard"
+
+    @property
+    def start(self) -> str:
+        """The checkpoint that training starts from."""
+        return self.grown if METHODS[self.method].GROWS else self.base
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
+_TYPES = get_type_hints(Recipe)
+
+
+def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: no recipe there ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of `field: value` lines")
+    values |= overrides or {}
+    for name in values:
+        if name not in FIELDS:
+            raise UserError(f"{path}: {unknown(str(name), FIELDS, 'field')}")
+    for name, spec in FIELDS.items():
+        if spec.default is dataclasses.MISSING and name not in values:
+            raise UserError(f"{path}: the field {name} is missing")
+    checked = {name: _coerce(name, value, _TYPES[name]) for name, value in values.items()}
+    return _resolve(Recipe(**checked), path)
+
+
+def unknown(name: str, known: Any, what: str) -> str:
+    """One line on a name that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"{name} is not a {what}" + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}")
+
+
+def _coerce(name: str, value: Any, wanted: Any) -> Any:
+    """Makes a value from YAML or from the command line into one of its field's type, or raises UserError."""
+    kinds = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None or (value in ("null", "none") and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+    elif isinstance(value, dict):
+        if any(get_origin(kind) is dict for kind in kinds):
+            return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
+    elif not isinstance(value, (list, bool)):
+        try:
+            if float in kinds:
+                return float(value)
+            if int in kinds:
+                return int(str(value))
+            if str in kinds:
+                return os.path.expanduser(os.path.expandvars(str(value)))
+        except ValueError:
+            pass
+    names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
+    raise UserError(f"{name}: {value!r} is not what it takes ({names})")
+
+
+def _resolve(recipe: Recipe, path: str) -> Recipe:
+    if recipe.method not in METHODS:
+        raise UserError(f"{path}: {unknown(recipe.method, METHODS, 'method')}")
+    if METHODS[recipe.method].GROWS and not recipe.grown:
+        raise UserError(f"{path}: {recipe.method} starts from a grown checkpoint; name it in the field grown")
+    rate = recipe.learning_rate
+    if isinstance(rate, dict):
+        if recipe.method not in rate:
+            raise UserError(f"{path}: learning_rate names no rate for {recipe.method}")
+        rate = rate[recipe.method]
+    for name in ("max_length", "train_batch_size", "per_device_train_batch_size", "logging_steps", "save_steps"):
+        if getattr(recipe, name) < 1:
+            raise UserError(f"{path}: {name} must be at least 1")
+    if recipe.dtype not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
+    if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
+        raise UserError(f"{path}: an environment variable in it is not set")
+    deepspeed = Path(recipe.deepspeed)
+    if not deepspeed.is_absolute() and not deepspeed.exists():
+        deepspeed = Path(path).parent / deepspeed
+    if not deepspeed.is_file():
+        raise UserError(f"{path}: deepspeed: no such file: {recipe.deepspeed}")
+    return dataclasses.replace(
+        recipe,
+        learning_rate=rate,
+        deepspeed=str(deepspeed.resolve()),
+        output_dir=recipe.output_dir.replace("{method}", recipe.method),
+    )

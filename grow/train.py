@@ -1,0 +1,209 @@
+"""One training run, from a recipe to a folder that says by itself what ran.
+
+    RUN/run.json                     the resolved recipe, what it started from, versions
+    RUN/checkpoint-N/                what trains, at step N, as DeepSpeed shards; COMPLETE in it when it is whole
+    RUN/logs/                        TensorBoard
+    RUN/COMPLETE                     written last: the run is done
+
+Started again, a run goes on from its last complete checkpoint; a run that is done says so and does nothing.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.shards import Checkpoint
+from grow.errors import UserError
+from grow.methods import METHODS
+from grow.plan import canonical
+from grow.recipe import Recipe
+
+# Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
+_FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set)."""
+    run = Path(recipe.output_dir)
+    world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    start = check(recipe, run, world_size)
+    if (run / "COMPLETE").exists():
+        return {"run": str(run), "status": "was done already", **json.loads((run / "COMPLETE").read_text())}
+    _single_process_defaults()
+
+    import torch.distributed as dist
+    from transformers import AutoTokenizer, set_seed
+
+    from grow.model import load
+    from grow.tasks import Epochs
+    from grow.trainer import GrowTrainer, changed_frozen, write_marker
+
+    dtype = _dtype(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
+    sequences = _sequences(recipe, tokenizer, recipe.train_split)
+    validation = _sequences(recipe, tokenizer, recipe.validation_split)
+    steps = recipe.max_steps
+    if steps < 1:
+        steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
+
+    # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
+    args = _arguments(recipe, steps, world_size, dtype)
+    set_seed(recipe.seed)
+    model = load(recipe.start, dtype)
+    METHODS[recipe.method].prepare(model)
+    trainer = GrowTrainer(
+        model=model,
+        args=args,
+        sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
+        validation=validation,
+        save_total_limit=recipe.save_total_limit,
+    )
+    if args.process_index == 0:
+        _write_run_file(run, recipe, world_size, str(dtype), model)
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+
+    on_disk = {canonical(name): name for name in start.tensors}
+    changed = changed_frozen(model, on_disk, start.read)
+    if changed:
+        raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    result = {
+        "steps": trainer.state.global_step,
+        "validation_loss": next(
+            (entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None
+        ),
+        "frozen_unchanged": len(frozen),
+    }
+    if args.process_index == 0:
+        (run / "COMPLETE.partial").write_text(json.dumps(result) + "\n")
+        (run / "COMPLETE.partial").rename(run / "COMPLETE")
+        write_marker(run / ".synced")
+    dist.barrier()
+    # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
+    dist.destroy_process_group()
+    return {"run": str(run), "status": "done", **result}
+
+
+def check(recipe: Recipe, run: Path, world_size: int) -> Checkpoint:
+    """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
+    grows = METHODS[recipe.method].GROWS
+    if grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
+        raise UserError(
+            f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
+        )
+    if not Path(recipe.start).is_dir():
+        hint = "; python recipes/gemma3_270m/fetch.py brings it" if "gemma3_270m" in recipe.start else ""
+        raise UserError(f"{recipe.start}: no checkpoint there{hint}")
+    start = Checkpoint(recipe.start)
+    if grows != ("growth" in start.config):
+        what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
+        raise UserError(f"{recipe.start}: {what}")
+    per_step = world_size * recipe.per_device_train_batch_size
+    if recipe.train_batch_size % per_step:
+        raise UserError(
+            f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
+            f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
+        )
+    if (run / "run.json").exists():
+        before = json.loads((run / "run.json").read_text())["recipe"]
+        now = dataclasses.asdict(recipe)
+        different = [name for name in now if name not in _FREE and now[name] != before.get(name)]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{run}: holds a run with {name} {before.get(name)!r}, not {now[name]!r}; "
+                "give another --output_dir or remove it"
+            )
+    return start
+
+
+def last_checkpoint(run: Path) -> str | None:
+    """The newest complete checkpoint of a run; an incomplete one does not count."""
+    complete = [path.parent for path in run.glob("checkpoint-*/COMPLETE")]
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> Any:
+    from grow.tasks import PackedDataset, encode, load_rows
+
+    rows = load_rows(recipe.data, split, recipe.data_revision)
+    examples = encode(rows, tokenizer, recipe.prompt, recipe.completion)
+    sequences = PackedDataset(examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+    if not len(sequences):
+        raise UserError(f"{recipe.data}: no row of its split {split} has at most max_length {recipe.max_length} tokens")
+    if sequences.too_long:
+        print(f"{split}: {sequences.too_long} rows of more than {recipe.max_length} tokens left out", file=sys.stderr)
+    return sequences
+
+
+def _dtype(recipe: Recipe) -> Any:
+    import torch
+
+    from grow.model import compute_dtype
+
+    return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def _single_process_defaults() -> None:
+    """The environment that a launcher would have set, for a run of one process without one."""
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+
+
+def _arguments(recipe: Recipe, steps: int, world_size: int, dtype: Any) -> Any:
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from transformers import TrainingArguments
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
+    same = (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
+        "adam_epsilon", "max_grad_norm", "seed", "deepspeed", "output_dir", "logging_steps", "eval_steps",
+        "save_steps", "report_to", "per_device_train_batch_size", "per_device_eval_batch_size",
+    )  # fmt: skip
+    return TrainingArguments(
+        **{name: getattr(recipe, name) for name in same},
+        max_steps=steps,
+        gradient_accumulation_steps=recipe.train_batch_size // (world_size * recipe.per_device_train_batch_size),
+        bf16=dtype == torch.bfloat16,
+        use_cpu=get_accelerator().device_name() == "cpu",
+        eval_strategy="steps",
+        eval_on_start=True,
+        save_strategy="steps",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+    )
+
+
+def _write_run_file(run: Path, recipe: Recipe, world_size: int, dtype: str, model: Any) -> None:
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    facts = {
+        "recipe": dataclasses.asdict(recipe),
+        "start": str(Path(recipe.start).resolve()),
+        "growth": METHODS[recipe.method].GROWS,
+        "world_size": world_size,
+        "dtype": dtype,
+        "trained_parameters": sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        ),
+        "git_commit": commit or None,
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "accelerate")},
+    }  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "run.json.partial").write_text(json.dumps(facts, indent=2) + "\n")
+    (run / "run.json.partial").rename(run / "run.json")
