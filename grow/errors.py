@@ -1,5 +1,15 @@
-"""The one exception that is the user's to mend: `python -m grow` prints its line and leaves with exit code 2."""
+"""What is the user's to mend: `python -m grow` prints its one line and leaves with exit code 2."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
     """A mistake in what was asked for. The message is one line: it names the thing and says what to do."""
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> str:
+    """One line about a name that does not exist: the nearest that does, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{name} is not a {what}" + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}")

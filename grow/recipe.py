@@ -5,7 +5,6 @@ variables (`${GROW_CACHE}`) are expanded in strings. On the command line any fie
 """
 
 import dataclasses
-import difflib
 import os
 import types
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from grow.errors import UserError
+from grow.errors import UserError, unknown
 from grow.methods import METHODS
 
 
@@ -82,6 +81,7 @@ _TYPES = get_type_hints(Recipe)
 
 def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
+    os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,12 +99,6 @@ def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
             raise UserError(f"{path}: the field {name} is missing")
     checked = {name: _coerce(name, value, _TYPES[name]) for name, value in values.items()}
     return _resolve(Recipe(**checked), path)
-
-
-def unknown(name: str, known: Any, what: str) -> str:
-    """One line on a name that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"{name} is not a {what}" + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}")
 
 
 def _coerce(name: str, value: Any, wanted: Any) -> Any:

@@ -32,8 +32,7 @@ _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "repor
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set)."""
     run = Path(recipe.output_dir)
-    world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    start = check(recipe, run, world_size)
+    start = check_run(recipe)
     if (run / "COMPLETE").exists():
         return {"run": str(run), "status": "was done already", **json.loads((run / "COMPLETE").read_text())}
     _single_process_defaults()
@@ -54,7 +53,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
 
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
-    args = _arguments(recipe, steps, world_size, dtype)
+    args = _arguments(recipe, steps, dtype)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
     METHODS[recipe.method].prepare(model)
@@ -66,7 +65,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         save_total_limit=recipe.save_total_limit,
     )
     if args.process_index == 0:
-        _write_run_file(run, recipe, world_size, str(dtype), model)
+        _write_run_file(run, recipe, str(dtype), model)
     trainer.train(resume_from_checkpoint=last_checkpoint(run))
 
     on_disk = {canonical(name): name for name in start.tensors}
@@ -91,8 +90,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return {"run": str(run), "status": "done", **result}
 
 
-def check(recipe: Recipe, run: Path, world_size: int) -> Checkpoint:
+def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
+    run, world_size = Path(recipe.output_dir), _world_size()
     grows = METHODS[recipe.method].GROWS
     if grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
         raise UserError(
@@ -152,17 +152,21 @@ def _dtype(recipe: Recipe) -> Any:
     return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _single_process_defaults() -> None:
     """The environment that a launcher would have set, for a run of one process without one."""
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
 
 
-def _arguments(recipe: Recipe, steps: int, world_size: int, dtype: Any) -> Any:
+def _arguments(recipe: Recipe, steps: int, dtype: Any) -> Any:
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers import TrainingArguments
@@ -176,7 +180,7 @@ def _arguments(recipe: Recipe, steps: int, world_size: int, dtype: Any) -> Any:
     return TrainingArguments(
         **{name: getattr(recipe, name) for name in same},
         max_steps=steps,
-        gradient_accumulation_steps=recipe.train_batch_size // (world_size * recipe.per_device_train_batch_size),
+        gradient_accumulation_steps=recipe.train_batch_size // (_world_size() * recipe.per_device_train_batch_size),
         bf16=dtype == torch.bfloat16,
         use_cpu=get_accelerator().device_name() == "cpu",
         eval_strategy="steps",
@@ -188,7 +192,7 @@ def _arguments(recipe: Recipe, steps: int, world_size: int, dtype: Any) -> Any:
     )
 
 
-def _write_run_file(run: Path, recipe: Recipe, world_size: int, dtype: str, model: Any) -> None:
+def _write_run_file(run: Path, recipe: Recipe, dtype: str, model: Any) -> None:
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -196,7 +200,7 @@ def _write_run_file(run: Path, recipe: Recipe, world_size: int, dtype: str, mode
         "recipe": dataclasses.asdict(recipe),
         "start": str(Path(recipe.start).resolve()),
         "growth": METHODS[recipe.method].GROWS,
-        "world_size": world_size,
+        "world_size": _world_size(),
         "dtype": dtype,
         "trained_parameters": sum(
             getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad

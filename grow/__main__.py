@@ -1,0 +1,7 @@
+"""python -m grow"""
+
+import sys
+
+from grow.cli import main
+
+sys.exit(main())

@@ -1,0 +1,265 @@
+"""python -m grow COMMAND …: growing language models, and training what has grown.
+
+Heavy imports happen inside the command that needs them, so that --help answers at once.
+"""
+
+import json as json_module
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from grow.arguments import checked
+from grow.errors import UserError
+
+
+def plan(base: str, factor: str = "2", layers: str = "all", json: bool = False) -> str:
+    """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
+
+    Example: python -m grow plan ~/models/gemma-3-1b-pt --layers 0-8
+
+    Args:
+        base: The checkpoint to grow: a folder with config.json and safetensors.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", or indices and ranges such as 0,3,7-9.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.expand import added_tensors, describe, make_plan
+    from grow.checkpoint.shards import Checkpoint
+
+    checkpoint = Checkpoint(base)
+    growth, prefixes = make_plan(checkpoint, factor, layers)
+    return _say(describe(checkpoint, growth, added_tensors(checkpoint, growth, prefixes)), _plan_text, json)
+
+
+def expand(base: str, out: str, factor: str = "2", layers: str = "all", json: bool = False) -> str:
+    """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
+
+    Example: python -m grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
+
+    Args:
+        base: The checkpoint to grow: a folder with config.json and safetensors.
+        out: The grown checkpoint; must not exist yet.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", or indices and ranges such as 0,3,7-9.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.expand import expand as run
+
+    with _Bar("expanding") as bar:
+        result = run(base, out, factor, layers, bar.add)
+    return _say(result, lambda r: f"{_plan_text(r)}\nwritten: {r['out']}", json)
+
+
+def verify(checkpoint: str, base: str | None = None, forward: bool = False, json: bool = False) -> str:
+    """Checks a checkpoint: files and tensors intact, growth where its plan says, the base unharmed inside.
+
+    Example: python -m grow verify grown --base ~/models/gemma-3-1b-pt --forward
+
+    Args:
+        checkpoint: A grown or a stock checkpoint.
+        base: Also compare every tensor with this base's.
+        forward: Also run both models and compare every logit, in fp32 and in bf16 (needs --base).
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.verify import verify as run
+
+    if forward and base is None:
+        raise UserError("--forward compares with a base: name it with --base")
+    result = run(checkpoint, base)
+    if forward and not result["problems"]:
+        from grow.forward import compare
+
+        result["logits"] = compare(checkpoint, str(base))
+        result["problems"] += [f"{name}: logits differ by up to {d}" for name, d in result["logits"].items() if d]
+    if result["problems"]:
+        raise UserError(f"{checkpoint}: {len(result['problems'])} problems: " + "; ".join(result["problems"][:5]))
+    return _say(result, _verify_text, json)
+
+
+def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -> str:
+    """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it goes on.
+
+    Example: launch/train.sh recipes/gemma3_270m/translation.yaml --method sft --max_steps 20
+
+    Args:
+        recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
+        check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
+        json: Print one JSON object.
+    """
+    from grow.recipe import read_recipe
+    from grow.train import check_run
+    from grow.train import train as run
+
+    settings = read_recipe(recipe, fields)
+    if check:
+        check_run(settings)
+        return _say({"run": settings.output_dir}, lambda r: r["run"], json)
+    result = run(settings)
+    return _say(result, _train_text, json) if os.environ.get("RANK", "0") == "0" else ""
+
+
+def consolidate(source: str, out: str, format: str = "stock", uniform: bool = False, json: bool = False) -> str:
+    """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
+
+    Example: python -m grow consolidate runs/gemma3_270m-translation-g_freeze ~/models/gemma-3-270m-french
+
+    Args:
+        source: A training run, one of its checkpoint-N folders, or a grown checkpoint.
+        out: The checkpoint to write; must not exist yet.
+        format: "stock", or "grown".
+        uniform: Where only some layers are grown, widen the others with zeros, so that one width holds for all.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.consolidate import consolidate as run
+
+    with _Bar("consolidating") as bar:
+        result = run(source, out, format, uniform, bar.add)
+    return _say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+
+def eval(
+    checkpoint: str, recipe: str, alpha: str = "1", samples: str = "0", limit: str = "0",
+    name: str = "", out: str = "", json: bool = False,
+) -> str:  # fmt: skip
+    """Scores a checkpoint on the recipe's test rows and on what the base knew.
+
+    Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
+
+    Args:
+        checkpoint: A stock or a grown checkpoint.
+        recipe: The recipe whose task and retention rows are scored.
+        alpha: The dial of a grown checkpoint: 0 is its base, 1 as trained.
+        samples: For how many test rows to show what the model writes.
+        limit: Score only so many test rows; 0 is all.
+        name: What to call it in a report; the folder's name unless given.
+        out: Write the result to this file, for `report`.
+        json: Print one JSON object.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe)
+    numbers = {key: _number(f"--{key}", value) for key, value in (("samples", samples), ("limit", limit))}
+    dial = _number("--alpha", alpha, float)
+
+    from grow.evaluate import evaluate
+
+    result = evaluate(checkpoint, settings, dial, numbers["samples"], numbers["limit"] or None)
+    result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
+    if out:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        with open(out + ".partial", "w", encoding="utf-8") as file:
+            json_module.dump(result, file, indent=2, ensure_ascii=False)
+        os.replace(out + ".partial", out)
+    return _say(result, _eval_text, json)
+
+
+def report(*runs: str, out: str, json: bool = False) -> str:
+    """Makes a table and a plot of runs (their curves) and of files that `eval --out` wrote (their scores).
+
+    Example: python -m grow report base.json sft.json runs/sft --out results
+
+    Args:
+        runs: Training runs, and files of scores.
+        out: The folder for report.md and report.png.
+        json: Print one JSON object.
+    """
+    from grow.report import report as run
+
+    if not runs:
+        raise UserError("report: name at least one run, or a file that `eval --out` wrote")
+    return _say(run(runs, out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
+
+
+COMMANDS: dict[str, Callable[..., str]] = {
+    command.__name__: command for command in (plan, expand, verify, train, consolidate, eval, report)
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 1 a fault (raised as it is)."""
+    import fire
+
+    try:
+        command = checked(sys.argv[1:] if arguments is None else arguments, COMMANDS)
+        fire.Fire(COMMANDS, command=command, name="grow")
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
+            print(f"grow: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as leaving:  # Fire's help
+        return int(leaving.code or 0)
+    return 0
+
+
+class _Bar:
+    """A progress bar in bytes, on a terminal only; the total is not known to the one who shows it."""
+
+    def __init__(self, what: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def add(self, count: int) -> None:
+        self._bar.update(count)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _number(flag: str, value: str, kind: type = int) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} {value}: a number is needed") from None
+
+
+def _say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
+    return json_module.dumps(result) if json else text(result)
+
+
+def _plan_text(r: dict[str, Any]) -> str:
+    added, base = r["added_parameters"], r["base_parameters"]
+    return (
+        f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
+        f"grown by a factor of {r['factor']}: {len(r['layers'])} layers ({_ranges(r['layers'])})\n"
+        f"added: {added / 1e6:,.1f} M parameters ({added / base:.0%} of the base), {r['added_bytes'] / 1e9:.2f} GB\n"
+        f"trained by g_freeze: {r['trained_parameters']['g_freeze'] / 1e6:,.1f} M parameters"
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _verify_text(r: dict[str, Any]) -> str:
+    lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
+    lines += [f"{name}: every logit equal to the base's, bit for bit" for name in r.get("logits", {})]
+    return "\n".join(lines)
+
+
+def _train_text(r: dict[str, Any]) -> str:
+    return (
+        f"{r['run']}: {r['status']}, {r['steps']} steps, validation loss {r['validation_loss']:.3f}; "
+        f"{r['frozen_unchanged']} frozen tensors bit-identical to the start"
+    )
+
+
+def _eval_text(r: dict[str, Any]) -> str:
+    parts = [(part, r[part]) for part in ("task", "retention") if part in r]
+    lines = [
+        f"{part}: loss {s['loss']:.3f}, token accuracy {s['token_accuracy']:.1%}, exact {s['exact_match']:.1%}, "
+        f"log-likelihood {s['log_likelihood']:.2f} over {s['rows']} rows"
+        for part, s in parts
+    ]
+    lines += [f"{sample['prompt']} {sample['output']}" for sample in r["samples"]]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""Same function, bit for bit? Runs two checkpoints on the same tokens and compares every logit."""
+
+from typing import Any
+
+import torch
+
+from grow.model import load
+
+# Any text will do; this one is long enough for 200 tokens in any tokenizer.
+TEXT = (
+    "A language model that is fine-tuned on something narrow forgets much of what it knew, because the weights that "
+    "held the old knowledge are the ones that are overwritten. A model that grows instead keeps them. At first its new "
+    "neurons are copies of the old ones, and each contributes a half of what one contributed before, so that nothing "
+    "at all has changed; then only the copies learn. En un mot : apprendre sans oublier. Die Hauptstadt von Frankreich "
+    "ist Paris, 12 * 12 = 144, and `def add(a, b): return a + b` is a function. The seven colours of the rainbow are "
+    "red, orange, yellow, green, blue, indigo and violet; water boils at 100 degrees Celsius at sea level; and the "
+    "first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19, 23 and 29. Many small steps lead further than one leap."
+)
+
+
+@torch.no_grad()
+def compare(path: str, base_path: str) -> dict[str, float]:
+    """The largest difference between two checkpoints' logits on one text, in fp32 and in bf16: {"float32": 0.0, …}.
+
+    0.0 means equal bit for bit (torch.equal).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_path, local_files_only=True)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    differences = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = [load(one, dtype)(input_ids=ids, use_cache=False).logits for one in (base_path, path)]
+        equal = torch.equal(*logits)
+        differences[str(dtype).removeprefix("torch.")] = 0.0 if equal else float((logits[0] - logits[1]).abs().max())
+    return differences

@@ -1,0 +1,106 @@
+"""Runs and scores → one table (Markdown) and one picture (PNG)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.shards import read_json
+from grow.errors import UserError
+from grow.train import last_checkpoint
+
+COLUMNS = (
+    ("task loss", "task", "loss", "{:.3f}"),
+    ("token accuracy", "task", "token_accuracy", "{:.1%}"),
+    ("old knowledge, exact", "retention", "exact_match", "{:.1%}"),
+    ("old knowledge, log-likelihood", "retention", "log_likelihood", "{:.2f}"),
+)
+
+
+def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
+    """Writes OUT/report.md and OUT/report.png from runs (their curves) and files that `eval --out` wrote (scores)."""
+    scores, curves = [], {}
+    for source in sources:
+        path = Path(source)
+        if (path / "run.json").exists():
+            curves[_method(path)] = curve(path)
+        elif path.is_file():
+            scores.append(read_json(path))
+            if "task" not in scores[-1]:
+                raise UserError(f"{path}: not a file that `python -m grow eval --out` wrote")
+        else:
+            raise UserError(f"{path}: neither a training run nor a file that `python -m grow eval --out` wrote")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = table(scores) + "\n" + samples(scores)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    _plot(scores, curves, folder / "report.png")
+    return {"table": str(folder / "report.md"), "plot": str(folder / "report.png"), "text": text}
+
+
+def _method(run: Path) -> str:
+    return str(read_json(run / "run.json")["recipe"]["method"])
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Validation loss over steps, from the run's last complete checkpoint."""
+    newest = last_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{run}: the run has no complete checkpoint yet")
+    history = json.loads((Path(newest) / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+
+
+def table(scores: list[dict[str, Any]]) -> str:
+    """One row for each scored checkpoint, as Markdown."""
+    if not scores:
+        return ""
+    lines = ["| | " + " | ".join(name for name, *_ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in scores:
+        cells = [form.format(row[part][key]) if part in row else "–" for _, part, key, form in COLUMNS]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    first = scores[0]
+    old = f", {first['retention']['rows']} of old knowledge" if "retention" in first else ""
+    lines += ["", f"Held-out rows: {first['task']['rows']} of the task{old}. Loss in nats per token; computed in {first['dtype']}."]
+    return "\n".join(lines) + "\n"
+
+
+def samples(scores: list[dict[str, Any]]) -> str:
+    """What each checkpoint writes for the same prompts, side by side."""
+    lines = []
+    for index, sample in enumerate(scores[0]["samples"] if scores else []):
+        lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]
+        lines += [f"| {row['name']} | {row['samples'][index]['output']} |" for row in scores if row["samples"][index:]]
+        lines += [f"| *reference* | {sample['reference']} |", ""]
+    return "\n".join(lines)
+
+
+def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, points in curves.items():
+        left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    left.set(title="Learning the new task", xlabel="step", ylabel="validation loss, nats per token")
+    if curves:
+        left.legend()
+    known = [row for row in scores if "retention" in row]
+    offset: dict[tuple[float, float], int] = {}
+    for row in known:
+        place = (row["task"]["loss"], row["retention"]["log_likelihood"])
+        right.plot(*place, marker="o", markersize=8, linestyle="none")
+        # Checkpoints that compute the same function lie on one point: their names go below each other.
+        line = offset[place] = offset.get(place, -1) + 1
+        right.annotate(row["name"], place, xytext=(9, -4 - 12 * line), textcoords="offset points")
+    right.set(
+        title="New task against old knowledge (up and to the left is better)",
+        xlabel="task loss on held-out rows, nats per token",
+        ylabel="log-likelihood of what the base knew, nats per item",
+    )
+    right.margins(0.25)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# What the scripts in launch/ share; sourced, not run.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$ROOT/.venv}
+PYTHON=${PYTHON:-python3}
+TORCH_INDEX=${TORCH_INDEX:-}
+export GROW_CACHE=${GROW_CACHE:-$HOME/.cache/grow}
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+
+say() { printf '\n== %s\n' "$*" >&2; }
+
+die() { # die CODE MESSAGE…: 2 is a mistake that the user can mend, 1 a fault
+    local code=$1
+    shift
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit "$code"
+}
+
+# Prints a script's opening comment, which says what it does and which variables it reads.
+help_of() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
+
+grow() { "$VENV/bin/python" -m grow "$@"; }
+
+# install FILE…: a virtual environment with these requirements; quick when they are there already.
+install() {
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
+    command -v g++ >/dev/null ||
+        die 2 "a C++ compiler is missing, which DeepSpeed needs (on Debian: apt-get install g++)"
+    local wanted
+    wanted=$(cat "$@" | cksum)
+    if [[ "$(cat "$VENV/.installed" 2>/dev/null)" != "$wanted" ]]; then
+        say "installing the requirements into $VENV (once)"
+        "$PYTHON" -m venv "$VENV" || die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
+        local files=()
+        for file in "$@"; do files+=(-r "$file"); done
+        "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet \
+            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${files[@]}" ||
+            die 1 "the requirements could not be installed"
+        echo "$wanted" >"$VENV/.installed"
+    fi
+    # ninja, with which DeepSpeed compiles, came with the requirements.
+    export PATH=$VENV/bin:$PATH
+}
+
+gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
