@@ -86,6 +86,7 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
         recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
         check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
         json: Print one JSON object.
+        fields: Fields of the recipe.
     """
     from grow.recipe import read_recipe
     from grow.train import check_run

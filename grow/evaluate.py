@@ -14,7 +14,9 @@ from grow.recipe import Recipe
 from grow.tasks import Example, PackedDataset, collate, encode, load_rows
 
 
-def evaluate(path: str, recipe: Recipe, alpha: float = 1.0, samples: int = 0, limit: int | None = None) -> dict[str, Any]:
+def evaluate(
+    path: str, recipe: Recipe, alpha: float = 1.0, samples: int = 0, limit: int | None = None
+) -> dict[str, Any]:
     """Scores one checkpoint, stock or grown.
 
     Returns, under "task" (test rows) and "retention" (rows of old knowledge): `loss`, nats per labelled token;
@@ -71,6 +73,8 @@ def _sample(model: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> 
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False).input_ids], device=model.device)
     longest = 2 * len(tokenizer(wanted).input_ids)
-    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False)
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False
+    )
     text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     return {"prompt": prompt, "reference": wanted.strip(), "output": text.strip().split("\n")[0]}

@@ -21,7 +21,8 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
     """
     labels_BL = batch["labels"]
     mask_BL = labels_BL != IGNORED
-    head = getattr(model, "module", model).get_output_embeddings()
+    unwrapped: Any = getattr(model, "module", model)
+    head = unwrapped.get_output_embeddings()
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][mask_BL], *inputs[1:])

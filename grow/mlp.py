@@ -11,6 +11,8 @@ At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in bi
 two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,7 @@ class GrownMLP:
         return torch.add(grown, base, alpha=1 - self.alpha * (k - 1) / k)
 
 
-def grow_mlp(mlp: nn.Module, factor: int) -> None:
+def grow_mlp(mlp: Any, factor: int) -> None:
     """Gives a gated MLP (modules gate_proj, up_proj, down_proj, act_fn) its added copies, in place.
 
     The copies are not initialised: a checkpoint's loader fills them.

@@ -18,7 +18,7 @@ _MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
 def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
-    """The gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so they are not among them."""
+    """The gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so not among them."""
     found = {}
     for name, module in model.named_modules():
         match = _MLP_MODULE.search(name)
@@ -32,7 +32,9 @@ def attach(model: nn.Module, plan: GrowthPlan) -> None:
     mlps = gated_mlps(model)
     missing = sorted(set(plan.layers) - set(mlps))
     if missing:
-        raise UserError(f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}")
+        raise UserError(
+            f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
+        )
     for layer in plan.layers:
         grow_mlp(mlps[layer], plan.factor)
 
@@ -68,9 +70,7 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
         raise UserError(f"{path}: transformers {transformers.__version__} has no class {architecture}")
     if getattr(config, "growth", None) is not None:
         cls = grown_class(cls)
-    model, info = cls.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
+    model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True)
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")

@@ -95,7 +95,7 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
             raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
     complete = {layer_of[prefix]: prefix for prefix, names in found.items() if len(names) == len(PROJECTIONS)}
     if not complete:
-        raise UserError("the model has no gated MLP (layers.<i>.mlp.gate_proj, up_proj, down_proj), so nothing can grow")
+        raise UserError("no gated MLP in it (layers.<i>.mlp.gate_proj, up_proj, down_proj), so nothing can grow")
     if len(complete) != len(found):
         raise UserError("some MLPs lack one of gate_proj, up_proj, down_proj: the checkpoint is incomplete")
     for prefix in complete.values():

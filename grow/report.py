@@ -60,7 +60,8 @@ def table(scores: list[dict[str, Any]]) -> str:
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     first = scores[0]
     old = f", {first['retention']['rows']} of old knowledge" if "retention" in first else ""
-    lines += ["", f"Held-out rows: {first['task']['rows']} of the task{old}. Loss in nats per token; computed in {first['dtype']}."]
+    held_out = f"Held-out rows: {first['task']['rows']} of the task{old}."
+    lines += ["", f"{held_out} Loss in nats per token; computed in {first['dtype'].removeprefix('torch.')}."]
     return "\n".join(lines) + "\n"
 
 

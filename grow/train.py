@@ -37,6 +37,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"run": str(run), "status": "was done already", **json.loads((run / "COMPLETE").read_text())}
     _single_process_defaults()
 
+    import deepspeed
     import torch.distributed as dist
     from transformers import AutoTokenizer, set_seed
 
@@ -54,6 +55,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     args = _arguments(recipe, steps, dtype)
+    deepspeed.init_distributed(verbose=False)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
     METHODS[recipe.method].prepare(model)

@@ -7,6 +7,7 @@ intermediate_size is k·p. One tensor is in memory at a time.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def open_source(path: str) -> Source:
         checkpoint = Checkpoint(folder)
         if GrowthPlan.from_config(checkpoint.config) is None:
             raise UserError(f"{folder}: is a stock checkpoint already; nothing to consolidate")
-        return Source(checkpoint, facts=checkpoint.config["growth"].get("trained") or {}, identity=_identity(checkpoint))
+        return Source(
+            checkpoint, facts=checkpoint.config["growth"].get("trained") or {}, identity=_identity(checkpoint)
+        )
     raise UserError(f"{folder}: neither a training run (run.json) nor a grown checkpoint (config.json)")
 
 
@@ -66,12 +69,12 @@ def _open_run(run: Path, zero_path: Path) -> Source:
     start = Checkpoint(facts["start"])
     zero = ZeroCheckpoint(zero_path)
     on_disk = {canonical(name): name for name in start.tensors}
-    trained = {}
+    trained: dict[str, Callable[[], Tensor]] = {}
     for name, shape in zero.shapes.items():
         key = on_disk.get(canonical(name))
         if key is None or start.tensors[key].shape != shape:
             raise UserError(f"{zero_path}: {name} {list(shape)} has no counterpart in {start.path}; was that replaced?")
-        trained[key] = lambda name=name: zero.read(name)
+        trained[key] = partial(zero.read, name)
     step = int(zero_path.name.split("-")[1])
     about = {"method": facts["recipe"]["method"], "steps": step, "data": facts["recipe"]["data"]}
     stamp = (zero_path / "COMPLETE").stat().st_mtime_ns

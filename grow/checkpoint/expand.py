@@ -47,9 +47,7 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
             key = f"{prefix}.{name}.weight"
             p, h = base.tensors[key].shape
             pieces = _repeated(base, key, k - 1)
-            specs.append(
-                TensorSpec(f"{prefix}.grown.{name}.weight", base.tensors[key].dtype, ((k - 1) * p, h), pieces)
-            )
+            specs.append(TensorSpec(f"{prefix}.grown.{name}.weight", base.tensors[key].dtype, ((k - 1) * p, h), pieces))
         key = f"{prefix}.down_proj.weight"
         h, p = base.tensors[key].shape
         pieces = _divided(base, key, k)

@@ -164,6 +164,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Its size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -217,12 +218,12 @@ def _bytes_of(spec: TensorSpec) -> Iterator[memoryview]:
     for piece in spec.pieces():
         if piece.dtype != spec.dtype:
             raise ValueError(f"{spec.name}: a piece is {piece.dtype}, not {spec.dtype}")
-        yield memoryview(piece.contiguous().view(torch.uint8).reshape(-1).numpy())
+        yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, as in the file."""
-    return hashlib.sha256(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def shard_checksums(path: Path) -> dict[str, str] | None:

@@ -63,7 +63,9 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan) -> list[str]:
         if info is None:
             problems.append(f"{name}: is in the plan but not in the checkpoint")
         elif (info.shape, info.dtype) != (spec.shape, spec.dtype):
-            problems.append(f"{name}: is {list(info.shape)} {info.dtype}, the plan says {list(spec.shape)} {spec.dtype}")
+            problems.append(
+                f"{name}: is {list(info.shape)} {info.dtype}, the plan says {list(spec.shape)} {spec.dtype}"
+            )
         elif checksum(checkpoint.read(name)) != growth["tensors"].get(name):
             problems.append(f"{name} in {info.file.name}: changed since it was written (checksum)")
         elif growth["trained"] is None and not torch.equal(checkpoint.read(name), torch.cat(list(spec.pieces()))):

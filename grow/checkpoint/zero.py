@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO checkpoints, read lazily: the fp32 master weights of what trained, one tensor at a time.
 
 Each rank's `*_optim_states.pt` holds a part of them, flattened; rank 0's `*_model_states.pt` has names and shapes. The
-layout is that of DeepSpeed 0.19 (deepspeed/utils/zero_to_fp32.py describes it): in ZeRO-1 and 2 a parameter group is one
-long vector cut evenly over the ranks; in ZeRO-3 every parameter is cut evenly, and a rank's parts follow each other.
+layout is that of DeepSpeed 0.19 (deepspeed/utils/zero_to_fp32.py describes it): in ZeRO-1 and 2 a parameter group is
+one long vector cut evenly over the ranks; in ZeRO-3 every parameter is cut evenly, and a rank's parts follow on.
 """
 
 import re

@@ -91,7 +91,8 @@ def entailment_rows() -> Iterator[tuple[str, Row]]:
     for text, scores in bigbench_examples("vitaminc_fact_verification"):
         evidence, _, claim = text.partition("\nClaim: ")
         if claim and len(text.split()) <= 120:
-            yield evidence.split(":")[0], {"evidence": evidence, "claim": claim, "answer": max(scores, key=scores.__getitem__)}
+            answer = max(scores, key=scores.__getitem__)
+            yield evidence.split(":")[0], {"evidence": evidence, "claim": claim, "answer": answer}
 
 
 def maths_rows() -> Iterator[tuple[str, Row]]:
@@ -135,6 +136,8 @@ def _scatter(text: str) -> bytes:
 
 
 def make_data(rows: Callable[[], Iterable[tuple[str, Row]]], **shares: float) -> Callable[[Path], None]:
+    """What makes a folder of JSONL files, one a split, from rows and each split's share of them."""
+
     def make(folder: Path) -> None:
         for name, part in split(rows(), shares).items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
@@ -145,7 +148,7 @@ def make_data(rows: Callable[[], Iterable[tuple[str, Row]]], **shares: float) ->
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "model": make_model,
-    "translation": make_data(translation_rows, test=0.1, validation=0.05, train=0.85),
+    "translation": make_data(translation_rows, test=0.1, validation=0.03, train=0.87),
     "capitals": make_data(capitals_rows, test=1.0),
     "entailment": make_data(entailment_rows, test=0.05, validation=0.02, train=0.93),
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
@@ -153,6 +156,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def main(names: list[str]) -> None:
+    """Makes what is named, or everything."""
     unknown = sorted(set(names) - set(MAKERS))
     if unknown:
         print(f"fetch: {unknown[0]} is not known; there are: {', '.join(MAKERS)}", file=sys.stderr)

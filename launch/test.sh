@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything that a change should pass: linters, types, shellcheck, tests.
+#
+#     ./launch/test.sh                 what CI runs
+#     ./launch/test.sh --full          and what takes long
+#     ./launch/test.sh --setup-only    only installs what the tests need
+#     ./launch/test.sh tests/test_x.py -k name …    other arguments go to pytest, which then runs alone
+#
+# Variables: PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ ${1:-} == --help ]]; then
+    help_of "$0"
+    exit 0
+fi
+cd "$ROOT"
+install requirements.txt tests/requirements.txt
+if ! command -v shellcheck >/dev/null; then
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing shellcheck"
+        { apt-get update && apt-get install --yes shellcheck; } >/dev/null 2>&1 || die 1 "shellcheck could not be installed"
+    else
+        die 2 "shellcheck is missing (on Debian: apt-get install shellcheck)"
+    fi
+fi
+"$VENV/bin/python" recipes/gemma3_270m/fetch.py model translation capitals
+[[ ${1:-} != --setup-only ]] || exit 0
+
+if [[ $# == 0 || $1 == --full ]]; then
+    say "ruff, mypy, shellcheck"
+    "$VENV/bin/ruff" check .
+    "$VENV/bin/ruff" format --check .
+    "$VENV/bin/mypy"
+    shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+fi
+say "pytest"
+"$VENV/bin/python" -m pytest "$@"
