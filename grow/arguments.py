@@ -24,7 +24,7 @@ def checked(arguments: list[str], commands: Mapping[str, Callable[..., Any]]) ->
     if name not in commands:
         raise UserError(unknown(name, commands, "command"))
     if any(argument in _HELP for argument in rest):
-        return [name, "--help"]
+        return [name, "--", "--help"]  # for Fire itself, else a command with **fields takes it for a field
     parameters = inspect.signature(commands[name]).parameters
     positional, flags = _split(name, rest, parameters)
     _complete(name, positional, flags, parameters)

@@ -39,7 +39,7 @@ def evaluate(
         # No end token: the question is whether the answer comes, not whether the text ends there.
         examples = encode(known, tokenizer, recipe.retention_prompt, recipe.retention_completion, end=False)
         result["retention"] = score(model, examples, recipe, tokenizer.pad_token_id, "retention")
-    result["samples"] = [_sample(model, tokenizer, recipe, row) for row in rows.select(range(min(samples, len(rows))))]
+    result["samples"] = _write(model, tokenizer, recipe, rows.select(range(min(samples, len(rows)))))
     return result
 
 
@@ -67,14 +67,23 @@ def score(model: Any, examples: list[Example], recipe: Recipe, pad_token_id: int
     }
 
 
-def _sample(model: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> dict[str, str]:
-    """What the model writes, greedily, after a row's prompt, up to the end of the line."""
-    prompt, wanted = recipe.prompt.format(**row), recipe.completion.format(**row)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False).input_ids], device=model.device)
-    longest = 2 * len(tokenizer(wanted).input_ids)
+def _write(model: Any, tokenizer: Any, recipe: Recipe, rows: Any) -> list[dict[str, str]]:
+    """What the model writes, greedily, after each row's prompt, up to the end of the line."""
+    if not len(rows):
+        return []
+    prompts = [recipe.prompt.format(**row) for row in rows]
+    wanted = [recipe.completion.format(**row) for row in rows]
+    start = tokenizer.bos_token or ""
+    inputs = tokenizer(
+        [start + prompt for prompt in prompts],
+        add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    longest = 2 * max(len(ids) for ids in tokenizer(wanted).input_ids)
     written = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=longest, do_sample=False
     )
-    text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    return {"prompt": prompt, "reference": wanted.strip(), "output": text.strip().split("\n")[0]}
+    texts = tokenizer.batch_decode(written[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return [
+        {"prompt": prompt, "reference": reference.strip(), "output": (text.strip() or "–").split("\n")[0]}
+        for prompt, reference, text in zip(prompts, wanted, texts, strict=True)
+    ]

@@ -44,6 +44,21 @@ def load_rows(data: str, split: str, revision: str | None = None) -> Any:
         raise UserError(f"{data}: its split {split} cannot be loaded ({reason})") from error
 
 
+def fill(rows: Iterable[dict[str, Any]], prompt: str, completion: str) -> tuple[list[str], list[str]]:
+    """The prompts and the completions of rows. Raises UserError where a template names a column that is not there."""
+    prompts, completions = [], []
+    for row in rows:
+        try:
+            prompts.append(prompt.format(**row))
+            completions.append(completion.format(**row))
+        except (KeyError, IndexError, ValueError) as error:
+            columns = ", ".join(row)
+            raise UserError(
+                f"the template {prompt + completion!r} does not fit the columns {columns} ({error})"
+            ) from None
+    return prompts, completions
+
+
 def encode(
     rows: Iterable[dict[str, Any]], tokenizer: Any, prompt: str, completion: str, end: bool = True
 ) -> list[Example]:
@@ -51,18 +66,12 @@ def encode(
 
     Prompt and completion are tokenised apart, so that where one ends does not depend on the other.
     """
-    rows = list(rows)
-    try:
-        prompts = [prompt.format(**row) for row in rows]
-        completions = [completion.format(**row) for row in rows]
-    except (KeyError, IndexError, ValueError) as error:
-        columns = ", ".join(rows[0])
-        raise UserError(f"the template {prompt + completion!r} does not fit the columns {columns} ({error})") from None
+    prompts, completions = fill(rows, prompt, completion)
+    if not prompts:
+        return []
     examples = []
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     final = [tokenizer.eos_token_id] if end else []
-    if not rows:
-        return []
     for before, after in zip(
         tokenizer(prompts, add_special_tokens=False).input_ids,
         tokenizer(completions, add_special_tokens=False).input_ids,

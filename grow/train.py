@@ -24,6 +24,7 @@ from grow.errors import UserError
 from grow.methods import METHODS
 from grow.plan import canonical
 from grow.recipe import Recipe
+from grow.tasks import Epochs, PackedDataset, encode, fill, load_rows
 
 # Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
@@ -37,15 +38,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"run": str(run), "status": "was done already", **json.loads((run / "COMPLETE").read_text())}
     _single_process_defaults()
 
-    import deepspeed
-    import torch.distributed as dist
     from transformers import AutoTokenizer, set_seed
 
-    from grow.model import load
-    from grow.tasks import Epochs
-    from grow.trainer import GrowTrainer, changed_frozen, write_marker
-
-    dtype = _dtype(recipe)
     tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
     sequences = _sequences(recipe, tokenizer, recipe.train_split)
     validation = _sequences(recipe, tokenizer, recipe.validation_split)
@@ -53,7 +47,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if steps < 1:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
 
+    import deepspeed
+    import torch.distributed as dist
+
+    from grow.model import load
+    from grow.trainer import GrowTrainer, changed_frozen, write_marker
+
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
+    dtype = _dtype(recipe)
     args = _arguments(recipe, steps, dtype)
     deepspeed.init_distributed(verbose=False)
     set_seed(recipe.seed)
@@ -113,6 +114,8 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
+    for split in (recipe.train_split, recipe.validation_split):
+        fill(load_rows(recipe.data, split, recipe.data_revision).select(range(1)), recipe.prompt, recipe.completion)
     if (run / "run.json").exists():
         before = json.loads((run / "run.json").read_text())["recipe"]
         now = dataclasses.asdict(recipe)
@@ -133,9 +136,7 @@ def last_checkpoint(run: Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> Any:
-    from grow.tasks import PackedDataset, encode, load_rows
-
+def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
     rows = load_rows(recipe.data, split, recipe.data_revision)
     examples = encode(rows, tokenizer, recipe.prompt, recipe.completion)
     sequences = PackedDataset(examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)

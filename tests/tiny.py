@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 
-TEXT_CONFIG: dict[str, Any] = dict(
-    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=16, sliding_window=16, max_position_embeddings=256, query_pre_attn_scalar=16,
-    bos_token_id=257, eos_token_id=258, pad_token_id=256,
-)  # fmt: skip
-VISION_CONFIG: dict[str, Any] = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
-)
+TEXT_CONFIG: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16,
+    "max_position_embeddings": 256, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256,
+}  # fmt: skip
+VISION_CONFIG: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
 
 
 def make_base(path: Path, kind: str, seed: int = 0) -> Path:
@@ -75,9 +76,7 @@ def make_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     fast.save_pretrained(path)
 
 

@@ -1,0 +1,134 @@
+"""Growth changes nothing: the grown model's logits are the base's, bit for bit. And the check bites."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.checkpoint.shards import Checkpoint, file_checksum
+from grow.errors import UserError
+from grow.forward import TEXT, compare
+from grow.model import grown_mlps, load
+from grow.plan import parse_layers
+from tests.tiny import tokens
+
+EXACT = {"float32": 0.0, "bfloat16": 0.0}
+
+
+@pytest.fixture(scope="module")
+def single_file_base(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real base, in one file."""
+    folder = tmp_path_factory.mktemp("single")
+    tensors = {}
+    for shard in real_base.glob("model-*.safetensors"):
+        tensors |= load_file(shard)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((real_base / name).read_bytes())
+    return folder
+
+
+def test_real_model_all_layers_from_shards(real_base: Path, tmp_path: Path) -> None:
+    assert AutoTokenizer.from_pretrained(real_base)(TEXT, return_tensors="pt").input_ids.shape[1] >= 200
+    expand(str(real_base), str(tmp_path / "grown"))
+    assert compare(str(tmp_path / "grown"), str(real_base)) == EXACT
+
+
+def test_real_model_some_layers_from_one_file(single_file_base: Path, tmp_path: Path) -> None:
+    expand(str(single_file_base), str(tmp_path / "grown"), layers="0,5,9-11")
+    assert not (tmp_path / "grown" / "model.safetensors").exists(), "transformers would ignore the index beside it"
+    assert compare(str(tmp_path / "grown"), str(single_file_base)) == EXACT
+
+
+@pytest.mark.parametrize("layers", ["all", "1,3"])
+def test_both_classes(tiny_base: Path, layers: str, tmp_path: Path) -> None:
+    expand(str(tiny_base), str(tmp_path / "grown"), layers=layers)
+    for dtype in (torch.float32, torch.bfloat16):
+        base, grown = load(tiny_base, dtype), load(tmp_path / "grown", dtype)
+        assert len(list(grown_mlps(grown))) == len(parse_layers(layers, 4))
+        with torch.no_grad():
+            expected = base(input_ids=tokens()).logits
+            assert torch.equal(grown(input_ids=tokens()).logits, expected)
+            # One weight of the growth, a little off, and the logits are not the same any more.
+            next(grown_mlps(grown)).grown.up_proj.weight[0, 0] += 0.5
+            assert not torch.equal(grown(input_ids=tokens()).logits, expected)
+
+
+def test_a_missing_tensor_is_an_error(text_base: Path, tmp_path: Path) -> None:
+    grown = tmp_path / "grown"
+    expand(str(text_base), str(grown))
+    shard = grown / "growth-00001-of-00001.safetensors"
+    tensors = load_file(shard)
+    dropped = tensors.pop("model.layers.2.mlp.grown.down_proj.weight")
+    assert dropped.shape == (32, 48)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.grown\.down_proj"):
+        load(grown)
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.grown\.down_proj"):
+        Checkpoint(grown)
+
+
+def test_base_files_are_linked_not_copied(tiny_base: Path, tmp_path: Path) -> None:
+    expand(str(tiny_base), str(tmp_path / "grown"))
+    for shard in Checkpoint(tiny_base).shards:
+        linked = [file for file in (tmp_path / "grown").iterdir() if file.samefile(shard)]
+        assert len(linked) == 1 and linked[0].name.startswith("model-")
+
+
+@pytest.mark.parametrize("factor", [3, 4])
+def test_larger_factors_are_close_and_their_copies_differ(text_base: Path, factor: int, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), factor=factor)
+    base, grown = load(text_base, torch.float32), load(tmp_path / "grown", torch.float32)
+    down = next(grown_mlps(grown)).grown.down_proj.weight
+    copies = down.view(down.shape[0], factor - 1, -1)
+    assert (copies[:, 0] != copies[:, 1]).float().mean() > 0.5
+    with torch.no_grad():
+        difference = (grown(input_ids=tokens()).logits - base(input_ids=tokens()).logits).abs().max()
+    # The perturbations sum to zero only up to bf16's rounding of each copy.
+    assert 0 < difference < 0.05 * base(input_ids=tokens()).logits.abs().max()
+
+
+def test_some_layers_to_stock_by_padding(text_base: Path, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,3")
+    with pytest.raises(UserError, match="--uniform"):
+        consolidate(str(tmp_path / "grown"), str(tmp_path / "stock"))
+    assert not (tmp_path / "stock").exists()
+    consolidate(str(tmp_path / "grown"), str(tmp_path / "stock"), uniform=True)
+    with torch.no_grad():
+        difference = (
+            load(tmp_path / "stock", torch.float32)(input_ids=tokens()).logits
+            - load(text_base, torch.float32)(input_ids=tokens()).logits
+        )
+    assert difference.abs().max() < 1e-4
+
+
+def test_generate_works_on_a_grown_checkpoint(text_base: Path, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"))
+    written = [
+        load(path, torch.float32).generate(input_ids=tokens(10), max_new_tokens=8, do_sample=False)
+        for path in (text_base, tmp_path / "grown")
+    ]
+    assert torch.equal(*written)
+
+
+def test_undisturbed_and_interrupted_expansions_agree(text_base: Path, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "whole"))
+    seen: list[int] = []
+
+    def stop_midway(count: int) -> None:
+        seen.append(count)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        expand(str(text_base), str(tmp_path / "grown"), progress=stop_midway)
+    assert not (tmp_path / "grown").exists()
+    expand(str(text_base), str(tmp_path / "grown"))
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "grown").iterdir())
+    for name in names:
+        assert file_checksum(tmp_path / "whole" / name) == file_checksum(tmp_path / "grown" / name)

@@ -1,0 +1,88 @@
+"""Rows, labels, packing and order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from grow.errors import UserError
+from grow.loss import labelled_logits, loss_sum, token_scores
+from grow.model import load
+from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, pack
+
+PROMPT, COMPLETION = "Q: {q}\nA:", " {a}"
+ROWS = [{"q": "How many legs has a spider " + "or two " * n, "a": f"eight, {n} times"} for n in range(8)]
+ROWS += [{"q": "?", "a": "!" * n} for n in range(1, 5)]
+
+
+def test_labels_are_the_completion_and_an_end(text_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    (example,) = encode([{"q": "x", "a": "yes"}], tokenizer, PROMPT, COMPLETION)
+    labels = [token for token in example.labels if token != IGNORED]
+    assert tokenizer.decode(labels) == " yes<eos>"
+    assert tokenizer.decode(example.input_ids) == "<bos>Q: x\nA: yes"
+    # The label at a position is the token after it.
+    assert example.labels[:-1][-4:] == example.input_ids[-4:]
+
+
+def test_a_template_that_does_not_fit(text_base: Path) -> None:
+    with pytest.raises(UserError, match="columns q, a"):
+        encode(ROWS, AutoTokenizer.from_pretrained(text_base), "{question}", COMPLETION)
+
+
+def test_packing_loses_no_row(text_base: Path) -> None:
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    packed, too_long = pack(examples, 70)
+    kept = [i for i, example in enumerate(examples) if len(example.input_ids) <= 70]
+    assert sorted(i for sequence in packed for i in sequence) == kept
+    assert too_long == len(examples) - len(kept) > 0
+    assert all(sum(len(examples[i].input_ids) for i in sequence) <= 70 for sequence in packed)
+    assert len(packed) < len(kept)
+
+
+@pytest.mark.parametrize("which", ["text_base", "real_base"])
+def test_a_packed_row_has_its_loss_as_if_alone(which: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(which)
+    model = load(path, torch.float32)
+    examples = encode(ROWS[:6], AutoTokenizer.from_pretrained(path), PROMPT, COMPLETION)
+    longest = max(len(example.input_ids) for example in examples)
+    sequences = PackedDataset(examples, 3 * longest, pad_token_id=0)
+    batch = collate([sequences[i] for i in range(len(sequences))])
+    assert len(sequences) < len(examples) and (batch["rows"] == -1).any(), "several rows in one, and padding"
+    logprobs, _, rows = token_scores(model, batch)
+    for i, example in enumerate(examples):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+        labels = torch.tensor(example.labels)
+        alone = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+        assert -logprobs[rows == i].mean() == pytest.approx(alone.item(), abs=1e-5)
+    # Were the positions not to restart, the rows would see each other.
+    run_on = batch | {"position_ids": torch.arange(sequences.max_length).expand_as(batch["input_ids"])}
+    assert (token_scores(model, run_on)[0] - logprobs).abs().max() > 1e-3
+
+
+def test_the_loss_is_that_of_all_logits(text_base: Path) -> None:
+    model = load(text_base, torch.float32)
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    sequences = PackedDataset(examples, 200, pad_token_id=0)
+    batch = collate([sequences[0], sequences[1]])
+    logits, labels = labelled_logits(model, batch)
+    assert logits.shape == (len(labels), 320)
+    whole = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(
+        whole.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    assert loss_sum(logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_order_is_a_function_of_the_index(text_base: Path) -> None:
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    sequences = PackedDataset(examples, 120, pad_token_id=0, seed=3)
+    count = len(sequences)
+    in_order = [tuple(item["rows"].tolist()) for item in (Epochs(sequences, 3 * count, 3)[i] for i in range(3 * count))]
+    epochs = [in_order[e * count : (e + 1) * count] for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == count
+    assert epochs[0] != epochs[1]
+    backwards = Epochs(sequences, 3 * count, 3)
+    assert [tuple(backwards[i]["rows"].tolist()) for i in reversed(range(3 * count))] == in_order[::-1]
