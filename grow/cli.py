@@ -194,14 +194,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Bar:
-    """A progress bar in bytes, on a terminal only; the total is not known to the one who shows it."""
+    """A progress bar in bytes, on a terminal only."""
 
     def __init__(self, what: str):
         from tqdm import tqdm
 
         self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
 
-    def add(self, count: int) -> None:
+    def add(self, count: int, total: int) -> None:
+        self._bar.total = total
         self._bar.update(count)
 
     def __enter__(self) -> "_Bar":

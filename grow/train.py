@@ -53,6 +53,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     from grow.model import load
     from grow.trainer import GrowTrainer, changed_frozen, write_marker
 
+    # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
+    # that is killed meanwhile leaves a lock file at which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = _dtype(recipe)
     args = _arguments(recipe, steps, dtype)

@@ -26,8 +26,6 @@ grow() { "$VENV/bin/python" -m grow "$@"; }
 install() {
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
-    command -v g++ >/dev/null ||
-        die 2 "a C++ compiler is missing, which DeepSpeed needs (on Debian: apt-get install g++)"
     local wanted
     wanted=$(cat "$@" | cksum)
     if [[ "$(cat "$VENV/.installed" 2>/dev/null)" != "$wanted" ]]; then
@@ -40,7 +38,6 @@ install() {
             die 1 "the requirements could not be installed"
         echo "$wanted" >"$VENV/.installed"
     fi
-    # ninja, with which DeepSpeed compiles, came with the requirements.
     export PATH=$VENV/bin:$PATH
 }
 

@@ -119,7 +119,7 @@ def test_undisturbed_and_interrupted_expansions_agree(text_base: Path, tmp_path:
     expand(str(text_base), str(tmp_path / "whole"))
     seen: list[int] = []
 
-    def stop_midway(count: int) -> None:
+    def stop_midway(count: int, total: int) -> None:
         seen.append(count)
         if len(seen) == 5:
             raise KeyboardInterrupt

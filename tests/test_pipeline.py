@@ -26,7 +26,8 @@ def test_expand_train_resume_consolidate_load(tiny_base: Path, stage: int, tmp_p
     expand(str(tiny_base), str(grown))
     work.mkdir()
     recipe = make_recipe(work / "recipe.yaml", tiny_base, grown, make_data(tmp_path / "data"), stage)
-    run("launch/train.sh", recipe, NPROC="2")
+    run("launch/train.sh", recipe, NPROC="2", TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"), CXX="false")
+    assert not (tmp_path / "compiled").exists(), "nothing is compiled, so no compiler is needed and no lock can be left"
 
     # The checkpoint holds what trained, and no more: no frozen tensor, no tied head.
     result = json.loads((work / "run" / "COMPLETE").read_text())

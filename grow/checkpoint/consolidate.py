@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grow.checkpoint.expand import MAX_SHARD_SIZE, grown_name
-from grow.checkpoint.output import OutputFolder, refuse_existing, side_files
+from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorSpec, read_json, split_into_shards
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
@@ -86,7 +86,7 @@ def _identity(checkpoint: Checkpoint) -> list[Any]:
 
 
 def consolidate(
-    path: str, out: str, format: str = "stock", uniform: bool = False, progress: Callable[[int], object] = id
+    path: str, out: str, format: str = "stock", uniform: bool = False, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
@@ -107,9 +107,7 @@ def consolidate(
     return {"source": path, "out": out, "format": format, "bytes": written, **source.facts}
 
 
-def _write_stock(
-    source: Source, plan: GrowthPlan | None, out: str, uniform: bool, progress: Callable[[int], object]
-) -> int:
+def _write_stock(source: Source, plan: GrowthPlan | None, out: str, uniform: bool, progress: Progress) -> int:
     checkpoint = source.checkpoint
     config = {key: value for key, value in checkpoint.config.items() if key != "growth"}
     if plan is None:
@@ -124,8 +122,7 @@ def _write_stock(
         shards = {SINGLE_NAME: specs}
     request = {"source": source.identity, "format": "stock", "uniform": uniform}
     with OutputFolder(out, request) as folder:
-        for name, shard in shards.items():
-            folder.write_shard(name, shard, progress)
+        folder.write_shards(shards, progress)
         for file in side_files(checkpoint.path):
             folder.copy(file)
         total = sum(spec.nbytes for spec in specs)
@@ -181,7 +178,7 @@ def _joined(
     return pieces
 
 
-def _write_grown(source: Source, out: str, progress: Callable[[int], object]) -> int:
+def _write_grown(source: Source, out: str, progress: Progress) -> int:
     """The base's shards linked as they are, and the growth as trained."""
     checkpoint = source.checkpoint
     growth_names = [name for name in checkpoint.tensors if ".mlp.grown." in name]
@@ -190,9 +187,7 @@ def _write_grown(source: Source, out: str, progress: Callable[[int], object]) ->
         for shard in checkpoint.shards:
             if not shard.name.startswith("growth-"):
                 folder.link(shard, grown_name(shard))
-        checksums: dict[str, str] = {}
-        for name, specs in shards.items():
-            checksums |= folder.write_shard(name, specs, progress)
+        checksums = folder.write_shards(shards, progress)
         for file in side_files(checkpoint.path):
             folder.copy(file)
         index = json.loads((checkpoint.path / INDEX_NAME).read_text())

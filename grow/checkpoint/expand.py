@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.checkpoint.output import OutputFolder, side_files
+from grow.checkpoint.output import OutputFolder, Progress, no_progress, side_files
 from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, TensorSpec, file_checksum, split_into_shards
 from grow.errors import UserError
 from grow.plan import FORMAT_VERSION, GrowthPlan, mlp_prefixes, parse_factor, parse_layers
@@ -80,11 +80,11 @@ def grown_name(shard: Path) -> str:
 
 
 def expand(
-    base_path: str, out: str, factor: int | str = 2, layers: str = "all", progress: Callable[[int], object] = id
+    base_path: str, out: str, factor: int | str = 2, layers: str = "all", progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
 
-    `progress` is called with bytes written. Raises UserError for a base that cannot be grown or an OUT that exists.
+    Raises UserError for a base that cannot be grown or an OUT that exists.
     """
     base = Checkpoint(base_path)
     plan, prefixes = make_plan(base, factor, layers)
@@ -98,9 +98,7 @@ def expand(
         base_checksums = hasher.map(file_checksum, base.shards)
         for shard in base.shards:
             folder.link(shard, grown_name(shard))
-        checksums: dict[str, str] = {}
-        for name, shard_specs in shards.items():
-            checksums |= folder.write_shard(name, shard_specs, progress)
+        checksums = folder.write_shards(shards, progress)
         for file in side_files(base.path):
             folder.copy(file)
         weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}

@@ -17,6 +17,14 @@ from typing import Any, Self
 from grow.checkpoint.shards import INDEX_NAME, TensorSpec, shard_checksums, write_shard
 from grow.errors import UserError
 
+Progress = Callable[[int, int], object]
+"""Called while tensors are written, with the bytes just written and the bytes that there are in all."""
+
+
+def no_progress(written: int, total: int) -> None:
+    """Shows nothing."""
+
+
 _JOURNAL = ".journal.jsonl"
 _LOCK = ".lock"
 
@@ -82,14 +90,19 @@ class OutputFolder:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def write_shard(self, name: str, specs: list[TensorSpec], progress: Callable[[int], object]) -> dict[str, str]:
-        """Writes one shard, or keeps the one that is there. Returns each tensor's SHA-256."""
-        if name in self.finished:
-            progress(sum(spec.nbytes for spec in specs))
-            return self.finished[name]["tensors"]
-        tensors = write_shard(self.partial / name, specs, progress)
-        self._note({"file": name, "tensors": tensors})
-        return tensors
+    def write_shards(self, shards: dict[str, list[TensorSpec]], progress: Progress) -> dict[str, str]:
+        """Writes shards, but for those that are there already. Returns each tensor's SHA-256."""
+        total = sum(spec.nbytes for specs in shards.values() for spec in specs)
+        checksums: dict[str, str] = {}
+        for name, specs in shards.items():
+            if name in self.finished:
+                progress(sum(spec.nbytes for spec in specs), total)
+            else:
+                tensors = write_shard(self.partial / name, specs, lambda count: progress(count, total))
+                self.finished[name] = {"file": name, "tensors": tensors}
+                self._note(self.finished[name])
+            checksums |= self.finished[name]["tensors"]
+        return checksums
 
     def link(self, source: Path, name: str) -> None:
         """Puts `source` into OUT without copying its bytes where the file system allows.

@@ -181,10 +181,10 @@ def split_into_shards(specs: Iterable[TensorSpec], max_shard_size: int, stem: st
     return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_shard(path: Path, specs: list[TensorSpec], progress: Callable[[int], object]) -> dict[str, str]:
+def write_shard(path: Path, specs: list[TensorSpec], wrote: Callable[[int], object]) -> dict[str, str]:
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's SHA-256.
 
-    `progress` is called with the number of bytes just written.
+    `wrote` is called with the number of bytes just written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -205,7 +205,7 @@ def write_shard(path: Path, specs: list[TensorSpec], progress: Callable[[int], o
                 file.write(block)
                 digest.update(block)
                 written += len(block)
-                progress(len(block))
+                wrote(len(block))
             if written != spec.nbytes:
                 raise ValueError(f"{spec.name}: {written} bytes were given for {spec.nbytes}")
             checksums[spec.name] = digest.hexdigest()
