@@ -27,8 +27,6 @@ if ((found == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
     # With more arenas glibc's allocator keeps what it was given, and memory creeps up step by step.
     export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
-    # Large pages for it: a fifth of an SFT step's time went into faults of small ones.
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 fi
 
 # Mistakes are found here, in one process and one line, before a launcher multiplies them.
