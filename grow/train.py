@@ -51,7 +51,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     import torch.distributed as dist
 
     from grow.model import load
-    from grow.trainer import GrowTrainer, changed_frozen, write_marker
+    from grow.trainer import MARKER, GrowTrainer, changed_frozen, write_marker
 
     # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
@@ -87,9 +87,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "frozen_unchanged": len(frozen),
     }
     if args.process_index == 0:
-        (run / "COMPLETE.partial").write_text(json.dumps(result) + "\n")
-        (run / "COMPLETE.partial").rename(run / "COMPLETE")
-        write_marker(run / ".synced")
+        write_marker(run / MARKER, json.dumps(result) + "\n")
     dist.barrier()
     # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
     dist.destroy_process_group()

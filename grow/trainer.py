@@ -15,8 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
+from grow.checkpoint.output import sync_folder
+from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum
+from grow.plan import canonical
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 
 MARKER = "COMPLETE"
@@ -94,6 +97,8 @@ class GrowTrainer(transformers.Trainer):
         """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
+            if set(ZeroCheckpoint(Path(resume_from_checkpoint)).shapes) != trained_names(self.model):
+                raise UserError(f"{resume_from_checkpoint}: holds other parameters than this recipe trains")
             path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             if path is None:
                 raise UserError(f"{resume_from_checkpoint}: DeepSpeed cannot resume from it; remove it to go back one")
@@ -102,22 +107,28 @@ class GrowTrainer(transformers.Trainer):
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """A state dict hook that leaves what trains. By storage, since a tied head is an alias of frozen embeddings that
-    DeepSpeed's own exclude_frozen_parameters keeps."""
-    trained = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    first_names = {name for name, _ in module.named_parameters()}
+    """A state dict hook that leaves what trains, each parameter under one name. DeepSpeed's own
+    exclude_frozen_parameters keeps the second name of tied embeddings, a head of their size."""
+    trained = trained_names(module)
     for name in list(state):
-        if name.removeprefix(prefix) not in trained & first_names:
+        if name.removeprefix(prefix) not in trained:
             del state[name]
 
 
-def write_marker(path: Path) -> None:
-    """Writes an empty file, durably: it says that all before it is there."""
-    with path.open("w") as file:
+def trained_names(module: nn.Module) -> set[str]:
+    """The names of the parameters that train."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def write_marker(path: Path, text: str = "") -> None:
+    """Writes a file that says that all before it is there: whole or not at all, and durably."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
         os.fsync(file.fileno())
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    partial.rename(path)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -137,8 +148,6 @@ def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list
 
     `on_disk` maps a parameter's canonical name to its name in the checkpoint, which `read` reads.
     """
-    from grow.plan import canonical
-
     changed = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
