@@ -22,21 +22,25 @@ help_of() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
 
 grow() { "$VENV/bin/python" -m grow "$@"; }
 
+# Where the environment keeps what of a requirements file was installed.
+installed() { echo "$VENV/installed-$(basename "$1")"; }
+
 # install FILE…: a virtual environment with these requirements; quick when they are there already.
 install() {
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
-    local wanted
-    wanted=$(cat "$@" | cksum)
-    if [[ "$(cat "$VENV/.installed" 2>/dev/null)" != "$wanted" ]]; then
+    local file missing=()
+    for file in "$@"; do
+        cmp -s "$file" "$(installed "$file")" || missing+=(-r "$file")
+    done
+    if ((${#missing[@]})); then
         say "installing the requirements into $VENV (once)"
-        "$PYTHON" -m venv "$VENV" || die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
-        local files=()
-        for file in "$@"; do files+=(-r "$file"); done
+        "$PYTHON" -m venv "$VENV" ||
+            die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
         "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet \
-            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${files[@]}" ||
+            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${missing[@]}" ||
             die 1 "the requirements could not be installed"
-        echo "$wanted" >"$VENV/.installed"
+        for file in "$@"; do cp "$file" "$(installed "$file")"; done
     fi
     export PATH=$VENV/bin:$PATH
 }

@@ -15,7 +15,7 @@ if [[ ${1:-} == --help ]]; then
     exit 0
 fi
 cd "$ROOT"
-install requirements.txt tests/requirements.txt
+install requirements.txt tests/requirements-test.txt
 if ! command -v shellcheck >/dev/null; then
     if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
         say "installing shellcheck"
