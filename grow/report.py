@@ -96,11 +96,11 @@ def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]
         line = offset[place] = offset.get(place, -1) + 1
         right.annotate(row["name"], place, xytext=(9, -4 - 12 * line), textcoords="offset points")
     right.set(
-        title="New task against old knowledge (up and to the left is better)",
+        title="New task against old knowledge (better: up, left)",
         xlabel="task loss on held-out rows, nats per token",
-        ylabel="log-likelihood of what the base knew, nats per item",
+        ylabel="old knowledge, log-likelihood per item, nats",
     )
-    right.margins(0.25)
+    right.margins(x=0.4, y=0.25)  # room for the names
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
