@@ -11,7 +11,7 @@ from grow.errors import UserError
 from grow.loss import token_scores
 from grow.model import compute_dtype, load
 from grow.recipe import Recipe
-from grow.tasks import Example, PackedDataset, collate, encode, load_rows
+from grow.tasks import Example, PackedDataset, collate, encode, fill, load_rows
 
 
 def evaluate(
@@ -71,8 +71,7 @@ def _write(model: Any, tokenizer: Any, recipe: Recipe, rows: Any) -> list[dict[s
     """What the model writes, greedily, after each row's prompt, up to the end of the line."""
     if not len(rows):
         return []
-    prompts = [recipe.prompt.format(**row) for row in rows]
-    wanted = [recipe.completion.format(**row) for row in rows]
+    prompts, wanted = fill(rows, recipe.prompt, recipe.completion)
     start = tokenizer.bos_token or ""
     inputs = tokenizer(
         [start + prompt for prompt in prompts],

@@ -78,20 +78,22 @@ def train(recipe: Recipe) -> dict[str, Any]:
     changed = changed_frozen(model, on_disk, start.read)
     if changed:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    result = {
-        "steps": trainer.state.global_step,
-        "validation_loss": next(
-            (entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None
-        ),
-        "frozen_unchanged": len(frozen),
-    }
+    result = _result(trainer)
     if args.process_index == 0:
         write_marker(run / MARKER, json.dumps(result) + "\n")
     dist.barrier()
     # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
     dist.destroy_process_group()
     return {"run": str(run), "status": "done", **result}
+
+
+def _result(trainer: Any) -> dict[str, Any]:
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "validation_loss": losses[-1] if losses else None,
+        "frozen_unchanged": sum(not parameter.requires_grad for parameter in trainer.model.parameters()),
+    }
 
 
 def check_run(recipe: Recipe) -> Checkpoint:

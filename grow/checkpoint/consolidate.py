@@ -59,7 +59,7 @@ def open_source(path: str) -> Source:
         if GrowthPlan.from_config(checkpoint.config) is None:
             raise UserError(f"{folder}: is a stock checkpoint already; nothing to consolidate")
         return Source(
-            checkpoint, facts=checkpoint.config["growth"].get("trained") or {}, identity=_identity(checkpoint)
+            checkpoint, facts=checkpoint.config["growth"].get("trained") or {}, identity=checkpoint.identity()
         )
     raise UserError(f"{folder}: neither a training run (run.json) nor a grown checkpoint (config.json)")
 
@@ -78,11 +78,7 @@ def _open_run(run: Path, zero_path: Path) -> Source:
     step = int(zero_path.name.split("-")[1])
     about = {"method": facts["recipe"]["method"], "steps": step, "data": facts["recipe"]["data"]}
     stamp = (zero_path / "COMPLETE").stat().st_mtime_ns
-    return Source(start, trained, about, [*_identity(start), str(zero_path.resolve()), stamp])
-
-
-def _identity(checkpoint: Checkpoint) -> list[Any]:
-    return [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in checkpoint.shards]
+    return Source(start, trained, about, [*start.identity(), str(zero_path.resolve()), stamp])
 
 
 def consolidate(

@@ -90,10 +90,7 @@ def expand(
     plan, prefixes = make_plan(base, factor, layers)
     specs = added_tensors(base, plan, prefixes)
     shards = split_into_shards(specs, MAX_SHARD_SIZE, "growth")
-    request = {
-        "base": [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in base.shards],
-        "factor": plan.factor, "layers": plan.layers,
-    }  # fmt: skip
+    request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         base_checksums = hasher.map(file_checksum, base.shards)
         for shard in base.shards:
@@ -123,7 +120,6 @@ def expand(
 
 def describe(base: Checkpoint, plan: GrowthPlan, specs: list[TensorSpec]) -> dict[str, Any]:
     """What a plan comes to: layers, parameters (of the base, added = trained by g_freeze), bytes on disk."""
-    bytes_of = {name: info.nbytes for name, info in base.tensors.items()}
     parameters = sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values())
     added = sum(spec.nbytes // spec.dtype.itemsize for spec in specs)
     return {
@@ -133,6 +129,6 @@ def describe(base: Checkpoint, plan: GrowthPlan, specs: list[TensorSpec]) -> dic
         "base_parameters": parameters,
         "added_parameters": added,
         "trained_parameters": {"g_freeze": added},
-        "base_bytes": sum(bytes_of.values()),
+        "base_bytes": sum(info.nbytes for info in base.tensors.values()),
         "added_bytes": sum(spec.nbytes for spec in specs),
     }
