@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from grow.checkpoint.hub import locate
 from grow.model import load
 
 # Any text will do; this one is long enough for 200 tokens in any tokenizer.
@@ -19,18 +20,19 @@ TEXT = (
 
 
 @torch.no_grad()
-def compare(path: str, base_path: str) -> dict[str, float]:
-    """The largest difference between two checkpoints' logits on one text, in fp32 and in bf16: {"float32": 0.0, …}.
+def compare(path: str, base_path: str) -> dict[str, dict[str, float]]:
+    """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
 
-    0.0 means equal bit for bit (torch.equal).
+    `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
+    logit of the second, by which to judge it.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(base_path, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(locate(base_path), local_files_only=True)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    differences = {}
+    found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        logits = [load(one, dtype)(input_ids=ids, use_cache=False).logits for one in (base_path, path)]
-        equal = torch.equal(*logits)
-        differences[str(dtype).removeprefix("torch.")] = 0.0 if equal else float((logits[0] - logits[1]).abs().max())
-    return differences
+        logits = [load(one, dtype)(input_ids=ids, use_cache=False).logits for one in (path, base_path)]
+        difference = 0.0 if torch.equal(*logits) else float((logits[0] - logits[1]).abs().max())
+        found[str(dtype).removeprefix("torch.")] = {"difference": difference, "largest": float(logits[1].abs().max())}
+    return found

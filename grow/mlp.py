@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 
 class GrownBranch(nn.Module):
-    """The added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k)."""
+    """The added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k).
 
-    def __init__(self, hidden_size: int, width: int, act_fn: nn.Module):
+    With biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
+    """
+
+    def __init__(self, mlp: Any, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
-        self.act_fn = act_fn
+        hidden_size = mlp.gate_proj.in_features
+        self.gate_proj = nn.Linear(hidden_size, width, bias=mlp.gate_proj.bias is not None)
+        self.up_proj = nn.Linear(hidden_size, width, bias=mlp.up_proj.bias is not None)
+        self.down_proj = nn.Linear(width, hidden_size, bias=mlp.down_proj.bias is not None)
+        self.act_fn = mlp.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, h] → […, h]."""
@@ -56,8 +60,7 @@ def grow_mlp(mlp: Any, factor: int) -> None:
 
     The copies are not initialised: a checkpoint's loader fills them.
     """
-    intermediate_size, hidden_size = mlp.gate_proj.out_features, mlp.gate_proj.in_features
     cls = type(mlp)
     mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
     mlp.factor, mlp.alpha = factor, 1.0
-    mlp.grown = GrownBranch(hidden_size, (factor - 1) * intermediate_size, mlp.act_fn)
+    mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)

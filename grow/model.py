@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from grow.checkpoint.hub import locate
 from grow.errors import UserError
 from grow.mlp import GrownMLP, grow_mlp
 from grow.plan import PROJECTIONS, GrowthPlan
@@ -56,12 +57,13 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
-    """Loads a stock or a grown checkpoint; `dtype` "auto" is the checkpoint's own.
+    """Loads a stock or a grown checkpoint, from a folder or by its hub name; `dtype` "auto" is the checkpoint's own.
 
     `alpha` is the dial of a grown model: 0 is the base, exactly; 1 the trained model (grow.mlp).
     Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
     """
-    if not os.path.isfile(os.path.join(path, "config.json")):
+    path = locate(path)
+    if not (path / "config.json").is_file():
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     architecture = (config.architectures or ["?"])[0]

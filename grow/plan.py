@@ -1,8 +1,10 @@
 """GrowthPlan: which layers grow, and by which factor. It stands in a grown checkpoint's config.json under "growth"."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grow.errors import UserError
@@ -11,6 +13,12 @@ FORMAT_VERSION = 1
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _MLP_KEY = re.compile(r"^((?:.*\.)?layers\.(\d+)\.mlp)\.(?:gate|up|down)_proj\.weight$")
+_OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
+_NOT_PLAIN = {
+    ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
+    ".gate_up_proj.": "a fused gate_up_proj", ".qweight": "quantized weights",
+    ".lora_A.": "an adapter (merge it first)",
+}  # fmt: skip
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
 
 
@@ -31,12 +39,18 @@ class GrowthPlan:
         growth = config.get("growth")
         if growth is None:
             return None
-        if growth.get("format_version") != FORMAT_VERSION:
+        version = growth.get("format_version") if isinstance(growth, dict) else growth
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"growth format version {growth.get('format_version')!r} is not known here "
+                f"growth format version {version!r} is not known here "
                 f"(this is version {FORMAT_VERSION}): use the release that wrote the checkpoint"
             )
-        return cls(factor=growth["factor"], layers=tuple(growth["layers"]))
+        try:
+            return cls(factor=parse_factor(growth["factor"]), layers=tuple(map(int, growth["layers"])))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                "the growth in the checkpoint's config.json has no factor and layers that make sense"
+            ) from None
 
 
 def parse_factor(factor: int | str) -> int:
@@ -51,57 +65,99 @@ def parse_factor(factor: int | str) -> int:
 
 
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
-    """Reads "all", or indices and ranges such as "0,3,7-9" (both ends included).
+    """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
+    "top:6:ranking.json", which holds {"layers": [best, second, …]}.
 
     Raises UserError for anything else, and for a layer that the model does not have.
     """
     text = str(layers).strip()
     if text == "all":
         return tuple(range(num_layers))
+    chosen = _best(text) if text.startswith("top:") else _listed(text)
+    if max(chosen) >= num_layers:
+        raise UserError(f"--layers {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
+    return tuple(sorted(chosen))
+
+
+def _listed(text: str) -> set[int]:
     chosen: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part, re.ASCII)
         if match is None:
-            raise UserError(f"--layers {text}: {part!r} is neither a layer nor a range; write all, or 0,3,7-9")
+            raise UserError(
+                f"--layers {text}: {part!r} is neither a layer nor a range; write all, 0,3,7-9 or top:6:ranking.json"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UserError(f"--layers {text}: the range {part!r} runs backwards")
-        if last >= num_layers:
-            raise UserError(f"--layers {text}: layer {last} does not exist; the model has layers 0-{num_layers - 1}")
         chosen.update(range(first, last + 1))
-    return tuple(sorted(chosen))
+    return chosen
+
+
+def _best(text: str) -> set[int]:
+    match = re.fullmatch(r"top:(\d{1,6}):(.+)", text, re.ASCII)
+    if match is None or not int(match[1]):
+        raise UserError(f"--layers {text}: write top:N:FILE, such as top:6:ranking.json")
+    try:
+        ranked = json.loads(Path(match[2]).read_text(encoding="utf-8"))["layers"]
+        best = {layer for layer in ranked[: int(match[1])] if type(layer) is int and layer >= 0}
+    except OSError as error:
+        raise UserError(f"--layers {text}: {match[2]} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f'--layers {text}: {match[2]} is not a ranking, {{"layers": [best, second, …]}}') from None
+    if len(best) < int(match[1]):
+        raise UserError(f"--layers {text}: {match[2]} ranks only {len(best)} layers")
+    return best
+
+
+def ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2, 5"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a config: multimodal configs keep it under "text_config"."""
-    return config.get("text_config") or config
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
-    """Maps each layer that has a gated MLP to the prefix of its keys, e.g. {3: "model.layers.3.mlp"}.
+    """Maps each decoder layer that has a gated MLP to the prefix of its keys, e.g. {3: "model.layers.3.mlp"}.
 
     Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
     """
-    keys = list(keys)
-    found: dict[str, set[str]] = {}
-    layer_of: dict[str, int] = {}
+    keys = [key for key in keys if not is_growth(key) and not _OTHER_TOWERS.search(key)]
+    for pattern, what in _NOT_PLAIN.items():
+        if any(pattern in key for key in keys):
+            raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
+    found: dict[int, dict[str, set[str]]] = {}
     for key in keys:
         match = _MLP_KEY.match(key)
         if match:
-            found.setdefault(match[1], set()).add(key)
-            layer_of[match[1]] = int(match[2])
-    for pattern, what in ((".experts.", "a mixture of experts"), (".gate_up_proj.", "a fused gate_up_proj")):
-        if any(pattern in key for key in keys):
-            raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
-    complete = {layer_of[prefix]: prefix for prefix, names in found.items() if len(names) == len(PROJECTIONS)}
-    if not complete:
+            found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
+    if not found:
         raise UserError("no gated MLP in it (layers.<i>.mlp.gate_proj, up_proj, down_proj), so nothing can grow")
-    if len(complete) != len(found):
-        raise UserError("some MLPs lack one of gate_proj, up_proj, down_proj: the checkpoint is incomplete")
-    for prefix in complete.values():
-        if any(key.startswith(prefix) and key.endswith("_proj.bias") for key in keys):
-            raise UserError(f"{prefix} has biases, which are not grown yet")
-    return dict(sorted(complete.items()))
+    prefixes = {}
+    for layer, by_prefix in sorted(found.items()):
+        if len(by_prefix) > 1:
+            raise UserError(f"layer {layer} stands in it twice ({', '.join(by_prefix)}): which is the decoder?")
+        ((prefixes[layer], names),) = by_prefix.items()
+        if len(names) != len(PROJECTIONS):
+            raise UserError(
+                f"{prefixes[layer]} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
+            )
+    return prefixes
+
+
+def is_growth(key: str) -> bool:
+    """Whether a tensor of a grown checkpoint was added by growth: a copy, or an up-projection that g_train trained."""
+    return ".mlp.grown." in key or ".mlp.trained." in key
 
 
 def canonical(key: str) -> str:

@@ -97,7 +97,7 @@ class GrowTrainer(transformers.Trainer):
         """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
-            if set(ZeroCheckpoint(Path(resume_from_checkpoint)).shapes) != trained_names(self.model):
+            if set(ZeroCheckpoint(Path(resume_from_checkpoint)).trained) != trained_names(self.model):
                 raise UserError(f"{resume_from_checkpoint}: holds other parameters than this recipe trains")
             path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             if path is None:

@@ -9,10 +9,9 @@ import torch
 import transformers
 
 from grow.checkpoint.expand import expand
-from grow.checkpoint.shards import file_checksum
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.model import load
-from tests.tiny import grow, make_data, make_recipe, run, tokens
+from tests.tiny import file_checksum, grow, make_data, make_recipe, run, tokens
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -33,10 +32,10 @@ def test_expand_train_resume_consolidate_load(tiny_base: Path, stage: int, tmp_p
     result = json.loads((work / "run" / "COMPLETE").read_text())
     zero = ZeroCheckpoint(work / "run" / "checkpoint-4")
     assert (zero.stage, zero.world_size) == (stage, 2)
-    assert zero.shapes and all(".mlp.grown." in name for name in zero.shapes)
+    assert zero.trained and all(".mlp.grown." in name for name in zero.trained)
     for file in (work / "run").glob("checkpoint-4/global_step4/*_model_states.pt"):
         state = torch.load(file, weights_only=True)
-        assert set(state["module"]) == set(zero.shapes)
+        assert set(state["module"]) == set(zero.trained)
         assert not state["frozen_param_fragments"]
     # And what was frozen is the base's in the memory of every rank.
     base_count = len(list(load(tiny_base).parameters()))

@@ -1,5 +1,6 @@
 """Tiny random Gemma 3 models, a tokenizer for them, rows to learn, and a recipe: the smallest of everything real."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -109,6 +110,14 @@ def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.C
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def file_checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def folder_checksums(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file_checksum(file) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def grow(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

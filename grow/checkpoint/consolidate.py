@@ -1,194 +1,195 @@
 """A training run, or a grown checkpoint → a stock checkpoint that loads anywhere, or a grown one.
 
 Stock: gate and up of base and copies stand one below the other, down side by side as [D/k, D'], and the model's
-intermediate_size is k·p. One tensor is in memory at a time.
+intermediate_size is k·p. Master weights are rounded once. A block of rows is in memory at a time.
 """
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from grow.checkpoint.expand import MAX_SHARD_SIZE, grown_name
+from grow.checkpoint.card import grown_card, stock_card
+from grow.checkpoint.expand import BASE_FOLDER
+from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorSpec, read_json, split_into_shards
-from grow.checkpoint.zero import ZeroCheckpoint
+from grow.checkpoint.shards import SINGLE_NAME, read_json
+from grow.checkpoint.source import Source, open_source
+from grow.checkpoint.writer import MAX_SHARD_SIZE, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import GrowthPlan, canonical, mlp_prefixes, text_config
+from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
 FORMATS = ("stock", "grown")
-
-
-@dataclass
-class Source:
-    """A checkpoint on disk with what training changed laid over it."""
-
-    checkpoint: Checkpoint
-    trained: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by the name on disk; fp32 master weights
-    facts: dict[str, Any] = field(default_factory=dict)  # of the training, for the growth's metadata
-    identity: list[Any] = field(default_factory=list)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor as trained, in the checkpoint's dtype: a master weight is rounded once, here."""
-        if name in self.trained:
-            return self.trained[name]().to(self.checkpoint.tensors[name].dtype)
-        return self.checkpoint.read(name)
-
-
-def open_source(path: str) -> Source:
-    """Opens a run, one of a run's checkpoints, or a grown checkpoint. Raises UserError for anything else."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if (folder / "run.json").exists():
-        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=lambda file: int(file.parent.name.split("-")[1]))
-        if not complete:
-            raise UserError(f"{folder}: the run has no complete checkpoint yet")
-        return _open_run(folder, complete[-1].parent)
-    if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
-        if not (folder / "COMPLETE").exists():
-            raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
-        return _open_run(folder.parent, folder)
-    if (folder / "config.json").exists():
-        checkpoint = Checkpoint(folder)
-        if GrowthPlan.from_config(checkpoint.config) is None:
-            raise UserError(f"{folder}: is a stock checkpoint already; nothing to consolidate")
-        return Source(
-            checkpoint, facts=checkpoint.config["growth"].get("trained") or {}, identity=checkpoint.identity()
-        )
-    raise UserError(f"{folder}: neither a training run (run.json) nor a grown checkpoint (config.json)")
-
-
-def _open_run(run: Path, zero_path: Path) -> Source:
-    facts = read_json(run / "run.json")
-    start = Checkpoint(facts["start"])
-    zero = ZeroCheckpoint(zero_path)
-    on_disk = {canonical(name): name for name in start.tensors}
-    trained: dict[str, Callable[[], Tensor]] = {}
-    for name, shape in zero.shapes.items():
-        key = on_disk.get(canonical(name))
-        if key is None or start.tensors[key].shape != shape:
-            raise UserError(f"{zero_path}: {name} {list(shape)} has no counterpart in {start.path}; was that replaced?")
-        trained[key] = partial(zero.read, name)
-    step = int(zero_path.name.split("-")[1])
-    about = {"method": facts["recipe"]["method"], "steps": step, "data": facts["recipe"]["data"]}
-    stamp = (zero_path / "COMPLETE").stat().st_mtime_ns
-    return Source(start, trained, about, [*start.identity(), str(zero_path.resolve()), stamp])
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def consolidate(
-    path: str, out: str, format: str = "stock", uniform: bool = False, progress: Progress = no_progress
+    path: str,
+    out: str,
+    format: str = "stock",
+    uniform: bool = False,
+    alpha: float = 1.0,
+    dtype: str = "",
+    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    start: str = "",
+    tag: str = "",
+    scores: str = "",
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
-    compute, so that one intermediate_size holds for all.
+    compute, so that one intermediate_size holds for all. `alpha`: the dial, folded into the weights: 0 is the base, 1
+    as trained; for a run without growth the weights are interpolated with the base's. `dtype`: another one than the
+    base's. `start`, `tag`: see open_source. `scores`: a file that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
+    if not 0 <= alpha <= 1:
+        raise UserError(f"--alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
+    if dtype and dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: there are {', '.join(_DTYPES)}")
+    if format == "grown" and (alpha != 1 or dtype):
+        raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
+    size = parse_size("--max-shard-size", max_shard_size)
     refuse_existing(Path(out))
-    source = open_source(path)
-    plan = GrowthPlan.from_config(source.checkpoint.config)
+    source = open_source(path, start, tag)
+    if scores:
+        source.facts["scores"] = {p: v for p, v in read_json(Path(scores)).items() if p in ("task", "retention")}
+    plan = source.plan
     if format == "grown":
         if plan is None:
             raise UserError(f"{path}: was not trained by growth, so there is nothing to keep grown; use --format stock")
-        written = _write_grown(source, out, progress)
+        written = write_grown(source, out, size, progress)
     else:
-        written = _write_stock(source, plan, out, uniform, progress)
-    return {"source": path, "out": out, "format": format, "bytes": written, **source.facts}
+        tensors = _stock_tensors(source, plan, uniform, alpha, _DTYPES.get(dtype))
+        written = _write_stock(source, plan, out, tensors, alpha, dtype, size, progress)
+    return {"source": path, "out": out, "format": format, "alpha": alpha, "bytes": written, **source.facts}
 
 
-def _write_stock(source: Source, plan: GrowthPlan | None, out: str, uniform: bool, progress: Progress) -> int:
-    checkpoint = source.checkpoint
-    config = {key: value for key, value in checkpoint.config.items() if key != "growth"}
-    if plan is None:
-        specs = [_same(source, name) for name in checkpoint.tensors]
-    else:
-        specs = _merged(source, plan, uniform)
-        text = dict(text_config(config))
-        text["intermediate_size"] *= plan.factor
-        config = {**config, "text_config": text} if "text_config" in config else text
-    shards = split_into_shards(specs, MAX_SHARD_SIZE, "model")
-    if len(shards) == 1:
-        shards = {SINGLE_NAME: specs}
-    request = {"source": source.identity, "format": "stock", "uniform": uniform}
-    with OutputFolder(out, request) as folder:
-        folder.write_shards(shards, progress)
-        for file in side_files(checkpoint.path):
-            folder.copy(file)
-        total = sum(spec.nbytes for spec in specs)
-        if len(shards) > 1:
-            folder.write_index({spec.name: name for name, shard in shards.items() for spec in shard}, total)
-        folder.write_json("config.json", config)
-    return total
-
-
-def _same(source: Source, name: str) -> TensorSpec:
-    info = source.checkpoint.tensors[name]
-    return TensorSpec(name, info.dtype, info.shape, lambda: [source.read(name)])
-
-
-def _merged(source: Source, plan: GrowthPlan, uniform: bool) -> list[TensorSpec]:
-    prefixes = mlp_prefixes(name for name in source.checkpoint.tensors if ".mlp.grown." not in name)
-    others = sorted(set(prefixes) - set(plan.layers))
-    if others and not uniform:
-        raise UserError(
-            f"layers {others} are not grown, and stock models have one width: add --uniform to pad them with zeros"
-        )
-    grown = {f"{prefixes[layer]}.": layer in plan.layers for layer in prefixes}
-    specs = []
-    for name, info in source.checkpoint.tensors.items():
+def _stock_tensors(
+    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: torch.dtype | None
+) -> dict[str, Lazy]:
+    start = source.start
+    mlps = {}
+    if plan is not None:
+        prefixes = mlp_prefixes(start.tensors)
+        others = sorted(set(prefixes) - set(plan.layers))
+        if others and not uniform:
+            raise UserError(
+                f"layers {others} are not grown, and stock models have one width: add --uniform to pad them with zeros"
+            )
+        mlps = {prefix: layer in plan.layers for layer, prefix in prefixes.items()}
+    tensors = {}
+    for name, info in start.tensors.items():
         prefix, _, last = name.rpartition(".mlp.")
-        mlp = f"{prefix}.mlp."
-        if ".mlp.grown." in name:
+        mlp = f"{prefix}.mlp"
+        if is_growth(name):
             continue
-        if mlp not in grown or not last.endswith("_proj.weight"):
-            specs.append(_same(source, name))
-            continue
-        rows, columns = info.shape
-        down = last.startswith("down_proj")
-        shape = (rows, columns * plan.factor) if down else (rows * plan.factor, columns)
-        added = f"{mlp}grown.{last}" if grown[mlp] else None
-        specs.append(TensorSpec(name, info.dtype, shape, _joined(source, name, added, shape, down, plan.factor)))
-    return specs
-
-
-def _joined(
-    source: Source, name: str, added: str | None, shape: tuple[int, ...], down: bool, k: int
-) -> Callable[[], Iterable[Tensor]]:
-    def pieces() -> Iterable[Tensor]:
-        own = source.read(name)
-        if added is None:
-            rest = torch.zeros((shape[0], shape[1] - own.shape[1]) if down else (shape[0] - own.shape[0], shape[1]))
-            copies = rest.to(own.dtype)
+        target = dtype if dtype and info.dtype.is_floating_point else info.dtype
+        if plan is not None and mlp in mlps and "_proj." in last:
+            tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], alpha, target)
         else:
-            copies = source.read(added)
-            own = own / k if down else own
-        return [torch.cat([own, copies], dim=1)] if down else [own, copies]
-
-    return pieces
+            tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
+    return tensors
 
 
-def _write_grown(source: Source, out: str, progress: Progress) -> int:
-    """The base's shards linked as they are, and the growth as trained."""
-    checkpoint = source.checkpoint
-    growth_names = [name for name in checkpoint.tensors if ".mlp.grown." in name]
-    shards = split_into_shards([_same(source, name) for name in growth_names], MAX_SHARD_SIZE, "growth")
-    with OutputFolder(out, {"source": source.identity, "format": "grown"}) as folder:
-        for shard in checkpoint.shards:
-            if not shard.name.startswith("growth-"):
-                folder.link(shard, grown_name(shard))
-        checksums = folder.write_shards(shards, progress)
-        for file in side_files(checkpoint.path):
+def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: torch.dtype) -> Lazy:
+    """One of a stock MLP's tensors, from the base's own and the copies."""
+    own = source.start.lazy(f"{mlp}.{last}")
+    if not grown:
+        own = own.to(target)
+        if last == "down_proj.bias":
+            return own
+        if last == "down_proj.weight":
+            return beside(own, zeros((own.shape[0], own.shape[1] * (k - 1)), target))
+        return below(own, zeros((own.shape[0] * (k - 1), *own.shape[1:]), target))
+    copies = source.tensor(f"{mlp}.grown.{last}")
+    if not last.startswith("down_proj"):
+        trained = f"{mlp}.trained.{last}"
+        if trained in source.start.tensors or trained in source.trained:
+            return below(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
+        return below(own.to(target), copies.to(target))
+    own, added = _scaled(own, 1 - alpha * (k - 1) / k, target), _scaled(copies, alpha, target)
+    return combined(torch.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
+
+
+def _scaled(tensor: Lazy, factor: float, target: torch.dtype) -> Lazy:
+    """Scaled in the wider of the two types, so that it is rounded once."""
+    return tensor.to(torch.promote_types(tensor.dtype, target)).scaled(factor).to(target)
+
+
+def _write_stock(
+    source: Source,
+    plan: GrowthPlan | None,
+    out: str,
+    tensors: dict[str, Lazy],
+    alpha: float,
+    dtype: str,
+    max_shard_size: int,
+    progress: Progress,
+) -> int:
+    start = source.start
+    growth = start.config.get("growth")
+    config = {key: value for key, value in start.config.items() if key != "growth"}
+    if plan is not None:
+        text = dict(text_config(config))
+        text["intermediate_size"] = plan.factor * start.tensors[_gate(source)].shape[0]
+        config = {**config, "text_config": text} if "text_config" in config else text
+    if dtype:
+        config = _with_dtype(config, dtype)
+    shards = split_into_shards(tensors, max_shard_size, "model")
+    if len(shards) == 1:
+        shards = {SINGLE_NAME: tensors}
+    request = [source.identity, "stock", alpha, dtype, {name: list(part) for name, part in shards.items()}]
+    with OutputFolder(out, {"request": request}) as folder:
+        folder.write_shards(shards, progress)
+        for file in side_files(start.path):
             folder.copy(file)
-        index = json.loads((checkpoint.path / INDEX_NAME).read_text())
-        weight_map = index["weight_map"] | {spec.name: name for name, specs in shards.items() for spec in specs}
-        folder.write_index(weight_map, index["metadata"]["total_size"])
-        growth = checkpoint.config["growth"] | {"trained": source.facts, "tensors": checksums}
-        folder.write_json("config.json", checkpoint.config | {"growth": growth})
-    return sum(checkpoint.tensors[name].nbytes for name in growth_names)
+        if len(shards) > 1:
+            files = {name: file for file, part in shards.items() for name in part}
+            folder.write_index(files, {name: tensor.nbytes for name, tensor in tensors.items()})
+        folder.write_text("README.md", stock_card(source.base_facts(), source.facts, growth, alpha))
+        folder.write_json("config.json", config)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _gate(source: Source) -> str:
+    return next(iter(mlp_prefixes(source.start.tensors).values())) + ".gate_proj.weight"
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with its dtype (older ones call it torch_dtype) replaced, also where its parts name one."""
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and value is not None
+        else _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }  # fmt: skip
+
+
+def write_grown(source: Source, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
+    """The base's shards linked as they are, and the growth as trained."""
+    start = source.start
+    names = list(dict.fromkeys([name for name in start.tensors if is_growth(name)] + list(source.trained)))
+    kinds = {name: start.tensors[name].dtype for name in names}
+    added = {name: source.tensor(name).to(kinds[name]) for name in names}
+    shards = split_into_shards(added, max_shard_size, "growth")
+    with OutputFolder(out, {"request": [source.identity, "grown", list(shards)]}) as folder:
+        for shard in start.shards:
+            if not shard.name.startswith("growth-"):
+                folder.link(shard, shard.name)
+        checksums = folder.write_shards(shards, progress)
+        for file in side_files(start.path):
+            folder.copy(file)
+        for file in sorted((start.path / BASE_FOLDER).iterdir()):
+            folder.copy(file, f"{BASE_FOLDER}/{file.name}")
+        weight_map = {name: info.file.name for name, info in start.tensors.items() if not is_growth(name)}
+        weight_map |= {name: file for file, part in shards.items() for name in part}
+        sizes = {name: info.nbytes for name, info in start.tensors.items()}
+        folder.write_index(weight_map, sizes | {name: tensor.nbytes for name, tensor in added.items()})
+        growth = start.config["growth"] | {"trained": source.facts or start.config["growth"]["trained"]}
+        known = read_json(start.path / "growth.json")
+        folder.write_json("growth.json", known | growth | {"tensors": checksums})
+        folder.write_text("README.md", grown_card(growth))
+        folder.write_json("config.json", start.config | {"growth": growth})
+    return sum(tensor.nbytes for tensor in added.values())

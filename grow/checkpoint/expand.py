@@ -1,10 +1,9 @@
 """Base checkpoint → grown checkpoint, offline.
 
-The base's shards are linked, not copied; only the added copies are computed and written, one tensor at a time.
+The base's shards are linked, not copied; only the added copies are computed and written, a block of rows at a time.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.checkpoint.output import OutputFolder, Progress, no_progress, side_files
-from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, TensorSpec, file_checksum, split_into_shards
+from grow.checkpoint.card import base_facts, grown_card
+from grow.checkpoint.lazy import Lazy, below
+from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
+from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
+from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import FORMAT_VERSION, GrowthPlan, mlp_prefixes, parse_factor, parse_layers
+from grow.plan import FORMAT_VERSION, PROJECTIONS, GrowthPlan, mlp_prefixes, parse_factor, parse_layers, text_config
 
-MAX_SHARD_SIZE = 5 * 10**9
-# Where there is more than one added copy, they start this far apart (in standard deviations of the down-projection).
+# Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
+# projection).
 PERTURBATION = 0.01
+# What growth replaces of a base's files stands here in a grown checkpoint, as it was.
+BASE_FOLDER = "base"
 
 
 def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
@@ -28,49 +32,85 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     if "quantization_config" in base.config:
         raise UserError(f"{base.path}: its weights are quantized; give the checkpoint in bf16, fp16 or fp32")
-    prefixes = mlp_prefixes(base.tensors)
-    return GrowthPlan(parse_factor(factor), parse_layers(layers, max(prefixes) + 1)), prefixes
+    try:
+        prefixes = mlp_prefixes(base.tensors)
+    except UserError as error:
+        raise UserError(f"{base.path}: {error}") from None
+    text = text_config(base.config)
+    count = text.get("num_hidden_layers", len(prefixes))
+    if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
+        raise UserError(f"{base.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
+    for prefix in prefixes.values():
+        _check_shapes(base, prefix, text)
+    return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
 
 
-def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> list[TensorSpec]:
+def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
+    gate, up, down = (base.tensors[f"{prefix}.{name}.weight"] for name in PROJECTIONS)
+    p, h = gate.shape if len(gate.shape) == 2 else (0, 0)
+    expected = (text.get("intermediate_size", p), text.get("hidden_size", h))
+    if up.shape != (p, h) or down.shape != (h, p) or (p, h) != expected or 0 in (p, h):
+        shapes = ", ".join(
+            f"{name} {list(info.shape)}" for name, info in zip(PROJECTIONS, (gate, up, down), strict=True)
+        )
+        raise UserError(
+            f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
+            f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
+        )
+    if not gate.dtype.is_floating_point or {gate.dtype, up.dtype, down.dtype} != {gate.dtype}:
+        raise UserError(f"{base.path}: {prefix} is in {gate.dtype}, {up.dtype}, {down.dtype}; one float type is needed")
+
+
+def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, Lazy]:
     """The copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight`, in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies one below the other. down: [h, (k−1)·p], copies side by side, each divided by k.
+    Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
     """
     k = plan.factor
-    specs = []
+    added = {}
     for layer in plan.layers:
         if layer not in prefixes:
             raise UserError(f"layer {layer} has no gated MLP to grow; layers that have one: {sorted(prefixes)}")
-        prefix = prefixes[layer]
-        for name in ("gate_proj", "up_proj"):
-            key = f"{prefix}.{name}.weight"
-            p, h = base.tensors[key].shape
-            pieces = _repeated(base, key, k - 1)
-            specs.append(TensorSpec(f"{prefix}.grown.{name}.weight", base.tensors[key].dtype, ((k - 1) * p, h), pieces))
-        key = f"{prefix}.down_proj.weight"
-        h, p = base.tensors[key].shape
-        pieces = _divided(base, key, k)
-        specs.append(TensorSpec(f"{prefix}.grown.down_proj.weight", base.tensors[key].dtype, (h, (k - 1) * p), pieces))
-    return specs
+        for projection in PROJECTIONS:
+            for part in ("weight", "bias"):
+                name = f"{prefixes[layer]}.{projection}.{part}"
+                if name not in base.tensors:
+                    continue
+                own = base.lazy(name)
+                if projection != "down_proj":
+                    made = below(*[own] * (k - 1))
+                elif part == "bias":
+                    made = own.scaled((k - 1) / k)
+                else:
+                    made = _divided(own, k, name)
+                added[f"{prefixes[layer]}.grown.{projection}.{part}"] = made
+    return added
 
 
-def _repeated(base: Checkpoint, key: str, times: int) -> Callable[[], Iterable[Tensor]]:
-    return lambda: [base.read(key)] * times
+def _divided(down: Lazy, k: int, name: str) -> Lazy:
+    """[h, p] → [h, (k−1)·p], each copy divided by k.
 
-
-def _divided(base: Checkpoint, key: str, k: int) -> Callable[[], Iterable[Tensor]]:
+    Several equal copies would get equal gradients and never part. So they start apart by noise that sums to zero: the
+    last copy is what the others leave of (k−1)/k·D, so that only one rounding is left of it.
+    """
     if k == 2:
-        return lambda: [base.read(key) / 2]
-    return lambda: [_perturbed(base.read(key) / k, k - 1, key)]
+        return down.scaled(0.5)
+    h, p = down.shape
 
+    def row(index: int, values: Tensor) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:7], "big")
+        noise = torch.randn((k - 1, p), generator=torch.Generator().manual_seed(seed))
+        noise = (noise - noise.mean(dim=0)) * (PERTURBATION * values.std())
+        copies = (values / k + noise).to(down.dtype)
+        copies[-1] = values * ((k - 1) / k) - copies[:-1].float().sum(dim=0)
+        return copies.reshape(-1)
 
-def _perturbed(down: Tensor, copies: int, key: str) -> Tensor:
-    """Several equal copies would get equal gradients and never part; offsets that sum to zero tell them apart."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-    noise = torch.randn((copies, *down.shape), generator=generator)
-    noise = (noise - noise.mean(dim=0)) * (PERTURBATION * down.float().std())
-    return torch.cat([(down.float() + offset).to(down.dtype) for offset in noise], dim=1)
+    def rows(begin: int, end: int) -> Tensor:
+        values = down.rows(begin, end).float()
+        return torch.stack([row(begin + i, own) for i, own in enumerate(values)])
+
+    return Lazy((h, (k - 1) * p), down.dtype, rows)
 
 
 def grown_name(shard: Path) -> str:
@@ -80,55 +120,72 @@ def grown_name(shard: Path) -> str:
 
 
 def expand(
-    base_path: str, out: str, factor: int | str = 2, layers: str = "all", progress: Progress = no_progress
+    base_path: str,
+    out: str,
+    factor: int | str = 2,
+    layers: str = "all",
+    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
 
     Raises UserError for a base that cannot be grown or an OUT that exists.
     """
+    refuse_existing(Path(out))
     base = Checkpoint(base_path)
     plan, prefixes = make_plan(base, factor, layers)
-    specs = added_tensors(base, plan, prefixes)
-    shards = split_into_shards(specs, MAX_SHARD_SIZE, "growth")
-    request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers}
+    added = added_tensors(base, plan, prefixes)
+    shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
+    request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
-        base_checksums = hasher.map(file_checksum, base.shards)
-        for shard in base.shards:
-            folder.link(shard, grown_name(shard))
+        base_checksums = [hasher.submit(file_checksums, shard) for shard in base.shards]
+        link_base(folder, base)
         checksums = folder.write_shards(shards, progress)
-        for file in side_files(base.path):
-            folder.copy(file)
-        weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
-        weight_map |= {spec.name: name for name, shard_specs in shards.items() for spec in shard_specs}
-        folder.write_index(weight_map, sum(i.nbytes for i in base.tensors.values()) + sum(s.nbytes for s in specs))
+        files: dict[str, Any] = {}
+        base_tensors: dict[str, str] = {}
+        for shard, future in zip(base.shards, base_checksums, strict=True):
+            whole, tensors = future.result()
+            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": whole}
+            base_tensors |= tensors
         growth = {
             "format_version": FORMAT_VERSION,
             "factor": plan.factor,
             "layers": list(plan.layers),
             "trained": None,
-            "base": {
-                "files": {
-                    grown_name(shard): {"name": shard.name, "bytes": shard.stat().st_size, "sha256": sha256}
-                    for shard, sha256 in zip(base.shards, base_checksums, strict=True)
-                }
-            },
-            "tensors": checksums,
+            "base": {**base_facts(base), "files": files},
         }
-        folder.write_json("config.json", {**base.config, "growth": growth})
-    return describe(base, plan, specs) | {"out": str(out)}
+        weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
+        weight_map |= {name: file for file, tensors in shards.items() for name in tensors}
+        sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
+        folder.write_index(weight_map, sizes)
+        folder.write_json("growth.json", growth | {"tensors": checksums, "base_tensors": base_tensors})
+        folder.write_text("README.md", grown_card(growth))
+        folder.write_json("config.json", base.config | {"growth": growth})
+    return describe(base, plan, added) | {"out": str(out)}
 
 
-def describe(base: Checkpoint, plan: GrowthPlan, specs: list[TensorSpec]) -> dict[str, Any]:
+def link_base(folder: OutputFolder, base: Checkpoint) -> None:
+    """Puts a base's files into a grown checkpoint: shards linked, small files copied, and as they were, in `base/`,
+    those that a grown checkpoint has its own of."""
+    for shard in base.shards:
+        folder.link(shard, grown_name(shard))
+    for file in side_files(base.path):
+        folder.copy(file)
+    for name in ("config.json", INDEX_NAME, "README.md"):
+        if (base.path / name).is_file():
+            folder.copy(base.path / name, f"{BASE_FOLDER}/{name}")
+
+
+def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict[str, Any]:
     """What a plan comes to: layers, parameters (of the base, added = trained by g_freeze), bytes on disk."""
-    parameters = sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values())
-    added = sum(spec.nbytes // spec.dtype.itemsize for spec in specs)
+    count = sum(tensor.numel for tensor in added.values())
     return {
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
-        "base_parameters": parameters,
-        "added_parameters": added,
-        "trained_parameters": {"g_freeze": added},
+        "base_parameters": sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values()),
+        "added_parameters": count,
+        "trained_parameters": {"g_freeze": count},
         "base_bytes": sum(info.nbytes for info in base.tensors.values()),
-        "added_bytes": sum(spec.nbytes for spec in specs),
+        "added_bytes": sum(tensor.nbytes for tensor in added.values()),
     }

@@ -1,8 +1,11 @@
-"""DeepSpeed ZeRO checkpoints, read lazily: the fp32 master weights of what trained, one tensor at a time.
+"""DeepSpeed checkpoints, read lazily: the fp32 master weights of what trained, some rows at a time.
 
-Each rank's `*_optim_states.pt` holds a part of them, flattened; rank 0's `*_model_states.pt` has names and shapes. The
-layout is that of DeepSpeed 0.19 (deepspeed/utils/zero_to_fp32.py describes it): in ZeRO-1 and 2 a parameter group is
-one long vector cut evenly over the ranks; in ZeRO-3 every parameter is cut evenly, and a rank's parts follow on.
+The layouts are those of DeepSpeed 0.19 (its utils/zero_to_fp32.py and checkpoint/ds_to_universal.py describe them):
+- ZeRO-1 and 2, and 0 in bf16: a parameter group is one long vector, cut evenly over the ranks' `*_optim_states.pt`;
+- ZeRO-3: every parameter is cut evenly over the ranks, and a rank's parts follow on;
+- ZeRO-0 in fp32: whole parameters, in `*_model_states.pt`;
+- universal: a folder for each parameter, `zero/<name>/fp32.pt`.
+Names and shapes, and what was frozen, stand in rank 0's `*_model_states.pt`.
 """
 
 import re
@@ -13,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.checkpoint import lazy
+from grow.checkpoint.lazy import Lazy
 from grow.errors import UserError
 
 
@@ -32,7 +37,7 @@ _ALLOWED: list[Any] = [
 ]
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -42,76 +47,145 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 class ZeroCheckpoint:
-    """The trained parameters in a folder that DeepSpeed's save_checkpoint wrote (with a `latest` file in it).
+    """The parameters in a folder that DeepSpeed's save_checkpoint wrote: the one with `latest` in it, or one tag's.
 
-    `shapes` maps the model's parameter names to their shapes. Raises UserError if ranks' files are missing or unsound.
+    `trained` and `frozen` map the model's parameter names to their values: trained ones are fp32 master weights;
+    frozen ones are there only if the checkpoint was not made with exclude_frozen_parameters. `path` is the tag's
+    folder.
+    Raises UserError if ranks' files are missing or unsound.
     """
 
-    def __init__(self, path: Path):
-        latest = path / "latest"
-        if not latest.is_file():
-            raise UserError(f"{path}: no DeepSpeed checkpoint there (no file `latest`)")
-        folder = path / latest.read_text().strip()
-        optimizer_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+    def __init__(self, path: Path, tag: str = ""):
+        self.path = folder = _tag_folder(path, tag)
+        self.trained: dict[str, Lazy] = {}
+        self.frozen: dict[str, Lazy] = {}
+        self.stage, self.world_size = 0, 1
         model_files = sorted(folder.glob("*_model_states.pt"), key=_rank)
-        if not optimizer_files or not model_files:
-            raise UserError(f"{folder}: DeepSpeed's files are not in it; ZeRO stages 1, 2 and 3 can be read")
+        optimizer_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+        try:
+            if (folder / "zero").is_dir():
+                self._read_universal()
+            elif not model_files:
+                raise UserError(f"{folder}: no *_model_states.pt in it; is it a DeepSpeed checkpoint?")
+            elif optimizer_files:
+                self._read_zero(model_files, optimizer_files)
+            else:
+                self._read_whole(_load(model_files[0]))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(f"{folder}: not laid out as DeepSpeed 0.19 does it ({error!r})") from error
+        if not self.trained:
+            raise UserError(f"{folder}: no trained parameter in it")
+
+    def identity(self) -> list[Any]:
+        """What tells these files from others without reading them: path, bytes and time of change of each."""
+        files = sorted(self.path.rglob("*.pt"))
+        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def _read_universal(self) -> None:
+        root = self.path / "zero"
+        for file in sorted(root.glob("*/fp32.pt")):
+            state = _load(file)
+            value = state["param"] if isinstance(state, dict) else state
+            self.trained[file.parent.name] = lazy.of(value)
+
+    def _read_whole(self, state: dict[str, Any]) -> None:
+        """ZeRO-0 in fp32: the module's own state. What was frozen is in no list; it counts as trained, by nothing.
+
+        Tied tensors share their storage: the second name is left out, and so are buffers."""
+        seen: set[int] = set()
+        for name, value in state["module"].items():
+            if value.data_ptr() not in seen and name not in (state.get("buffer_names") or ()):
+                self.trained[name] = lazy.of(value)
+                seen.add(value.data_ptr())
+
+    def _read_zero(self, model_files: list[Path], optimizer_files: list[Path]) -> None:
         states = [_load(file)["optimizer_state_dict"] for file in optimizer_files]
-        self.stage = int(states[0]["zero_stage"])
+        model = _load(model_files[0])
+        self.stage = int(states[0].get("zero_stage", 0))
         count = states[0]["partition_count"]
         self.world_size = max(count) if isinstance(count, list) else int(count)
         if self.world_size != len(states):
-            raise UserError(f"{folder}: {len(states)} of {self.world_size} ranks' files are there")
-        self._groups: list[dict[str, tuple[int, ...]]] = [
-            {name: tuple(shape) for name, shape in group.items()} for group in _load(model_files[0])["param_shapes"]
-        ]
-        self.shapes = {name: shape for group in self._groups for name, shape in group.items()}
+            raise UserError(f"{self.path}: {len(states)} of {self.world_size} ranks' files are there")
+        groups = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
         if self.stage == 3:
-            self._flat = [state["fp32_flat_groups"] for state in states]
+            flat = [state["fp32_flat_groups"] for state in states]
+            shapes = {name: shape for group in groups for name, shape in group.items()}
+            self.trained = self._cut_by_parameter(shapes, flat)
+            if model.get("frozen_param_fragments"):
+                if len(model_files) != self.world_size:
+                    raise UserError(f"{self.path}: {len(model_files)} of {self.world_size} ranks' files are there")
+                ranks = [_load(file)["frozen_param_fragments"] for file in model_files]
+                for name, shape in model["frozen_param_shapes"].items():
+                    self.frozen[name] = _joined([rank[name].view(-1) for rank in ranks], tuple(shape), name)
         else:
-            self._flat = [state["single_partition_of_fp32_groups"] for state in states]
-        self._places = self._zero3_places() if self.stage == 3 else self._zero2_places(states[0])
+            flat = [state["single_partition_of_fp32_groups"] for state in states]
+            self.trained = self._cut_by_group(groups, flat, states[0].get("param_alignment_paddings"))
+            fragments = model.get("frozen_param_fragments") or {}
+            self.frozen = {name: lazy.of(value) for name, value in fragments.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The master weight of one parameter, fp32, in its shape."""
-        parts = [self._flat[rank][group][begin:end].detach() for rank, group, begin, end in self._places[name]]
-        return torch.cat(parts)[: prod(self.shapes[name])].view(self.shapes[name])
-
-    def _zero2_places(self, state: dict[str, Any]) -> dict[str, list[tuple[int, int, int, int]]]:
-        paddings = state.get("param_alignment_paddings")
-        places = {}
-        for group, shapes in enumerate(self._groups):
+    def _cut_by_group(self, groups: list[dict[str, tuple[int, ...]]], flat: Any, paddings: Any) -> dict[str, Lazy]:
+        found = {}
+        for group, shapes in enumerate(groups):
             offset = 0
+            parts = [rank[group] for rank in flat]
             for index, (name, shape) in enumerate(shapes.items()):
-                lengths = [len(rank[group]) for rank in self._flat]
-                places[name] = [(rank, group, begin, end) for rank, begin, end in _cut(lengths, offset, prod(shape))]
+                found[name] = _joined(_range(parts, offset, prod(shape)), shape, name)
                 offset += prod(shape) + (paddings[group][index] if paddings else 0)
-        return places
+        return found
 
-    def _zero3_places(self) -> dict[str, list[tuple[int, int, int, int]]]:
-        places, offset = {}, 0
-        for name, shape in self.shapes.items():
+    def _cut_by_parameter(self, shapes: dict[str, tuple[int, ...]], flat: Any) -> dict[str, Lazy]:
+        found, offset = {}, 0
+        for name, shape in shapes.items():
             length = ceil(prod(shape) / self.world_size)
-            places[name] = [
-                (rank, group, begin, end)
-                for rank, flat in enumerate(self._flat)
-                for group, begin, end in _cut([len(part) for part in flat], offset, length)
-            ]
+            parts = [part for rank in flat for part in _range(rank, offset, length)]
+            found[name] = _joined(parts, shape, name)
             offset += length
-        return places
+        return found
 
 
-def _cut(lengths: list[int], offset: int, length: int) -> list[tuple[int, int, int]]:
-    """Where [offset, offset + length) lies in vectors that stand one after the other: (which, begin, end)."""
+def _tag_folder(path: Path, tag: str) -> Path:
+    if tag:
+        folder = path / tag
+        if Path(tag).name != tag or not folder.is_dir():
+            tags = sorted(child.name for child in path.iterdir() if any(child.glob("*_states.pt")))
+            raise UserError(f"{path}: no tag {tag} in it; there are: {', '.join(tags) or 'none'}")
+        return folder
+    for name in ("latest", "latest_universal"):
+        if (path / name).is_file():
+            return _tag_folder(path, (path / name).read_text().strip())
+    if any(path.glob("*_states.pt")) or (path / "zero").is_dir():
+        return path
+    raise UserError(f"{path}: no DeepSpeed checkpoint there (no file `latest`)")
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a folder looks like a DeepSpeed checkpoint, or like one tag of it."""
+    return any((path / name).exists() for name in ("latest", "latest_universal", "zero")) or any(
+        path.glob("*_model_states.pt")
+    )
+
+
+def _range(vectors: list[Tensor], offset: int, length: int) -> list[Tensor]:
+    """[offset, offset + length) of vectors that stand one after the other."""
     found, start = [], 0
-    for which, size in enumerate(lengths):
-        begin, end = max(offset - start, 0), min(offset + length - start, size)
+    for vector in vectors:
+        begin, end = max(offset - start, 0), min(offset + length - start, len(vector))
         if begin < end:
-            found.append((which, begin, end))
-        start += size
-    if sum(end - begin for _, begin, end in found) != length:
-        raise UserError("the DeepSpeed checkpoint is shorter than the parameters it lists")
+            found.append(vector.detach()[begin:end])
+        start += len(vector)
     return found
+
+
+def _joined(parts: list[Tensor], shape: tuple[int, ...], name: str) -> Lazy:
+    """A parameter of this shape whose values are the parts, one after the other; what is over is padding."""
+    if sum(len(part) for part in parts) < prod(shape):
+        raise UserError(f"{name}: the DeepSpeed checkpoint is shorter than the parameters it lists")
+    width = prod(shape[1:])
+
+    def rows(begin: int, end: int) -> Tensor:
+        return torch.cat(_range(parts, begin * width, (end - begin) * width)).view(end - begin, *shape[1:])
+
+    return Lazy(shape, parts[0].dtype, rows)
 
 
 def _rank(path: Path) -> int:

@@ -1,0 +1,84 @@
+"""The model card, README.md with front matter, of a checkpoint that is written: what it grew from, under which
+licence, which layers, trained on what, with which scores."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grow.checkpoint.hub import hub_name
+from grow.checkpoint.shards import Checkpoint
+from grow.plan import ranges
+
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+def base_facts(base: Checkpoint) -> dict[str, Any]:
+    """A base's name, and its licence as its own card has it: {"name": …, "license": …, …}."""
+    facts = {"name": hub_name(base.path) or base.path.resolve().name}
+    front = _front_matter(base.path / "README.md")
+    return facts | {field: str(front[field]) for field in _LICENSE_FIELDS if front.get(field)}
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    try:
+        opening, front, _ = path.read_text(encoding="utf-8").split("---\n", 2)
+        values = yaml.safe_load(front) if not opening.strip() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def grown_card(growth: dict[str, Any]) -> str:
+    """The card of a grown checkpoint, from its metadata (config.json's "growth")."""
+    base, layers = growth["base"], growth["layers"]
+    text = (
+        f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
+        "times as wide. The base's weights are in it, bit for bit (`python -m grow base` takes them out again). "
+    )
+    if growth["trained"] is None:
+        text += "Nothing has been trained yet: it computes what its base does."
+        return _card(base, "Grown, not trained", text)
+    return _card(base, "Grown and trained", text + _training(growth["trained"]))
+
+
+def stock_card(base: dict[str, Any], about: dict[str, Any], growth: dict[str, Any] | None, alpha: float) -> str:
+    """The card of a stock checkpoint. `base` as base_facts, `about` the training's facts (consolidate.Source)."""
+    if growth:
+        layers = growth["layers"]
+        text = (
+            f"Made from `{base['name']}` by growing its MLPs (layers {ranges(layers)}, {growth['factor']} times as "
+            "wide) and training the added copies, then joined to one plain MLP a layer. "
+        )
+    else:
+        text = f"Made from `{base['name']}` by training its own weights. "
+    if alpha != 1:
+        text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
+    return _card(base, "Trained", text + _training(about))
+
+
+def _training(about: dict[str, Any]) -> str:
+    if not about:
+        return "Nothing is known about the training."
+    lines = [f"\n\nTrained by `{about['method']}` for {about['steps']} steps on `{about['data']}`."]
+    validation = about.get("validation_loss")
+    if validation:
+        lines.append(f"Validation loss: {validation[0]:.4f} at first, {validation[-1]:.4f} at the end.")
+    if about.get("scores"):
+        lines += ["", "| | loss | token accuracy | exact match | rows |", "|---|---|---|---|---|"]
+        for part, s in about["scores"].items():
+            lines.append(
+                f"| {part} | {s['loss']:.4f} | {s['token_accuracy']:.1%} | {s['exact_match']:.1%} | {s['rows']} |"
+            )
+    return "\n".join(lines)
+
+
+def _card(base: dict[str, Any], title: str, text: str) -> str:
+    front: dict[str, Any] = {"base_model": base["name"], "library_name": "transformers", "tags": ["grow"]}
+    front |= {field: base[field] for field in _LICENSE_FIELDS if field in base}
+    licence = (
+        f"Licence: that of the base, {base['license']}."
+        if "license" in base
+        else "Licence: that of the base, which its files do not name; its terms pass to what is made of it."
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {title}: {base['name']}\n\n{text}\n\n{licence}\n"

@@ -1,0 +1,130 @@
+"""What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grow.checkpoint.card import base_facts
+from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.writer import checksum
+from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
+from grow.errors import UserError
+from grow.plan import GrowthPlan, canonical, is_growth
+
+
+@dataclass
+class Source:
+    """`start` is what training started from: a grown checkpoint, or the base of plain fine-tuning."""
+
+    start: Checkpoint
+    trained: dict[str, Lazy] = field(default_factory=dict)  # by the name on disk; fp32 master weights of a run
+    facts: dict[str, Any] = field(default_factory=dict)  # of the training
+    identity: list[Any] = field(default_factory=list)  # of all that is read
+
+    @property
+    def plan(self) -> GrowthPlan | None:
+        """What grew; None for plain fine-tuning."""
+        return GrowthPlan.from_config(self.start.config)
+
+    def tensor(self, name: str) -> Lazy:
+        """A tensor as trained; a master weight is in fp32."""
+        return self.trained[name] if name in self.trained else self.start.lazy(name)
+
+    def base_facts(self) -> dict[str, Any]:
+        """Name and licence of the base."""
+        growth = self.start.config.get("growth")
+        return growth["base"] if growth else base_facts(self.start)
+
+
+def open_source(path: str, start: str = "", tag: str = "") -> Source:
+    """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
+
+    `start` is what training started from, where that does not stand in a run.json (or was moved); `tag` names one of
+    several checkpoints in a DeepSpeed folder. With `start`, a stock checkpoint is one that was trained from it.
+    Raises UserError for anything else.
+    """
+    folder = Path(path)
+    if (folder / "run.json").exists():
+        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=lambda file: int(file.parent.name.split("-")[1]))
+        if not complete:
+            raise UserError(f"{folder}: the run has no complete checkpoint yet")
+        return _open_run(folder, complete[-1].parent, start)
+    if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
+        if not (folder / "COMPLETE").exists():
+            raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
+        return _open_run(folder.parent, folder, start)
+    if is_deepspeed(folder):
+        if not start:
+            raise UserError(f"{folder}: name the checkpoint that its training started from: --start CKPT")
+        return _open_deepspeed(folder, Checkpoint(start), tag)
+    checkpoint = Checkpoint(path)
+    if tag:
+        raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, and {folder} is none")
+    if start:
+        return _lay_over(Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint)
+    if GrowthPlan.from_config(checkpoint.config) is None:
+        raise UserError(f"{folder}: a stock checkpoint already; --start BASE tells from what it was trained")
+    return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
+
+
+def _open_run(run: Path, zero_path: Path, start: str) -> Source:
+    run_facts = read_json(run / "run.json")
+    source = _open_deepspeed(zero_path, Checkpoint(start or run_facts["start"]), "")
+    recipe, step = run_facts["recipe"], int(zero_path.name.split("-")[1])
+    history = json.loads((zero_path / "trainer_state.json").read_text())["log_history"]
+    source.facts = {
+        "method": recipe["method"],
+        "data": recipe["data"],
+        "steps": step,
+        "learning_rate": recipe["learning_rate"],
+        "seed": recipe["seed"],
+        "validation_loss": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
+    }
+    return source
+
+
+def _open_deepspeed(path: Path, start: Checkpoint, tag: str) -> Source:
+    zero = ZeroCheckpoint(path, tag)
+    source = _lay_over(start, zero.trained, zero)
+    on_disk = {canonical(name): name for name in start.tensors}
+    for name, tensor in zero.frozen.items():
+        key = on_disk.get(canonical(name))
+        if key and checksum(tensor.to(start.tensors[key].dtype)) != checksum(start.lazy(key)):
+            raise UserError(f"{path}: {name} was frozen, and is not that of {start.path}: training started elsewhere")
+    return source
+
+
+def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Source:
+    """Finds each trained tensor's counterpart: names differ between disk and memory, and so do layouts."""
+    on_disk = {canonical(name): name for name in start.tensors}
+    found: dict[str, Lazy] = {}
+    for name, tensor in trained.items():
+        key = on_disk.get(canonical(name))
+        if key is None or start.tensors[key].shape != tensor.shape:
+            raise UserError(
+                f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
+            )
+        found[key] = tensor
+    if GrowthPlan.from_config(start.config) is not None:
+        found = {key: tensor for key, tensor in found.items() if is_growth(key) or _differs(start, key, tensor)}
+        strange = [key for key in found if not is_growth(key)]
+        if strange:
+            raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
+    return Source(start, found, {}, [start.identity(), origin.identity()])
+
+
+def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:
+    own = start.lazy(key)
+    return any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(own.blocks(), _same_blocks(own, tensor), strict=True))
+
+
+def _same_blocks(own: Lazy, tensor: Lazy) -> Any:
+    """The blocks of `tensor`, cut at the rows where those of `own` are."""
+    begin = 0
+    for block in own.blocks():
+        yield tensor.rows(begin, begin + len(block))
+        begin += len(block)
