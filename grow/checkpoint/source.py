@@ -67,7 +67,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     if start:
         return _lay_over(Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint)
     if GrowthPlan.from_config(checkpoint.config) is None:
-        raise UserError(f"{folder}: a stock checkpoint already; --start BASE tells from what it was trained")
+        raise UserError(f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE tells from what it was trained)")
     return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
 
 
