@@ -67,7 +67,9 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     if start:
         return _lay_over(Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint)
     if GrowthPlan.from_config(checkpoint.config) is None:
-        raise UserError(f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE tells from what it was trained)")
+        raise UserError(
+            f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
+        )
     return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
 
 
@@ -104,6 +106,8 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
     found: dict[str, Lazy] = {}
     for name, tensor in trained.items():
         key = on_disk.get(canonical(name))
+        if key is None and name.endswith("lm_head.weight"):
+            continue  # tied: the embedding's second name, which DeepSpeed's universal checkpoints keep
         if key is None or start.tensors[key].shape != tensor.shape:
             raise UserError(
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"

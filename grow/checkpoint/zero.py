@@ -1,9 +1,9 @@
 """DeepSpeed checkpoints, read lazily: the fp32 master weights of what trained, some rows at a time.
 
 The layouts are those of DeepSpeed 0.19 (its utils/zero_to_fp32.py and checkpoint/ds_to_universal.py describe them):
-- ZeRO-1 and 2, and 0 in bf16: a parameter group is one long vector, cut evenly over the ranks' `*_optim_states.pt`;
+- ZeRO-1 and 2: a parameter group is one long vector, cut evenly over the ranks' `*_optim_states.pt`;
 - ZeRO-3: every parameter is cut evenly over the ranks, and a rank's parts follow on;
-- ZeRO-0 in fp32: whole parameters, in `*_model_states.pt`;
+- ZeRO-0: whole parameters in `*_model_states.pt`, in the model's dtype, since it has no master weights;
 - universal: a folder for each parameter, `zero/<name>/fp32.pt`.
 Names and shapes, and what was frozen, stand in rank 0's `*_model_states.pt`.
 """
@@ -49,7 +49,7 @@ def _load(path: Path) -> Any:
 class ZeroCheckpoint:
     """The parameters in a folder that DeepSpeed's save_checkpoint wrote: the one with `latest` in it, or one tag's.
 
-    `trained` and `frozen` map the model's parameter names to their values: trained ones are fp32 master weights;
+    `trained` and `frozen` map the model's parameter names to their values: trained ones are master weights, fp32;
     frozen ones are there only if the checkpoint was not made with exclude_frozen_parameters. `path` is the tag's
     folder.
     Raises UserError if ranks' files are missing or unsound.
@@ -89,7 +89,7 @@ class ZeroCheckpoint:
             self.trained[file.parent.name] = lazy.of(value)
 
     def _read_whole(self, state: dict[str, Any]) -> None:
-        """ZeRO-0 in fp32: the module's own state. What was frozen is in no list; it counts as trained, by nothing.
+        """ZeRO-0: the module's own state. What was frozen is in no list; it counts as trained, by nothing.
 
         Tied tensors share their storage: the second name is left out, and so are buffers."""
         seen: set[int] = set()
@@ -101,7 +101,7 @@ class ZeroCheckpoint:
     def _read_zero(self, model_files: list[Path], optimizer_files: list[Path]) -> None:
         states = [_load(file)["optimizer_state_dict"] for file in optimizer_files]
         model = _load(model_files[0])
-        self.stage = int(states[0].get("zero_stage", 0))
+        self.stage = int(states[0]["zero_stage"])
         count = states[0]["partition_count"]
         self.world_size = max(count) if isinstance(count, list) else int(count)
         if self.world_size != len(states):
