@@ -38,12 +38,15 @@ def grown_card(growth: dict[str, Any]) -> str:
     )
     if growth["trained"] is None:
         text += "Nothing has been trained yet: it computes what its base does."
-        return _card(base, "Grown, not trained", text)
-    return _card(base, "Grown and trained", text + _training(growth["trained"]))
+    title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
+    return _card(base, title, text + _training(growth["trained"] or {}) + _scores(growth.get("scores")))
 
 
-def stock_card(base: dict[str, Any], about: dict[str, Any], growth: dict[str, Any] | None, alpha: float) -> str:
-    """The card of a stock checkpoint. `base` as base_facts, `about` the training's facts (consolidate.Source)."""
+def stock_card(
+    base: dict[str, Any], growth: dict[str, Any] | None, about: dict[str, Any], scores: dict[str, Any], alpha: float
+) -> str:
+    """The card of a stock checkpoint at a place of the dial. `base` as base_facts, `growth` the metadata if it grew,
+    `about` the training's facts, `scores` those of `eval`."""
     if growth:
         layers = growth["layers"]
         text = (
@@ -54,22 +57,26 @@ def stock_card(base: dict[str, Any], about: dict[str, Any], growth: dict[str, An
         text = f"Made from `{base['name']}` by training its own weights. "
     if alpha != 1:
         text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
-    return _card(base, "Trained", text + _training(about))
+    return _card(base, "Trained", text + _training(about) + _scores(scores))
 
 
 def _training(about: dict[str, Any]) -> str:
-    if not about:
-        return "Nothing is known about the training."
+    if "method" not in about:
+        return ""
     lines = [f"\n\nTrained by `{about['method']}` for {about['steps']} steps on `{about['data']}`."]
     validation = about.get("validation_loss")
     if validation:
         lines.append(f"Validation loss: {validation[0]:.4f} at first, {validation[-1]:.4f} at the end.")
-    if about.get("scores"):
-        lines += ["", "| | loss | token accuracy | exact match | rows |", "|---|---|---|---|---|"]
-        for part, s in about["scores"].items():
-            lines.append(
-                f"| {part} | {s['loss']:.4f} | {s['token_accuracy']:.1%} | {s['exact_match']:.1%} | {s['rows']} |"
-            )
+    return "\n".join(lines)
+
+
+def _scores(scores: dict[str, Any] | None) -> str:
+    if not scores:
+        return ""
+    lines = ["\n\n| | loss | token accuracy | exact match | rows |", "|---|---|---|---|---|"]
+    for part, s in scores.items():
+        shares = f"{s['token_accuracy']:.1%} | {s['exact_match']:.1%}"
+        lines.append(f"| {part} | {s['loss']:.4f} | {shares} | {s['rows']} |")
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def consolidate(
     refuse_existing(Path(out))
     source = open_source(path, start, tag)
     if scores:
-        source.facts["scores"] = {p: v for p, v in read_json(Path(scores)).items() if p in ("task", "retention")}
+        source.scores = {part: v for part, v in read_json(Path(scores)).items() if part in ("task", "retention")}
     plan = source.plan
     if format == "grown":
         if plan is None:
@@ -149,7 +149,7 @@ def _write_stock(
         if len(shards) > 1:
             files = {name: file for file, part in shards.items() for name in part}
             folder.write_index(files, {name: tensor.nbytes for name, tensor in tensors.items()})
-        folder.write_text("README.md", stock_card(source.base_facts(), source.facts, growth, alpha))
+        folder.write_text("README.md", stock_card(source.base_facts(), growth, source.facts, source.scores, alpha))
         folder.write_json("config.json", config)
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -187,7 +187,7 @@ def write_grown(source: Source, out: str, max_shard_size: int, progress: Progres
         weight_map |= {name: file for file, part in shards.items() for name in part}
         sizes = {name: info.nbytes for name, info in start.tensors.items()}
         folder.write_index(weight_map, sizes | {name: tensor.nbytes for name, tensor in added.items()})
-        growth = start.config["growth"] | {"trained": source.facts or start.config["growth"]["trained"]}
+        growth = source.growth()
         known = read_json(start.path / "growth.json")
         folder.write_json("growth.json", known | growth | {"tensors": checksums})
         folder.write_text("README.md", grown_card(growth))

@@ -62,7 +62,7 @@ def growth(
     shards = split_into_shards(added, size, "growth")
     with OutputFolder(out, {"growth of": source.identity, "shards": list(shards)}) as folder:
         checksums = folder.write_shards(shards, progress)
-        facts = grown.config["growth"] | {"trained": source.facts or grown.config["growth"]["trained"]}
+        facts = source.growth()
         folder.write_text("README.md", grown_card(facts))
         known = read_json(grown.path / "growth.json")
         folder.write_json("growth.json", known | facts | {"tensors": checksums})

@@ -23,6 +23,7 @@ class Source:
     start: Checkpoint
     trained: dict[str, Lazy] = field(default_factory=dict)  # by the name on disk; fp32 master weights of a run
     facts: dict[str, Any] = field(default_factory=dict)  # of the training
+    scores: dict[str, Any] = field(default_factory=dict)  # of `eval`
     identity: list[Any] = field(default_factory=list)  # of all that is read
 
     @property
@@ -33,6 +34,12 @@ class Source:
     def tensor(self, name: str) -> Lazy:
         """A tensor as trained; a master weight is in fp32."""
         return self.trained[name] if name in self.trained else self.start.lazy(name)
+
+    def growth(self) -> dict[str, Any]:
+        """The metadata of the growth as it is now (config.json's "growth")."""
+        growth = dict(self.start.config["growth"])
+        growth["trained"] = self.facts or growth["trained"]
+        return growth | ({"scores": self.scores} if self.scores else {})
 
     def base_facts(self) -> dict[str, Any]:
         """Name and licence of the base."""
@@ -92,6 +99,7 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
 def _open_deepspeed(path: Path, start: Checkpoint, tag: str) -> Source:
     zero = ZeroCheckpoint(path, tag)
     source = _lay_over(start, zero.trained, zero)
+    source.facts = {"checkpoint": path.name}
     on_disk = {canonical(name): name for name in start.tensors}
     for name, tensor in zero.frozen.items():
         key = on_disk.get(canonical(name))
@@ -118,7 +126,7 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
         strange = [key for key in found if not is_growth(key)]
         if strange:
             raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
-    return Source(start, found, {}, [start.identity(), origin.identity()])
+    return Source(start, found, identity=[start.identity(), origin.identity()])
 
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:
