@@ -145,7 +145,7 @@ def expand(
         base_tensors: dict[str, str] = {}
         for shard, future in zip(base.shards, base_checksums, strict=True):
             whole, tensors = future.result()
-            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": whole}
+            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "xxh3_128": whole}
             base_tensors |= tensors
         growth = {
             "format_version": FORMAT_VERSION,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 8 * 2**20
+BLOCK = 1 * 2**20
 """Bytes that are in memory at a time, roughly."""
 
 

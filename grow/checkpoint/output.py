@@ -21,6 +21,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.shards import INDEX_NAME
 from grow.checkpoint.writer import file_checksums, write_shard
@@ -139,7 +141,7 @@ class OutputFolder:
     def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
         """Writes shards, but for those that are there already, as many at a time as there are processors.
 
-        Returns each tensor's SHA-256.
+        Returns each tensor's checksum.
         """
         total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
         showing, stopped = Lock(), False
@@ -159,7 +161,9 @@ class OutputFolder:
                 self._note(self.finished[name])
             return self.finished[name]["tensors"]
 
-        with ThreadPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as workers:
+        # One thread each: torch's own would wait for each other at every block.
+        count = min(len(shards), len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             futures = [workers.submit(write, name) for name in shards]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

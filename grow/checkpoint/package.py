@@ -108,5 +108,5 @@ def _check_base(where: Path, present: dict[str, Path], files: dict[str, Any]) ->
     if set(present) != set(files):
         raise UserError(f"{where}: has other files than the base of this growth, which has {', '.join(files)}")
     for name, facts in files.items():
-        if not present[name].is_file() or file_checksums(present[name])[0] != facts["sha256"]:
+        if not present[name].is_file() or file_checksums(present[name])[0] != facts["xxh3_128"]:
             raise UserError(f"{present[name]}: not the file that this growth grew from (checksum)")
