@@ -163,7 +163,7 @@ def zero3(work: Path, repeat: int) -> None:
     like = small / "zero3-bf16-trained" / "second"
     prove(like, work)
     if not (work / "zero").exists():
-        values = {name: noise(shape, torch.float32, i) for i, (name, shape) in enumerate(shapes("1B").items())}
+        values = {name: noise(shape, "F32", i) for i, (name, shape) in enumerate(shapes("1B").items())}
         write_zero3(like, work / "zero" / "global_step1", values, 4)
     mine, theirs = work / "mine", work / "theirs"
     for what, cold in (("warm", []), ("cold", [work / "zero"])):

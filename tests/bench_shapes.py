@@ -5,10 +5,11 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
+from grow.checkpoint.dtypes import Rows, convert
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.output import OutputFolder, no_progress
 from grow.checkpoint.writer import split_into_shards
@@ -31,16 +32,16 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-_POOL = torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02
+_POOL = np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02)
 
 
-def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Lazy:
+def noise(shape: tuple[int, ...], dtype: str, seed: int) -> Lazy:
     """Values that look random, at the speed of copying: windows of one pool."""
-    width = prod(shape[1:])
+    width, pool = prod(shape[1:]), convert(_POOL, "F32", dtype)
 
-    def rows(begin: int, end: int) -> Tensor:
+    def rows(begin: int, end: int) -> Rows:
         count, start = (end - begin) * width, (seed * 7919 + begin * 104729) % 2**20
-        return _POOL[start:].repeat(ceil(count / (2**24 - start)))[:count].to(dtype).view(end - begin, *shape[1:])
+        return np.resize(pool[start:], count).reshape(end - begin, *shape[1:])
 
     return Lazy(shape, dtype, rows)
 
@@ -62,7 +63,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 def make_base(path: Path, size: str) -> Path:
     """A base of a size, in bf16: one file for the 1B, two shards for the 4B."""
-    tensors = {name: noise(shape, torch.bfloat16, i) for i, (name, shape) in enumerate(shapes(size).items())}
+    tensors = {name: noise(shape, "BF16", i) for i, (name, shape) in enumerate(shapes(size).items())}
     shards = split_into_shards(tensors, 5 * 10**9, "model")
     if len(shards) == 1:
         shards = {"model.safetensors": tensors}

@@ -4,12 +4,12 @@ Stock: gate and up of base and copies stand one below the other, down side by si
 intermediate_size is k·p. Master weights are rounded once. A block of rows is in memory at a time.
 """
 
+import operator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grow.checkpoint.card import grown_card, stock_card
+from grow.checkpoint.dtypes import is_float, widest
 from grow.checkpoint.expand import BASE_FOLDER
 from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
@@ -20,7 +20,7 @@ from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
 FORMATS = ("stock", "grown")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def consolidate(
@@ -68,7 +68,7 @@ def consolidate(
 
 
 def _stock_tensors(
-    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: torch.dtype | None
+    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
 ) -> dict[str, Lazy]:
     start = source.start
     mlps = {}
@@ -86,7 +86,7 @@ def _stock_tensors(
         mlp = f"{prefix}.mlp"
         if is_growth(name):
             continue
-        target = dtype if dtype and info.dtype.is_floating_point else info.dtype
+        target = dtype if dtype and is_float(info.dtype) else info.dtype
         if plan is not None and mlp in mlps and "_proj." in last:
             tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], alpha, target)
         else:
@@ -94,7 +94,7 @@ def _stock_tensors(
     return tensors
 
 
-def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: torch.dtype) -> Lazy:
+def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: str) -> Lazy:
     """One of a stock MLP's tensors, from the base's own and the copies."""
     own = source.start.lazy(f"{mlp}.{last}")
     if not grown:
@@ -111,12 +111,12 @@ def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: flo
             return below(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
         return below(own.to(target), copies.to(target))
     own, added = _scaled(own, 1 - alpha * (k - 1) / k, target), _scaled(copies, alpha, target)
-    return combined(torch.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
+    return combined(operator.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
 
 
-def _scaled(tensor: Lazy, factor: float, target: torch.dtype) -> Lazy:
+def _scaled(tensor: Lazy, factor: float, target: str) -> Lazy:
     """Scaled in the wider of the two types, so that it is rounded once."""
-    return tensor.to(torch.promote_types(tensor.dtype, target)).scaled(factor).to(target)
+    return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
 
 
 def _write_stock(

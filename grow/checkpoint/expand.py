@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from grow.checkpoint.card import base_facts, grown_card
+from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
 from grow.checkpoint.lazy import Lazy, below
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
@@ -57,7 +57,7 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
-    if not gate.dtype.is_floating_point or {gate.dtype, up.dtype, down.dtype} != {gate.dtype}:
+    if not is_float(gate.dtype) or {gate.dtype, up.dtype, down.dtype} != {gate.dtype}:
         raise UserError(f"{base.path}: {prefix} is in {gate.dtype}, {up.dtype}, {down.dtype}; one float type is needed")
 
 
@@ -98,17 +98,18 @@ def _divided(down: Lazy, k: int, name: str) -> Lazy:
         return down.scaled(0.5)
     h, p = down.shape
 
-    def row(index: int, values: Tensor) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:7], "big")
-        noise = torch.randn((k - 1, p), generator=torch.Generator().manual_seed(seed))
-        noise = (noise - noise.mean(dim=0)) * (PERTURBATION * values.std())
-        copies = (values / k + noise).to(down.dtype)
-        copies[-1] = values * ((k - 1) / k) - copies[:-1].float().sum(dim=0)
+    def row(index: int, values: Rows) -> Rows:
+        seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:8], "big")
+        noise = np.random.default_rng(seed).standard_normal((k - 1, p), dtype=np.float32)
+        noise = (noise - noise.mean(axis=0)) * (PERTURBATION * values.std())
+        copies = convert(values / np.float32(k) + noise, "F32", down.dtype)
+        others = convert(copies[:-1], down.dtype, "F32").sum(axis=0)
+        copies[-1] = convert(values * np.float32((k - 1) / k) - others, "F32", down.dtype)
         return copies.reshape(-1)
 
-    def rows(begin: int, end: int) -> Tensor:
-        values = down.rows(begin, end).float()
-        return torch.stack([row(begin + i, own) for i, own in enumerate(values)])
+    def rows(begin: int, end: int) -> Rows:
+        values = convert(down.rows(begin, end), down.dtype, "F32")
+        return np.stack([row(begin + i, own) for i, own in enumerate(values)])
 
     return Lazy((h, (k - 1) * p), down.dtype, rows)
 
@@ -183,7 +184,7 @@ def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
-        "base_parameters": sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values()),
+        "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
         "trained_parameters": {"g_freeze": count},
         "base_bytes": sum(info.nbytes for info in base.tensors.values()),

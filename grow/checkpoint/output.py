@@ -21,8 +21,6 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.shards import INDEX_NAME
 from grow.checkpoint.writer import file_checksums, write_shard
@@ -161,9 +159,7 @@ class OutputFolder:
                 self._note(self.finished[name])
             return self.finished[name]["tensors"]
 
-        # One thread each: torch's own would wait for each other at every block.
-        count = min(len(shards), len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        with ThreadPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as workers:
             futures = [workers.submit(write, name) for name in shards]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.shards import Checkpoint, read_json
-from grow.checkpoint.writer import checksum
+from grow.checkpoint.writer import checksum, equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
 from grow.plan import GrowthPlan, canonical, is_growth
@@ -131,12 +129,4 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:
     own = start.lazy(key)
-    return any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(own.blocks(), _same_blocks(own, tensor), strict=True))
-
-
-def _same_blocks(own: Lazy, tensor: Lazy) -> Any:
-    """The blocks of `tensor`, cut at the rows where those of `own` are."""
-    begin = 0
-    for block in own.blocks():
-        yield tensor.rows(begin, begin + len(block))
-        begin += len(block)
+    return not equal(own, tensor.to(own.dtype))

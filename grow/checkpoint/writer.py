@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from math import ceil
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 from xxhash import xxh3_128
 
+from grow.checkpoint.dtypes import DTYPES, Rows, finite
 from grow.checkpoint.lazy import BLOCK, Lazy
-from grow.checkpoint.shards import DTYPES, read_header
+from grow.checkpoint.shards import read_header
 from grow.errors import UserError
 
 MAX_SHARD_SIZE = 5 * 10**9
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -72,7 +71,7 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
             digest, written = xxh3_128(), 0
             for block in tensor.blocks():
                 _check(name, block, tensor)
-                data = block.contiguous().view(-1).view(torch.uint8).numpy().data
+                data = bytes_of(block)
                 digest.update(data)
                 _write_all(file.fileno(), data)
                 written += len(data)
@@ -90,7 +89,7 @@ def _header(tensors: Mapping[str, Lazy]) -> bytes:
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -98,18 +97,16 @@ def _header(tensors: Mapping[str, Lazy]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _check(name: str, block: Tensor, tensor: Lazy) -> None:
-    if block.dtype != tensor.dtype:
+def _check(name: str, block: Rows, tensor: Lazy) -> None:
+    if block.dtype != DTYPES[tensor.dtype]:
         raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
-    if not finite(block):
+    if not finite(block, tensor.dtype):
         raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
 
 
-def finite(block: Tensor) -> bool:
-    """Whether all values are finite. The sum, which is fast, tells; only if it overflows is every value looked at."""
-    if not block.dtype.is_floating_point or block.sum(dtype=torch.promote_types(block.dtype, torch.float32)).isfinite():
-        return True
-    return bool(block.isfinite().all())
+def bytes_of(rows: Rows) -> memoryview:
+    """The rows' bytes, as in a file."""
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -122,8 +119,18 @@ def checksum(tensor: Lazy) -> str:
     """XXH3-128 of a tensor's bytes, as in a file."""
     digest = xxh3_128()
     for block in tensor.blocks():
-        digest.update(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(block))
     return digest.hexdigest()
+
+
+def equal(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors of one shape and dtype are the same, bit for bit."""
+    begin = 0
+    for block in one.blocks():
+        if bytes_of(block) != bytes_of(other.rows(begin, begin + len(block))):
+            return False
+        begin += len(block)
+    return True
 
 
 def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
