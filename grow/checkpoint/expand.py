@@ -17,7 +17,16 @@ from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_e
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
 from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import FORMAT_VERSION, PROJECTIONS, GrowthPlan, mlp_prefixes, parse_factor, parse_layers, text_config
+from grow.plan import (
+    FORMAT_VERSION,
+    PROJECTIONS,
+    GrowthPlan,
+    is_growth,
+    mlp_prefixes,
+    parse_factor,
+    parse_layers,
+    text_config,
+)
 
 # Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
 # projection).
@@ -28,7 +37,7 @@ BASE_FOLDER = "base"
 
 def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
     """The plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be grown."""
-    if "growth" in base.config:
+    if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     if "quantization_config" in base.config:
         raise UserError(f"{base.path}: its weights are quantized; give the checkpoint in bf16, fp16 or fp32")
@@ -42,6 +51,10 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
         raise UserError(f"{base.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
     for prefix in prefixes.values():
         _check_shapes(base, prefix, text)
+    names = [grown_name(shard) for shard in base.shards]
+    for shard, name in zip(base.shards, names, strict=True):
+        if name.startswith("growth-") or names.count(name) > 1:
+            raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
     return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
 
 
@@ -57,8 +70,13 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
-    if not gate.dtype.is_floating_point or {gate.dtype, up.dtype, down.dtype} != {gate.dtype}:
-        raise UserError(f"{base.path}: {prefix} is in {gate.dtype}, {up.dtype}, {down.dtype}; one float type is needed")
+    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in PROJECTIONS]
+    for name, bias, length in zip(PROJECTIONS, biases, (p, p, h), strict=True):
+        if bias is not None and bias.shape != (length,):
+            raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
+    dtypes = {info.dtype for info in (gate, up, down, *biases) if info is not None}
+    if not gate.dtype.is_floating_point or len(dtypes) > 1:
+        raise UserError(f"{base.path}: {prefix} is in {', '.join(map(str, dtypes))}; one float type is needed")
 
 
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, Lazy]:
