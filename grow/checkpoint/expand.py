@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.checkpoint.card import base_facts, grown_card
+from grow.checkpoint.card import base_facts
 from grow.checkpoint.lazy import Lazy, below
+from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
 from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
@@ -31,8 +32,6 @@ from grow.plan import (
 # Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
 # projection).
 PERTURBATION = 0.01
-# What growth replaces of a base's files stands here in a grown checkpoint, as it was.
-BASE_FOLDER = "base"
 
 
 def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
@@ -41,21 +40,29 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     if "quantization_config" in base.config:
         raise UserError(f"{base.path}: its weights are quantized; give the checkpoint in bf16, fp16 or fp32")
-    try:
-        prefixes = mlp_prefixes(base.tensors)
-    except UserError as error:
-        raise UserError(f"{base.path}: {error}") from None
-    text = text_config(base.config)
-    count = text.get("num_hidden_layers", len(prefixes))
-    if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
-        raise UserError(f"{base.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
-    for prefix in prefixes.values():
-        _check_shapes(base, prefix, text)
+    prefixes = gated_mlps(base)
     names = [grown_name(shard) for shard in base.shards]
     for shard, name in zip(base.shards, names, strict=True):
         if name.startswith("growth-") or names.count(name) > 1:
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
     return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
+
+
+def gated_mlps(checkpoint: Checkpoint) -> dict[int, str]:
+    """The key prefix of each layer's MLP. Raises UserError if they are not all there, in shapes that fit."""
+    try:
+        prefixes = mlp_prefixes(checkpoint.tensors)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
+    text = text_config(checkpoint.config)
+    count = text.get("num_hidden_layers", len(prefixes))
+    if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
+        raise UserError(
+            f"{checkpoint.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers"
+        )
+    for prefix in prefixes.values():
+        _check_shapes(checkpoint, prefix, text)
+    return prefixes
 
 
 def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
@@ -104,6 +111,27 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
                     made = _divided(own, k, name)
                 added[f"{prefixes[layer]}.grown.{projection}.{part}"] = made
     return added
+
+
+def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """The growth that a plan asks for, as it was before training, computed from the base inside; and a line by the
+    name of each tensor of it that is missing, of another shape or dtype, or one too many."""
+    expected = added_tensors(grown, plan, gated_mlps(grown))
+    expected |= {
+        name: grown.lazy(name.replace(".trained.", "."))
+        for name in grown.tensors
+        if ".mlp.trained." in name and name.replace(".trained.", ".grown.") in expected
+    }
+    extra = (name for name in grown.tensors if is_growth(name) and name not in expected)
+    problems = {name: f"{name}: is not in the plan" for name in extra}
+    for name, tensor in expected.items():
+        info = grown.tensors.get(name)
+        if info is None:
+            problems[name] = f"{name}: is in the plan but not in the checkpoint"
+        elif (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
+            wanted = f"{list(tensor.shape)} {tensor.dtype}"
+            problems[name] = f"{name}: is {list(info.shape)} {info.dtype}, the plan says {wanted}"
+    return expected, problems
 
 
 def _divided(down: Lazy, k: int, name: str) -> Lazy:
@@ -176,9 +204,7 @@ def expand(
         weight_map |= {name: file for file, tensors in shards.items() for name in tensors}
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
         folder.write_index(weight_map, sizes)
-        folder.write_json("growth.json", growth | {"tensors": checksums, "base_tensors": base_tensors})
-        folder.write_text("README.md", grown_card(growth))
-        folder.write_json("config.json", base.config | {"growth": growth})
+        write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
     return describe(base, plan, added) | {"out": str(out)}
 
 
