@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grow.arguments import checked
-from grow.errors import UserError
+from grow.errors import UserError, one_line
 from grow.text import eval_text, plan_text, train_text, verify_text
 
 
@@ -249,16 +249,18 @@ COMMANDS: dict[str, Callable[..., str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 1 a fault (raised as it is)."""
+    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 1 a fault."""
     import fire
 
     try:
         command = checked(sys.argv[1:] if arguments is None else arguments, COMMANDS)
         fire.Fire(COMMANDS, command=command, name="grow")
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and command[0] == "train":
+            raise  # elsewhere it is the disk, or the network before it; here it could be anything
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same
-            print(f"grow: {error}", file=sys.stderr)
-        return 2
+            print(f"grow: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0

@@ -13,3 +13,8 @@ def unknown(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"{name} is not a {what}" + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}")
+
+
+def one_line(error: Exception) -> str:
+    """The message; what it names may hold anything in its name, line ends and commands to a terminal included."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))

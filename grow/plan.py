@@ -11,8 +11,9 @@ from grow.errors import UserError
 
 FORMAT_VERSION = 1
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+MAX_FACTOR = 64  # beyond it is a slip of the hand, or someone's trap
 
-_MLP_KEY = re.compile(r"^((?:.*\.)?layers\.(\d+)\.mlp)\.(?:gate|up|down)_proj\.weight$")
+_MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down)_proj\.weight", re.ASCII)
 _OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
@@ -46,21 +47,25 @@ class GrowthPlan:
                 f"(this is version {FORMAT_VERSION}): use the release that wrote the checkpoint"
             )
         try:
-            return cls(factor=parse_factor(growth["factor"]), layers=tuple(map(int, growth["layers"])))
-        except (KeyError, TypeError, ValueError):
+            factor, layers = parse_factor(growth["factor"]), growth["layers"]
+            sound = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+            if not sound or not layers or layers != sorted(set(layers)):
+                raise ValueError
+            return cls(factor, tuple(layers))
+        except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"
             ) from None
 
 
 def parse_factor(factor: int | str) -> int:
-    """Checks k. Raises UserError unless it is a whole number of at least 2."""
+    """Checks k. Raises UserError unless it is a whole number from 2 to MAX_FACTOR."""
     try:
         k = int(factor)
     except ValueError:
         k = 0
-    if k < 2 or str(k) != str(factor).strip():
-        raise UserError(f"--factor {factor}: a whole number of at least 2 is needed")
+    if not 2 <= k <= MAX_FACTOR or str(k) != str(factor).strip():
+        raise UserError(f"--factor {factor}: a whole number of at least 2 (and at most {MAX_FACTOR}) is needed")
     return k
 
 
@@ -138,7 +143,7 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
             raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
     found: dict[int, dict[str, set[str]]] = {}
     for key in keys:
-        match = _MLP_KEY.match(key)
+        match = _MLP_KEY.fullmatch(key)
         if match:
             found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
     if not found:

@@ -10,21 +10,24 @@ from grow.checkpoint.hub import hub_name
 from grow.checkpoint.shards import Checkpoint
 from grow.plan import ranges
 
+_MAX_CARD = 2**16  # characters; reading YAML is slow
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def base_facts(base: Checkpoint) -> dict[str, Any]:
     """A base's name, and its licence as its own card has it: {"name": …, "license": …, …}."""
     facts = {"name": hub_name(base.path) or base.path.resolve().name}
-    front = _front_matter(base.path / "README.md")
-    return facts | {field: str(front[field]) for field in _LICENSE_FIELDS if front.get(field)}
+    card = base.path / "README.md"
+    front = _front_matter(card) if card.is_file() else {}
+    return facts | {field: front[field] for field in _LICENSE_FIELDS if isinstance(front.get(field), str)}
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
     try:
-        opening, front, _ = path.read_text(encoding="utf-8").split("---\n", 2)
+        with path.open(encoding="utf-8") as file:
+            opening, front, _ = file.read(_MAX_CARD).split("---\n", 2)
         values = yaml.safe_load(front) if not opening.strip() else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -8,10 +8,10 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.card import grown_card, stock_card
+from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float, widest
-from grow.checkpoint.expand import BASE_FOLDER
 from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
+from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.source import Source, open_source
@@ -169,7 +169,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def write_grown(source: Source, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
     """The base's shards linked as they are, and the growth as trained."""
-    start = source.start
+    start, known = source.start, read_growth(source.start.path)
     names = list(dict.fromkeys([name for name in start.tensors if is_growth(name)] + list(source.trained)))
     kinds = {name: start.tensors[name].dtype for name in names}
     added = {name: source.tensor(name).to(kinds[name]) for name in names}
@@ -187,9 +187,5 @@ def write_grown(source: Source, out: str, max_shard_size: int, progress: Progres
         weight_map |= {name: file for file, part in shards.items() for name in part}
         sizes = {name: info.nbytes for name, info in start.tensors.items()}
         folder.write_index(weight_map, sizes | {name: tensor.nbytes for name, tensor in added.items()})
-        growth = source.growth()
-        known = read_json(start.path / "growth.json")
-        folder.write_json("growth.json", known | growth | {"tensors": checksums})
-        folder.write_text("README.md", grown_card(growth))
-        folder.write_json("config.json", start.config | {"growth": growth})
+        write_metadata(folder, known | source.growth() | {"tensors": checksums}, start.config)
     return sum(tensor.nbytes for tensor in added.values())

@@ -10,39 +10,59 @@ from typing import Any
 
 import numpy as np
 
-from grow.checkpoint.card import base_facts, grown_card
+from grow.checkpoint.card import base_facts
 from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
 from grow.checkpoint.lazy import Lazy, below
+from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
 from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import FORMAT_VERSION, PROJECTIONS, GrowthPlan, mlp_prefixes, parse_factor, parse_layers, text_config
+from grow.plan import (
+    FORMAT_VERSION,
+    PROJECTIONS,
+    GrowthPlan,
+    is_growth,
+    mlp_prefixes,
+    parse_factor,
+    parse_layers,
+    text_config,
+)
 
 # Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
 # projection).
 PERTURBATION = 0.01
-# What growth replaces of a base's files stands here in a grown checkpoint, as it was.
-BASE_FOLDER = "base"
 
 
 def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
     """The plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be grown."""
-    if "growth" in base.config:
+    if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     if "quantization_config" in base.config:
         raise UserError(f"{base.path}: its weights are quantized; give the checkpoint in bf16, fp16 or fp32")
+    prefixes = gated_mlps(base)
+    names = [grown_name(shard) for shard in base.shards]
+    for shard, name in zip(base.shards, names, strict=True):
+        if name.startswith("growth-") or names.count(name) > 1:
+            raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
+    return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
+
+
+def gated_mlps(checkpoint: Checkpoint) -> dict[int, str]:
+    """The key prefix of each layer's MLP. Raises UserError if they are not all there, in shapes that fit."""
     try:
-        prefixes = mlp_prefixes(base.tensors)
+        prefixes = mlp_prefixes(checkpoint.tensors)
     except UserError as error:
-        raise UserError(f"{base.path}: {error}") from None
-    text = text_config(base.config)
+        raise UserError(f"{checkpoint.path}: {error}") from None
+    text = text_config(checkpoint.config)
     count = text.get("num_hidden_layers", len(prefixes))
     if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
-        raise UserError(f"{base.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
+        raise UserError(
+            f"{checkpoint.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers"
+        )
     for prefix in prefixes.values():
-        _check_shapes(base, prefix, text)
-    return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
+        _check_shapes(checkpoint, prefix, text)
+    return prefixes
 
 
 def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
@@ -57,8 +77,13 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
-    if not is_float(gate.dtype) or {gate.dtype, up.dtype, down.dtype} != {gate.dtype}:
-        raise UserError(f"{base.path}: {prefix} is in {gate.dtype}, {up.dtype}, {down.dtype}; one float type is needed")
+    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in PROJECTIONS]
+    for name, bias, length in zip(PROJECTIONS, biases, (p, p, h), strict=True):
+        if bias is not None and bias.shape != (length,):
+            raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
+    dtypes = {info.dtype for info in (gate, up, down, *biases) if info is not None}
+    if not is_float(gate.dtype) or len(dtypes) > 1:
+        raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
 
 
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, Lazy]:
@@ -86,6 +111,27 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
                     made = _divided(own, k, name)
                 added[f"{prefixes[layer]}.grown.{projection}.{part}"] = made
     return added
+
+
+def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """The growth that a plan asks for, as it was before training, computed from the base inside; and a line by the
+    name of each tensor of it that is missing, of another shape or dtype, or one too many."""
+    expected = added_tensors(grown, plan, gated_mlps(grown))
+    expected |= {
+        name: grown.lazy(name.replace(".trained.", "."))
+        for name in grown.tensors
+        if ".mlp.trained." in name and name.replace(".trained.", ".grown.") in expected
+    }
+    extra = (name for name in grown.tensors if is_growth(name) and name not in expected)
+    problems = {name: f"{name}: is not in the plan" for name in extra}
+    for name, tensor in expected.items():
+        info = grown.tensors.get(name)
+        if info is None:
+            problems[name] = f"{name}: is in the plan but not in the checkpoint"
+        elif (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
+            wanted = f"{list(tensor.shape)} {tensor.dtype}"
+            problems[name] = f"{name}: is {list(info.shape)} {info.dtype}, the plan says {wanted}"
+    return expected, problems
 
 
 def _divided(down: Lazy, k: int, name: str) -> Lazy:
@@ -159,9 +205,7 @@ def expand(
         weight_map |= {name: file for file, tensors in shards.items() for name in tensors}
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
         folder.write_index(weight_map, sizes)
-        folder.write_json("growth.json", growth | {"tensors": checksums, "base_tensors": base_tensors})
-        folder.write_text("README.md", grown_card(growth))
-        folder.write_json("config.json", base.config | {"growth": growth})
+        write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
     return describe(base, plan, added) | {"out": str(out)}
 
 

@@ -7,13 +7,10 @@
 A run that was killed leaves the first two: the next one keeps the shards whose checksums agree and does the rest.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,8 +18,9 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
+from grow.checkpoint.journal import Journal
 from grow.checkpoint.lazy import Lazy
-from grow.checkpoint.shards import INDEX_NAME
+from grow.checkpoint.shards import INDEX_NAME, plain_name
 from grow.checkpoint.writer import file_checksums, write_shard
 from grow.errors import UserError
 
@@ -32,10 +30,6 @@ Progress = Callable[[int, int], object]
 
 def no_progress(written: int, total: int) -> None:
     """Shows nothing."""
-
-
-# Where the file system cannot lock (Lustre without flock, say).
-_NOT_SUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class OutputFolder:
@@ -49,68 +43,41 @@ class OutputFolder:
         self.out = Path(out)
         refuse_existing(self.out)
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self.journal = self.out.with_name(self.out.name + ".partial.journal")
+        self._journal_path = self.out.with_name(self.out.name + ".partial.journal")
         self.fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         self.finished: dict[str, dict[str, Any]] = {}
-        self._noting = Lock()
 
     def __enter__(self) -> Self:
+        for path in (self.partial, self._journal_path):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link, and nothing is written through links; remove it")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            refuse_existing(self.out)  # another process may have finished it meanwhile
-            self._recall()
+            self.journal = Journal(self._journal_path)
+            try:
+                self._recall()
+            except BaseException:
+                self.journal.close()
+                raise
         except OSError as error:
             raise UserError(f"{error.filename or self.partial}: cannot be written ({error.strerror})") from error
         return self
 
-    def _lock(self) -> None:
-        while True:
-            descriptor = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise UserError(f"{self.out}: another process is writing it; wait for it to end") from None
-            except OSError as error:
-                if error.errno not in _NOT_SUPPORTED:
-                    raise
-                print(f"{self.out}: this file system has no locks; see that nothing else writes it", file=sys.stderr)
-            # Between opening and locking, the process that held the lock may have finished and removed the file.
-            if self.journal.exists() and os.path.samestat(os.fstat(descriptor), os.stat(self.journal)):
-                self._file = os.fdopen(descriptor, "r+", encoding="utf-8")
-                return
-            os.close(descriptor)
-
     def _recall(self) -> None:
         """Keeps the finished shards of an interrupted run of the same request; clears all else away."""
-        entries = []
-        for line in self._file.read().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:  # the line that was being written when the process died
-                break
-        if self.partial.is_symlink():
-            raise UserError(f"{self.partial}: is a link, and nothing is written through links; remove it")
+        if os.path.lexists(self.out):  # another process has finished it meanwhile
+            self.journal.remove()
+            refuse_existing(self.out)
+        entries = self.journal.recall(self.fingerprint)
         self.partial.mkdir(exist_ok=True)
-        for entry in entries[1:] if entries and entries[0].get("request") == self.fingerprint else []:
-            path = self.partial / entry["file"]
-            if path.is_file() and _intact(path, entry["tensors"]):
-                self.finished[entry["file"]] = entry
+        self.finished = {entry["file"]: entry for entry in entries if _intact(self.partial, entry)}
         for path in self.partial.iterdir():
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._file.seek(0)
-        self._file.truncate()
-        self._note({"request": self.fingerprint})
-        for entry in self.finished.values():
-            self._note(entry)
 
-    def _note(self, entry: dict[str, Any]) -> None:
-        with self._noting:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def _finished(self, name: str, tensors: dict[str, str]) -> None:
+        self.finished[name] = {"file": name, "tensors": tensors}
+        self.journal.note(self.finished[name])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -121,8 +88,8 @@ class OutputFolder:
         finally:
             if isinstance(error, UserError):  # to run it again would not help: nothing is left behind
                 shutil.rmtree(self.partial, ignore_errors=True)
-                self.journal.unlink(missing_ok=True)
-            self._file.close()
+                self.journal.remove()
+            self.journal.close()
         if isinstance(error, OSError):
             where = f" at {error.filename}" if error.filename else ""
             raise UserError(
@@ -131,10 +98,11 @@ class OutputFolder:
             ) from error
 
     def _finish(self) -> None:
-        sync_folder(self.partial)
+        for folder in (*filter(Path.is_dir, self.partial.iterdir()), self.partial):
+            sync_folder(folder)
         self.partial.rename(self.out)
         sync_folder(self.out.parent)
-        self.journal.unlink()
+        self.journal.remove()
 
     def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
         """Writes shards, but for those that are there already, as many at a time as there are processors.
@@ -154,9 +122,7 @@ class OutputFolder:
             if name in self.finished:
                 wrote(sum(tensor.nbytes for tensor in shards[name].values()))
             else:
-                tensors = write_shard(self.partial / name, shards[name], wrote)
-                self.finished[name] = {"file": name, "tensors": tensors}
-                self._note(self.finished[name])
+                self._finished(name, write_shard(self.partial / name, shards[name], wrote))
             return self.finished[name]["tensors"]
 
         with ThreadPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as workers:
@@ -181,22 +147,31 @@ class OutputFolder:
             return
         try:
             os.link(source, target)
+        except FileExistsError:
+            raise
         except OSError:
-            shutil.copyfile(source, target)
-            with target.open("rb+") as file:
-                os.fsync(file.fileno())
-            self.finished[name] = {"file": name, "tensors": file_checksums(target)[1]}
-            self._note(self.finished[name])
+            self._copy(source, target)
+            self._finished(name, file_checksums(target)[1])
 
     def copy(self, source: Path, name: str = "") -> None:
         """Copies a small file (tokenizer, generation config, …) under its own name or another, a folder included."""
         target = self.partial / (name or source.name)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source.resolve(), target)
+        self._copy(source.resolve(), target)
+
+    # New files only, here and in write_shard: a name that is taken may be a link to the base's own file.
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if source.exists() and not source.is_file():
+            raise UserError(f"{source}: not a file")
+        with source.open("rb") as original, target.open("xb") as file:
+            shutil.copyfileobj(original, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file and syncs it."""
-        with (self.partial / name).open("w", encoding="utf-8") as file:
+        with (self.partial / name).open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -211,9 +186,10 @@ class OutputFolder:
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(files)})
 
 
-def _intact(path: Path, tensors: dict[str, str]) -> bool:
+def _intact(folder: Path, entry: dict[str, Any]) -> bool:
     try:
-        return file_checksums(path)[1] == tensors
+        path = folder / plain_name(entry.get("file"), folder)
+        return not path.is_symlink() and path.is_file() and file_checksums(path)[1] == entry.get("tensors")
     except UserError:
         return False
 
@@ -234,7 +210,10 @@ def sync_folder(path: Path) -> None:
 
 
 # Weights in other formats, and what describes weights, are not carried along with a checkpoint's small files.
-_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_NOT_CARRIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
+    ".partial.journal",
+)  # fmt: skip
 _OURS = ("config.json", "growth.json", "README.md")
 
 

@@ -6,14 +6,14 @@ growth package     growth-0000i-of-0000n.safetensors, growth.json: what a traini
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.card import grown_card
-from grow.checkpoint.expand import BASE_FOLDER, grown_name, link_base
+from grow.checkpoint.expand import grown_name, link_base
+from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import Checkpoint, read_header, read_json
+from grow.checkpoint.shards import Checkpoint, read_header
 from grow.checkpoint.source import Source, open_source
 from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import GrowthPlan, is_growth
+from grow.plan import is_growth
 
 
 def _open_grown(path: str, start: str = "", tag: str = "") -> Source:
@@ -34,8 +34,6 @@ def base(path: str, out: str) -> dict[str, Any]:
     _check_base(grown.path, {name: grown.path / name for name in files}, files)
     with OutputFolder(out, {"base of": grown.identity()}) as folder:
         for name, facts in files.items():
-            if Path(facts["name"]).name != facts["name"]:
-                raise UserError(f"{grown.path}: {facts['name']!r} in its growth is not a plain file name")
             folder.link(grown.path / name, facts["name"])
         for file in side_files(grown.path):
             folder.copy(file)
@@ -57,15 +55,13 @@ def growth(
     refuse_existing(Path(out))
     source = _open_grown(path, start, tag)
     grown = source.start
+    known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
     names = list(dict.fromkeys([name for name in grown.tensors if is_growth(name)] + list(source.trained)))
     added = {name: source.tensor(name).to(grown.tensors[name].dtype) for name in names}
     shards = split_into_shards(added, size, "growth")
     with OutputFolder(out, {"growth of": source.identity, "shards": list(shards)}) as folder:
         checksums = folder.write_shards(shards, progress)
-        facts = source.growth()
-        folder.write_text("README.md", grown_card(facts))
-        known = read_json(grown.path / "growth.json")
-        folder.write_json("growth.json", known | facts | {"tensors": checksums})
+        write_growth(folder, known | source.growth() | {"tensors": checksums})
     return {"source": path, "out": out, "bytes": sum(tensor.nbytes for tensor in added.values())}
 
 
@@ -76,11 +72,10 @@ def attach(base_path: str, package: str, out: str) -> dict[str, Any]:
     """
     refuse_existing(Path(out))
     folder_in = Path(package)
-    facts = read_json(folder_in / "growth.json")
-    plan = GrowthPlan.from_config({"growth": facts})
+    facts = read_growth(folder_in)
     shards = sorted(folder_in.glob("growth-*.safetensors"))
     added = {name: info for shard in shards for name, info in read_header(shard).items()}
-    if plan is None or set(added) != set(facts["tensors"]):
+    if set(added) != set(facts["tensors"]):
         raise UserError(f"{package}: its shards do not hold the tensors that its growth.json names; is one missing?")
     own = Checkpoint(base_path)
     if "growth" in own.config:
@@ -97,10 +92,7 @@ def attach(base_path: str, package: str, out: str) -> dict[str, Any]:
         weight_map = {name: grown_name(info.file) for name, info in own.tensors.items()}
         weight_map |= {name: info.file.name for name, info in added.items()}
         folder.write_index(weight_map, {name: info.nbytes for name, info in (own.tensors | added).items()})
-        small = {key: value for key, value in facts.items() if key not in ("tensors", "base_tensors")}
-        folder.write_json("growth.json", facts)
-        folder.write_text("README.md", grown_card(small))
-        folder.write_json("config.json", own.config | {"growth": small})
+        write_metadata(folder, facts, own.config)
     return {"base": base_path, "growth": package, "out": out}
 
 

@@ -8,6 +8,7 @@ or a server that goes away is then an error with a name, not a signal that kills
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,7 +26,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
-_MAX_DIMENSION = 2**40
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**40
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads and checks the header of one safetensors file. Raises UserError if the file is not sound."""
     try:
+        _refuse_devices(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -56,6 +59,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path}: its safetensors header is broken (fetch the file again)") from error
 
 
+def _refuse_devices(path: Path) -> None:
+    """A pipe would be waited for, and a device read, for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file")
+
+
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -67,11 +76,14 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
     tensors, end_of_last = {}, 0
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
+        name.encode()  # half of a surrogate pair is in no name that could be written again
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}, which is not supported (quantized weights?)")
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
+        sound = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
+        # A zero among them does not make the others harmless: torch multiplies them.
+        if not sound or prod(n or 1 for n in shape) > _MAX_ELEMENTS:
             raise UserError(f"{path}: the shape of {name} is no shape (fetch the file again)")
         if begin != end_of_last or end - begin != prod(shape) * itemsize(dtype):
             raise UserError(f"{path}: the place of {name} in the file is wrong (fetch the file again)")
@@ -107,7 +119,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if not (self.path / INDEX_NAME).exists():
             return
-        for key, file in read_json(self.path / INDEX_NAME)["weight_map"].items():
+        for key, file in _weight_map(self.path / INDEX_NAME).items():
             if key not in self.tensors or self.tensors[key].file.name != file:
                 raise UserError(f"{self.path}: {key} is not in {file}, where the index says it is (fetch it again)")
 
@@ -152,29 +164,51 @@ def read_exactly(descriptor: int, into: memoryview, place: int, file: Path) -> N
         done += count
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if it is missing or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_devices(path)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} a checkpoint?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
+    if _deeper(value, _MAX_DEPTH):
+        raise UserError(f"{path}: nested too deeply")
     return value
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        parents = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in parents for child in (item.values() if isinstance(item, dict) else item)]
+    return bool(level)
+
+
+def plain_name(name: Any, where: Path) -> str:
+    """A name that something downloaded gives for a file beside it. Raises UserError for one that leads elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or not name.isprintable():
+        raise UserError(f"{where}: {name!r} is not a plain file name")
+    return name
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index, _no_name_twice).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: it has no weight_map of names to files")
+    for name in weight_map.values():
+        # Under another name it could take the place of a file that is written beside it.
+        if not plain_name(name, index).endswith(".safetensors"):
+            raise UserError(f"{index}: {name!r} is not the name of a safetensors file")
+    return weight_map
 
 
 def _shard_names(path: Path) -> list[str]:
     if (path / INDEX_NAME).exists():
-        weight_map = read_json(path / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{path / INDEX_NAME}: it has no weight_map of names to files")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise UserError(f"{path / INDEX_NAME}: {name!r} is not a plain file name")
-        return names
+        return sorted(set(_weight_map(path / INDEX_NAME).values()))
     if (path / SINGLE_NAME).exists():
         return [SINGLE_NAME]
     raise UserError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} in it; is it a checkpoint in safetensors?")

@@ -1,12 +1,13 @@
 """What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.card import base_facts
+from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.metadata import check_growth
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import checksum, equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
@@ -54,7 +55,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     """
     folder = Path(path)
     if (folder / "run.json").exists():
-        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=lambda file: int(file.parent.name.split("-")[1]))
+        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=_step)
         if not complete:
             raise UserError(f"{folder}: the run has no complete checkpoint yet")
         return _open_run(folder, complete[-1].parent, start)
@@ -75,22 +76,40 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
         raise UserError(
             f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
         )
+    _check_grown(checkpoint)
     return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
 
 
+def _check_grown(checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the growth in it is the one of which its config speaks."""
+    if "growth" not in checkpoint.config:
+        return
+    growth = check_growth(checkpoint.config["growth"], checkpoint.path / "config.json")
+    _, problems = expected_growth(checkpoint, GrowthPlan(growth["factor"], tuple(growth["layers"])))
+    for problem in problems.values():
+        raise UserError(f"{checkpoint.path}: {problem}")
+
+
+def _step(marker: Path) -> int:
+    number = marker.parent.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
-    run_facts = read_json(run / "run.json")
-    source = _open_deepspeed(zero_path, Checkpoint(start or run_facts["start"]), "")
-    recipe, step = run_facts["recipe"], int(zero_path.name.split("-")[1])
-    history = json.loads((zero_path / "trainer_state.json").read_text())["log_history"]
-    source.facts = {
-        "method": recipe["method"],
-        "data": recipe["data"],
-        "steps": step,
-        "learning_rate": recipe["learning_rate"],
-        "seed": recipe["seed"],
-        "validation_loss": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
-    }
+    try:
+        run_facts, step = read_json(run / "run.json"), int(zero_path.name.split("-")[1])
+        recipe, history = run_facts["recipe"], read_json(zero_path / "trainer_state.json")["log_history"]
+        facts = {key: recipe[key] for key in ("method", "data")} | {
+            "steps": step,
+            "learning_rate": recipe["learning_rate"],
+            "seed": recipe["seed"],
+            "validation_loss": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+        }
+        start = start or str(run_facts["start"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
+    source = _open_deepspeed(zero_path, Checkpoint(start), "")
+    source.facts = facts
     return source
 
 
@@ -108,6 +127,7 @@ def _open_deepspeed(path: Path, start: Checkpoint, tag: str) -> Source:
 
 def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Source:
     """Finds each trained tensor's counterpart: names differ between disk and memory, and so do layouts."""
+    _check_grown(start)
     on_disk = {canonical(name): name for name in start.tensors}
     found: dict[str, Lazy] = {}
     for name, tensor in trained.items():

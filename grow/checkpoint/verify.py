@@ -4,21 +4,28 @@ from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.dtypes import finite
-from grow.checkpoint.expand import added_tensors
-from grow.checkpoint.shards import Checkpoint, read_json
-from grow.checkpoint.writer import checksum, equal, file_checksums
+from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.hub import locate
+from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.writer import checksum, equal, file_checksums, header
 from grow.errors import UserError
-from grow.plan import GrowthPlan, is_growth, mlp_prefixes
+from grow.plan import GrowthPlan, is_growth
 
 
 def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     """Checks a grown checkpoint, or a stock one. Returns {"tensors": number checked, "problems": [a line each], …}.
 
-    Grown: every tensor has the checksum that it was written with, the base's own files too; every added tensor is
+    Grown: every tensor has the checksum that it was written with, the base's own files and all small ones (but
+    for README.md) too; every added tensor is
     there, in its shape and dtype, none besides; before training, the copies are copies. With `base_path`: every tensor
     of the base is in the checkpoint, bit for bit. Stock: every tensor is readable and finite.
     Raises UserError if the checkpoint cannot be read at all.
     """
+    if (locate(path) / GROWTH_NAME).exists():
+        problems = changed_files(locate(path))
+        if problems:  # then nothing that stands in them can be relied on
+            return {"checkpoint": path, "grown": True, "tensors": 0, "problems": problems, "exact": False}
     checkpoint = Checkpoint(path)
     plan = GrowthPlan.from_config(checkpoint.config)
     problems = [
@@ -27,7 +34,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         if not all(finite(block, info.dtype) for block in checkpoint.lazy(name).blocks())
     ]
     if plan is not None:
-        facts = read_json(checkpoint.path / "growth.json")
+        facts = read_growth(checkpoint.path)
         problems += _base_files(checkpoint, facts) + _growth(checkpoint, plan, facts)
     if base_path is not None:
         problems += _same_base(checkpoint, Checkpoint(base_path), plan is not None)
@@ -58,30 +65,26 @@ def _base_files(checkpoint: Checkpoint, facts: dict[str, Any]) -> list[str]:
 
 
 def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> list[str]:
-    problems = []
-    try:
-        expected = added_tensors(checkpoint, plan, mlp_prefixes(checkpoint.tensors))
-    except UserError as error:
-        return [str(error)]
-    expected |= {
-        name: checkpoint.lazy(name.replace(".trained.", "."))
-        for name in checkpoint.tensors
-        if ".mlp.trained." in name and name.replace(".trained.", ".grown.") in expected
-    }
-    present = {name for name in checkpoint.tensors if is_growth(name)}
-    problems += [f"{name}: is not in the plan" for name in sorted(present - set(expected))]
-    for name, tensor in expected.items():
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            problems.append(f"{name}: is in the plan but not in the checkpoint")
-        elif (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
-            wanted = f"{list(tensor.shape)} {tensor.dtype}"
-            problems.append(f"{name}: is {list(info.shape)} {info.dtype}, the plan says {wanted}")
-        elif checksum(checkpoint.lazy(name)) != facts["tensors"].get(name):
+    expected, wrong = expected_growth(checkpoint, plan)
+    problems = list(wrong.values())
+    for name in [name for name in expected if name not in wrong]:
+        info = checkpoint.tensors[name]
+        if checksum(checkpoint.lazy(name)) != facts["tensors"].get(name):
             problems.append(f"{name} in {info.file.name}: changed since it was written (checksum)")
-        elif facts["trained"] is None and not equal(checkpoint.lazy(name), tensor):
+        elif facts["trained"] is None and not equal(checkpoint.lazy(name), expected[name]):
             problems.append(f"{name}: is not the copy of the base that it should be before training")
-    return problems
+    return problems + [
+        f"{shard.name}: its header changed since it was written"
+        for shard in checkpoint.shards
+        if shard.name.startswith("growth-") and not _as_written(checkpoint, shard)
+    ]
+
+
+def _as_written(checkpoint: Checkpoint, shard: Path) -> bool:
+    """Whether a header is, byte for byte, the one that would be written for the tensors it names."""
+    written = header({name: info for name, info in checkpoint.tensors.items() if info.file == shard})
+    with shard.open("rb") as file:
+        return file.read(len(written)) == written
 
 
 def _same_base(checkpoint: Checkpoint, base: Checkpoint, grown: bool) -> list[str]:

@@ -17,7 +17,7 @@ from xxhash import xxh3_128
 
 from grow.checkpoint.dtypes import DTYPES, Rows, finite
 from grow.checkpoint.lazy import BLOCK, Lazy
-from grow.checkpoint.shards import read_header
+from grow.checkpoint.shards import TensorInfo, read_header
 from grow.errors import UserError
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -53,7 +53,7 @@ def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: st
             start += tensor.nbytes
         if all(sum(t.nbytes for t in part.values()) <= max_shard_size or len(part) == 1 for part in shards.values()):
             break
-        count += 1
+        count += 1 + count // 100  # not one by one: where neighbours are large and files small, that takes for ever
     parts = list(shards.values()) or [{}]
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
@@ -65,15 +65,15 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     whatever is broken, a checkpoint of it would not be better.
     """
     checksums = {}
-    with path.open("wb", buffering=0) as file:
-        file.write(_header(tensors))
+    with path.open("xb", buffering=0) as file:
+        write_all(file.fileno(), header(tensors))
         for name, tensor in tensors.items():
             digest, written = xxh3_128(), 0
             for block in tensor.blocks():
                 _check(name, block, tensor)
                 data = bytes_of(block)
                 digest.update(data)
-                _write_all(file.fileno(), data)
+                write_all(file.fileno(), data)
                 written += len(data)
                 wrote(len(data))
             if written != tensor.nbytes:
@@ -83,16 +83,17 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     return checksums
 
 
-def _header(tensors: Mapping[str, Lazy]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
+    """How a file begins that holds these tensors in this order: the header's length, and the header."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
-        header[name] = {
+        entries[name] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -109,7 +110,8 @@ def bytes_of(rows: Rows) -> memoryview:
     return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Writes to the last byte: one call to the system may write less, on a disk that is almost full for one."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])
@@ -135,7 +137,7 @@ def equal(one: Lazy, other: Lazy) -> bool:
 
 def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
     """Checksums of a safetensors file, and of each tensor in it, in one pass over the file."""
-    header = read_header(path)
+    infos = read_header(path)
     whole, tensors = xxh3_128(), {}
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(BLOCK)
@@ -148,9 +150,9 @@ def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
                 count -= size
                 yield memoryview(buffer)[:size]
 
-        for part in parts(min((info.offset for info in header.values()), default=path.stat().st_size)):
+        for part in parts(min((info.offset for info in infos.values()), default=path.stat().st_size)):
             whole.update(part)
-        for name, info in sorted(header.items(), key=lambda item: item[1].offset):
+        for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
             digest = xxh3_128()
             for part in parts(info.nbytes):
                 whole.update(part)

@@ -36,6 +36,8 @@ _ALLOWED: list[Any] = [
 
 
 def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
     import torch
 
     try:
@@ -71,7 +73,7 @@ class ZeroCheckpoint:
                 self._read_zero(model_files, optimizer_files)
             else:
                 self._read_whole(_load(model_files[0]))
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"{folder}: not laid out as DeepSpeed 0.19 does it ({error!r})") from error
         if not self.trained:
             raise UserError(f"{folder}: no trained parameter in it")
@@ -146,13 +148,13 @@ class ZeroCheckpoint:
 def _tag_folder(path: Path, tag: str) -> Path:
     if tag:
         folder = path / tag
-        if Path(tag).name != tag or not folder.is_dir():
+        if Path(tag).name != tag or tag == ".." or not folder.is_dir():
             tags = sorted(child.name for child in path.iterdir() if any(child.glob("*_states.pt")))
             raise UserError(f"{path}: no tag {tag} in it; there are: {', '.join(tags) or 'none'}")
         return folder
     for name in ("latest", "latest_universal"):
         if (path / name).is_file():
-            return _tag_folder(path, (path / name).read_text().strip())
+            return _tag_folder(path, (path / name).read_text(errors="replace").strip() or "(none)")
     if any(path.glob("*_states.pt")) or (path / "zero").is_dir():
         return path
     raise UserError(f"{path}: no DeepSpeed checkpoint there (no file `latest`)")
@@ -178,7 +180,9 @@ def _range(vectors: list[Any], offset: int, length: int) -> list[Any]:
 
 def _joined(parts: list[Any], shape: tuple[int, ...], name: str) -> Lazy:
     """A parameter of this shape whose values are the parts, one after the other; what is over is padding."""
-    if sum(len(part) for part in parts) < prod(shape):
+    if any(part.dim() != 1 or part.device.type != "cpu" or str(part.layout) != "torch.strided" for part in parts):
+        raise ValueError(f"{name} is not cut from vectors")
+    if not parts or min(shape, default=0) < 0 or sum(len(part) for part in parts) < prod(shape):
         raise UserError(f"{name}: the DeepSpeed checkpoint is shorter than the parameters it lists")
     pieces, width = [lazy.of(part) for part in parts], prod(shape[1:])
     values = lazy.below(*pieces)
