@@ -15,7 +15,7 @@ from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.source import Source, open_source
-from grow.checkpoint.writer import MAX_SHARD_SIZE, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
@@ -30,7 +30,7 @@ def consolidate(
     uniform: bool = False,
     alpha: float = 1.0,
     dtype: str = "",
-    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    max_shard_size: str = "",
     start: str = "",
     tag: str = "",
     scores: str = "",
@@ -51,7 +51,7 @@ def consolidate(
         raise UserError(f"--dtype {dtype}: there are {', '.join(_DTYPES)}")
     if format == "grown" and (alpha != 1 or dtype):
         raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
-    size = parse_size("--max-shard-size", max_shard_size)
+    size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     source = open_source(path, start, tag)
     if scores:

@@ -16,7 +16,7 @@ from grow.checkpoint.lazy import Lazy, below
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
-from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import (
     FORMAT_VERSION,
@@ -171,7 +171,7 @@ def expand(
     out: str,
     factor: int | str = 2,
     layers: str = "all",
-    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    max_shard_size: str = GROWTH_SHARD_SIZE,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.

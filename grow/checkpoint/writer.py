@@ -20,7 +20,10 @@ from grow.checkpoint.lazy import BLOCK, Lazy
 from grow.checkpoint.shards import TensorInfo, read_header
 from grow.errors import UserError
 
-MAX_SHARD_SIZE = 5 * 10**9
+MAX_SHARD_SIZE = "5GB"
+GROWTH_SHARD_SIZE = "1GB"
+"""Smaller, so that several workers have something to do; the same on every machine, so that files are."""
+_WRITEBACK = 32 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -64,7 +67,7 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     `wrote` is called with the number of bytes just written. Raises UserError for a tensor that holds NaN or infinity:
     whatever is broken, a checkpoint of it would not be better.
     """
-    checksums = {}
+    checksums, start = {}, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
         for name, tensor in tensors.items():
@@ -76,6 +79,10 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
                 write_all(file.fileno(), data)
                 written += len(data)
                 wrote(len(data))
+                if file.tell() - start >= _WRITEBACK:
+                    # The disk begins now rather than at the sync: this starts writing and does not wait.
+                    os.posix_fadvise(file.fileno(), start, _WRITEBACK, os.POSIX_FADV_DONTNEED)
+                    start += _WRITEBACK
             if written != tensor.nbytes:
                 raise ValueError(f"{name}: {written} bytes were given for {tensor.nbytes}")
             checksums[name] = digest.hexdigest()
