@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grow.arguments import checked
-from grow.errors import UserError, one_line
+from grow.errors import Fault, Preempted, UserError, one_line
 from grow.text import eval_text, plan_text, train_text, verify_text
 
 
@@ -249,7 +249,7 @@ COMMANDS: dict[str, Callable[..., str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 1 a fault."""
+    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 75 preempted, 1 a fault."""
     import fire
 
     try:
@@ -261,6 +261,13 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same
             print(f"grow: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Fault as error:
+        print(f"grow: {one_line(error)}", file=sys.stderr)
+        return 1
+    except Preempted as left:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"grow: {one_line(left)}", file=sys.stderr)
+        return 75
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0

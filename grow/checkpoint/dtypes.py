@@ -19,12 +19,12 @@ TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-# Of each float: unsigned integers of its width, its bits without the sign, and infinity's.
-_BITS: dict[str, tuple[Any, int, int]] = {
-    "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "F32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    "F16": (np.uint16, 0x7FFF, 0x7C00),
-    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+# Of each float: integers of its width, signed and not, and infinity's bits.
+_BITS: dict[str, tuple[Any, Any, int]] = {
+    "F64": (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.int32, np.uint32, 0x7F80_0000),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "BF16": (np.int16, np.uint16, 0x7F80),
 }
 
 
@@ -88,8 +88,13 @@ def _halved(bits: Rows) -> Rows:
 
 
 def finite(values: Rows, dtype: str) -> bool:
-    """Whether all values are finite; true of integers."""
+    """Whether all values are finite; true of integers.
+
+    What is not finite has bits from infinity's up: among the positive it is the largest as a signed integer, among the
+    negative the largest as an unsigned one. Two maxima cost a tenth of asking each value.
+    """
     if dtype not in _BITS or not values.size:
         return True
-    kind, magnitude, infinity = _BITS[dtype]
-    return bool((values.view(kind) & kind(magnitude)).max() < infinity)
+    signed, unsigned, infinity = _BITS[dtype]
+    sign = 1 << (8 * values.itemsize - 1)
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < sign + infinity)

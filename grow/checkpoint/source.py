@@ -8,6 +8,7 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.metadata import check_growth
+from grow.checkpoint.run_folder import MARKER, last_checkpoint, step_of
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import checksum, equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
@@ -55,12 +56,12 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     """
     folder = Path(path)
     if (folder / "run.json").exists():
-        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=_step)
-        if not complete:
+        newest = last_checkpoint(folder)
+        if newest is None:
             raise UserError(f"{folder}: the run has no complete checkpoint yet")
-        return _open_run(folder, complete[-1].parent, start)
+        return _open_run(folder, newest, start)
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
-        if not (folder / "COMPLETE").exists():
+        if not (folder / MARKER).exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
         return _open_run(folder.parent, folder, start)
     if is_deepspeed(folder):
@@ -90,14 +91,9 @@ def _check_grown(checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: {problem}")
 
 
-def _step(marker: Path) -> int:
-    number = marker.parent.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
-
-
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     try:
-        run_facts, step = read_json(run / "run.json"), int(zero_path.name.split("-")[1])
+        run_facts, step = read_json(run / "run.json"), step_of(zero_path)
         recipe, history = run_facts["recipe"], read_json(zero_path / "trainer_state.json")["log_history"]
         facts = {key: recipe[key] for key in ("method", "data")} | {
             "steps": step,

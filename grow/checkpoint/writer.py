@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
 
@@ -67,27 +68,33 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     `wrote` is called with the number of bytes just written. Raises UserError for a tensor that holds NaN or infinity:
     whatever is broken, a checkpoint of it would not be better.
     """
-    checksums, start = {}, 0
+    digests = {name: xxh3_128() for name in tensors}
+    written, flushed = 0, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
-        for name, tensor in tensors.items():
-            digest, written = xxh3_128(), 0
-            for block in tensor.blocks():
-                _check(name, block, tensor)
-                data = bytes_of(block)
-                digest.update(data)
-                write_all(file.fileno(), data)
-                written += len(data)
-                wrote(len(data))
-                if file.tell() - start >= _WRITEBACK:
-                    # The disk begins now rather than at the sync: this starts writing and does not wait.
-                    os.posix_fadvise(file.fileno(), start, _WRITEBACK, os.POSIX_FADV_DONTNEED)
-                    start += _WRITEBACK
-            if written != tensor.nbytes:
-                raise ValueError(f"{name}: {written} bytes were given for {tensor.nbytes}")
-            checksums[name] = digest.hexdigest()
+        for name, block in _one_ahead(_checked_blocks(tensors)):
+            data = bytes_of(block)
+            digests[name].update(data)
+            write_all(file.fileno(), data)
+            wrote(len(data))
+            written += len(data)
+            if written - flushed >= _WRITEBACK:
+                # The disk begins now rather than at the sync: this starts writing and does not wait.
+                os.posix_fadvise(file.fileno(), flushed, _WRITEBACK, os.POSIX_FADV_DONTNEED)
+                flushed += _WRITEBACK
+        if written != sum(tensor.nbytes for tensor in tensors.values()):
+            raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())
-    return checksums
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _one_ahead(blocks: Iterator[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+    """The same, each computed while the one before it is being written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
@@ -105,11 +112,14 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _check(name: str, block: Rows, tensor: Lazy) -> None:
-    if block.dtype != DTYPES[tensor.dtype]:
-        raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
-    if not finite(block, tensor.dtype):
-        raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
+def _checked_blocks(tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, Rows]]:
+    for name, tensor in tensors.items():
+        for block in tensor.blocks():
+            if block.dtype != DTYPES[tensor.dtype]:
+                raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
+            if not finite(block, tensor.dtype):
+                raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
+            yield name, block
 
 
 def bytes_of(rows: Rows) -> memoryview:
