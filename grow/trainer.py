@@ -103,9 +103,10 @@ class GrowTrainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             parts = gather_object([settle(folder, self.args.process_index)])
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+            free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise Fault(
-                f"{folder}: cannot be written ({one_line(error)[:200]}); mend that and run the same command again: "
-                "it goes on from the last complete checkpoint"
+                f"{folder}: cannot be written ({free:.0f} MB free; {one_line(error)[:200]}); mend that and run the same"
+                " command again: it goes on from the last complete checkpoint"
             ) from error
         if self.args.should_save:
             seal(folder, {name: facts for part in parts for name, facts in part.items()})
