@@ -37,7 +37,10 @@ def attach(model: nn.Module, plan: GrowthPlan) -> None:
             f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
         )
     for layer in plan.layers:
-        grow_mlp(mlps[layer], plan.factor)
+        mlp: Any = mlps[layer]
+        grow_mlp(mlp, plan.factor)
+        if plan.trained_up:
+            mlp.add_trained()
 
 
 def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -28,10 +28,12 @@ class GrowthPlan:
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies.
     `layers` are the indices of the grown decoder layers, ascending.
+    `trained_up` says that beside their own up-projections they hold trained ones, which g_train made.
     """
 
     factor: int
     layers: tuple[int, ...]
+    trained_up: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":
@@ -46,7 +48,8 @@ class GrowthPlan:
                 f"(this is version {FORMAT_VERSION}): use the release that wrote the checkpoint"
             )
         try:
-            return cls(factor=parse_factor(growth["factor"]), layers=tuple(map(int, growth["layers"])))
+            layers = tuple(map(int, growth["layers"]))
+            return cls(parse_factor(growth["factor"]), layers, bool(growth.get("trained_up")))
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"

@@ -132,15 +132,15 @@ def write_marker(path: Path, text: str = "") -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameter: nn.Parameter) -> Any:
-    """The whole parameter on every rank, also where ZeRO-3 keeps it in partitions."""
-    if not hasattr(parameter, "ds_id"):
-        yield parameter
+def gathered(*parameters: nn.Parameter) -> Any:
+    """The whole parameters on every rank, also where ZeRO-3 keeps them in partitions."""
+    if not hasattr(parameters[0], "ds_id"):
+        yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield parameter
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:

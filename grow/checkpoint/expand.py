@@ -177,15 +177,16 @@ def link_base(folder: OutputFolder, base: Checkpoint) -> None:
 
 
 def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict[str, Any]:
-    """What a plan comes to: layers, parameters (of the base, added = trained by g_freeze), bytes on disk."""
+    """What a plan comes to: layers, parameters (of the base, added, trained), bytes on disk."""
     count = sum(tensor.numel for tensor in added.values())
+    up = sum(tensor.numel for name, tensor in added.items() if ".down_proj." not in name) // (plan.factor - 1)
     return {
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
         "base_parameters": sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values()),
         "added_parameters": count,
-        "trained_parameters": {"g_freeze": count},
+        "trained_parameters": {"g_freeze": count, "g_train": count + up},
         "base_bytes": sum(info.nbytes for info in base.tensors.values()),
         "added_bytes": sum(tensor.nbytes for tensor in added.values()),
     }

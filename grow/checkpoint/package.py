@@ -13,7 +13,7 @@ from grow.checkpoint.shards import Checkpoint, read_header, read_json
 from grow.checkpoint.source import Source, open_source
 from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import GrowthPlan, is_growth
+from grow.plan import GrowthPlan
 
 
 def _open_grown(path: str, start: str = "", tag: str = "") -> Source:
@@ -57,12 +57,11 @@ def growth(
     refuse_existing(Path(out))
     source = _open_grown(path, start, tag)
     grown = source.start
-    names = list(dict.fromkeys([name for name in grown.tensors if is_growth(name)] + list(source.trained)))
-    added = {name: source.tensor(name).to(grown.tensors[name].dtype) for name in names}
+    added = source.growth()
     shards = split_into_shards(added, size, "growth")
     with OutputFolder(out, {"growth of": source.identity, "shards": list(shards)}) as folder:
         checksums = folder.write_shards(shards, progress)
-        facts = grown.config["growth"] | {"trained": source.facts or grown.config["growth"]["trained"]}
+        facts = source.growth_facts()
         folder.write_text("README.md", grown_card(facts))
         known = read_json(grown.path / "growth.json")
         folder.write_json("growth.json", known | facts | {"tensors": checksums})

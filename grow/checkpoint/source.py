@@ -34,6 +34,17 @@ class Source:
         """A tensor as trained; a master weight is in fp32."""
         return self.trained[name] if name in self.trained else self.start.lazy(name)
 
+    def growth(self) -> dict[str, Lazy]:
+        """All that growth has added, as trained, each tensor in the base's dtype."""
+        names = dict.fromkeys([name for name in self.start.tensors if is_growth(name)] + list(self.trained))
+        return {name: self.tensor(name).to(self.start.tensors[_own(name)].dtype) for name in names}
+
+    def growth_facts(self) -> dict[str, Any]:
+        """The "growth" object of a grown checkpoint's config, after the training."""
+        before = self.start.config["growth"]
+        trained_up = any(".mlp.trained." in name for name in self.growth())
+        return before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
+
     def base_facts(self) -> dict[str, Any]:
         """Name and licence of the base."""
         growth = self.start.config.get("growth")
@@ -67,7 +78,9 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     if start:
         return _lay_over(Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint)
     if GrowthPlan.from_config(checkpoint.config) is None:
-        raise UserError(f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE tells from what it was trained)")
+        raise UserError(
+            f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
+        )
     return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
 
 
@@ -104,7 +117,11 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
     found: dict[str, Lazy] = {}
     for name, tensor in trained.items():
         key = on_disk.get(canonical(name))
-        if key is None or start.tensors[key].shape != tensor.shape:
+        if key is None and ".mlp.trained." in name:
+            # A g_train run starts without it: it has the name and the shape of the base's own.
+            own = on_disk.get(canonical(_own(name)), "")
+            key = own.replace(".mlp.", ".mlp.trained.") or None
+        if key is None or start.tensors[_own(key)].shape != tensor.shape:
             raise UserError(
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
             )
@@ -115,6 +132,11 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
         if strange:
             raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
     return Source(start, found, {}, [start.identity(), origin.identity()])
+
+
+def _own(name: str) -> str:
+    """The name of the tensor whose place a trained up-projection takes, which has its shape and dtype; or `name`."""
+    return name.replace(".mlp.trained.", ".mlp.")
 
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:

@@ -67,11 +67,12 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> 
         expected = added_tensors(checkpoint, plan, mlp_prefixes(checkpoint.tensors))
     except UserError as error:
         return [str(error)]
-    expected |= {
-        name: checkpoint.lazy(name.replace(".trained.", "."))
-        for name in checkpoint.tensors
-        if ".mlp.trained." in name and name.replace(".trained.", ".grown.") in expected
-    }
+    if plan.trained_up:
+        expected |= {
+            name.replace(".grown.", ".trained."): checkpoint.lazy(name.replace(".grown.", "."))
+            for name in list(expected)
+            if ".down_proj." not in name
+        }
     present = {name for name in checkpoint.tensors if is_growth(name)}
     problems += [f"{name}: is not in the plan" for name in sorted(present - set(expected))]
     for name, tensor in expected.items():

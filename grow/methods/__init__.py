@@ -1,6 +1,8 @@
-"""Ways to train, one file each. A method says whether it starts from a grown checkpoint (GROWS) and, in `prepare`,
-which parameters train: the others get requires_grad=False before DeepSpeed sees the model."""
+"""Ways to train, one file each, behind the interface of grow.methods.method. They import what is heavy when used."""
 
-from grow.methods import g_freeze, sft
+from grow.methods.g_freeze import GFreeze
+from grow.methods.g_train import GTrain
+from grow.methods.method import Method
+from grow.methods.sft import Sft
 
-METHODS = {"g_freeze": g_freeze, "sft": sft}
+METHODS: dict[str, type[Method]] = {"g_freeze": GFreeze, "g_train": GTrain, "sft": Sft}
