@@ -67,9 +67,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trainer = GrowTrainer(
         model=model,
         args=args,
+        recipe=recipe,
+        method=method,
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
-        save_total_limit=recipe.save_total_limit,
     )
     if args.process_index == 0:
         _write_run_file(run, recipe, str(dtype), model)
@@ -103,7 +104,6 @@ def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
     run, world_size = Path(recipe.output_dir), _world_size()
     method = recipe.make_method()
-    method.check(recipe)
     if method.grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
         raise UserError(
             f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
@@ -121,6 +121,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
+    method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         fill(load_rows(recipe.data, split, recipe.data_revision).select(range(1)), recipe.prompt, recipe.completion)
     if (run / "run.json").exists():

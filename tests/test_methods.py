@@ -1,16 +1,11 @@
 """Each method: exactly what it names trains, it learns, it resumes in the same bits, and it comes out again."""
 
 import json
-import multiprocessing
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from grow.checkpoint.consolidate import consolidate
@@ -19,65 +14,14 @@ from grow.checkpoint.package import attach, base
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.cli import main
+from grow.errors import UserError
+from grow.methods import METHODS
 from grow.methods.g_train import GTrain
 from grow.model import grown_mlps, load
-from tests.tiny import file_checksum, folder_checksums, make_data, make_recipe, run, tokens
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(), use_cache=False).logits
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "sums")
-
-
-# Processes that are forked from one with the imports done: a run takes two seconds instead of ten.
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["deepspeed", "transformers.trainer", "datasets", "peft"])
-
-
-def train(recipe: Path, ranks: int) -> str:
-    """Trains; returns what was printed."""
-    if ranks > 1:
-        return run("launch/train.sh", recipe, NPROC=str(ranks)).stdout
-    output = recipe.with_suffix(".out")
-    process = FORKED.Process(target=train_here, args=(recipe, output))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, output.read_text()[-3000:]
-    return output.read_text()
-
-
-def train_here(recipe: Path, output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)
-        sys.exit(main(["train", str(recipe)]))
-
-
-def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """Trains, trains again from the middle, and compares; returns what trained, fp32."""
-    folder = Path(yaml.safe_load(recipe.read_text())["output_dir"])
-    train(recipe, ranks)
-    history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    assert losses[-1] < losses[0] - 0.1, "it learns"
-    first = {name: value.load() for name, value in ZeroCheckpoint(folder / "checkpoint-4").trained.items()}
-    result = folder_checksums(folder / "result") if (folder / "result").exists() else {}
-    shutil.rmtree(folder / "checkpoint-4")
-    (folder / "COMPLETE").unlink()
-    assert train(recipe, ranks).count("{'loss'") == 2, "steps 3 and 4 are done again, and no others"
-    again = {name: value.load() for name, value in ZeroCheckpoint(folder / "checkpoint-4").trained.items()}
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
-    assert {n: c for n, c in result.items() if n.endswith("tensors")} == (
-        {n: file_checksum(folder / "result" / n) for n in result if n.endswith("tensors")}
-    )
-    return first
+from grow.recipe import read_recipe
+from grow.tasks import IGNORED
+from tests.running import Toy, alone, logits, rows_of, train, train_and_resume
+from tests.tiny import folder_checksums, make_recipe
 
 
 @pytest.mark.parametrize(
@@ -88,10 +32,10 @@ def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
         pytest.param(3, 2, "float32", marks=pytest.mark.full),
     ],
 )
-def test_g_train(text_base: Path, data: Path, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+def test_g_train(text_base: Path, sums: Path, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
     grown, folder = tmp_path / "grown", tmp_path / "run"
     expand(str(text_base), str(grown), layers="1,2")
-    recipe = make_recipe(tmp_path / "r.yaml", text_base, grown, data, stage, method="g_train", dtype=dtype)
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, grown, sums, stage, method="g_train", dtype=dtype)
     trained = train_and_resume(recipe, ranks)
     expected = {name.replace(".grown.", ".trained.") for name in Checkpoint(grown).tensors if ".grown." in name}
     expected = {name for name in expected if "down_proj" not in name}
@@ -144,3 +88,78 @@ def test_g_train_is_exact_at_step_0_and_its_dial_ends_where_it_should(tiny_base:
         assert not torch.equal(logits(model), expected)
         mlp.alpha = 0
         assert torch.equal(logits(model), expected)
+
+
+def test_a_new_method_is_one_class_and_a_line(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="toy", toy_layer=2)
+    with pytest.raises(UserError, match="toy_layer is not a field"):
+        read_recipe(str(recipe))
+    train(recipe, 1)
+    assert (tmp_path / "run" / "result" / "toy.txt").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["toy_layer"] == 2
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+    before, after = load_file(text_base / "model.safetensors"), load_file(tmp_path / "stock" / "model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.2.self_attn.q_proj.weight"]
+
+    # And what it is told of the base's losses is so, row by row.
+    examples = rows_of(text_base, sums, "train")
+    losses = torch.load(tmp_path / "run" / "losses.pt")
+    for example, found in list(zip(examples, losses, strict=True))[::20]:
+        expected = alone(load(text_base, torch.bfloat16), example)
+        assert torch.equal(found.isnan(), torch.tensor(example.labels) == IGNORED)
+        assert found[~found.isnan()].tolist() == pytest.approx(expected.tolist(), abs=0.15)
+
+
+FIELDS: dict[str, dict[str, Any]] = {"sft": {}, "flow": {}, "stm": {"stm_threshold": 300}, "ewc": {"ewc_rows": 20}}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks"),
+    [
+        ("flow", 2, 1),
+        ("stm", 2, 1),
+        ("ewc", 1, 1),
+        pytest.param("sft", 2, 1, marks=pytest.mark.full),
+        pytest.param("flow", 3, 2, marks=pytest.mark.full),
+        pytest.param("stm", 3, 2, marks=pytest.mark.full),
+        pytest.param("ewc", 2, 2, marks=pytest.mark.full),
+    ],
+)
+def test_kin_of_plain_fine_tuning(
+    text_base: Path, sums: Path, method: str, stage: int, ranks: int, tmp_path: Path
+) -> None:
+    fields = {"retention": str(sums), "retention_prompt": "{question}", "retention_completion": "{answer}"}
+    recipe = make_recipe(
+        tmp_path / "r.yaml",
+        text_base,
+        tmp_path,
+        sums,
+        stage,
+        method=method,
+        dtype="float32",
+        **fields,
+        **FIELDS[method],
+    )
+    trained = train_and_resume(recipe, ranks)
+    assert not (tmp_path / "run" / "result").exists()
+    before = load_file(text_base / "model.safetensors")
+    assert {name: torch.equal(trained[name], before[name].float()) for name in before} == dict.fromkeys(before, False)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    model = load(text_base, torch.float32)
+    model.load_state_dict(trained, strict=False)
+    assert (logits(load(tmp_path / "stock")) - logits(model)).abs().max() < 1e-4
+    if method != "sft":
+        # It is not plain fine-tuning by another name.
+        other = tmp_path / "other"
+        plain = make_recipe(
+            tmp_path / "sft.yaml", text_base, tmp_path, sums, stage, method="sft", dtype="float32",
+            output_dir=str(other), max_steps=2,
+        )  # fmt: skip
+        train(plain, ranks)
+        at_2 = ZeroCheckpoint(tmp_path / "run" / "checkpoint-2").trained
+        plain_at_2 = ZeroCheckpoint(other / "checkpoint-2").trained
+        assert any(not torch.equal(at_2[name].load(), plain_at_2[name].load()) for name in at_2)

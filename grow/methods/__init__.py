@@ -1,8 +1,13 @@
 """Ways to train, one file each, behind the interface of grow.methods.method. They import what is heavy when used."""
 
+from grow.methods.ewc import Ewc
+from grow.methods.flow import Flow
 from grow.methods.g_freeze import GFreeze
 from grow.methods.g_train import GTrain
 from grow.methods.method import Method
 from grow.methods.sft import Sft
+from grow.methods.stm import Stm
 
-METHODS: dict[str, type[Method]] = {"g_freeze": GFreeze, "g_train": GTrain, "sft": Sft}
+METHODS: dict[str, type[Method]] = {
+    "ewc": Ewc, "flow": Flow, "g_freeze": GFreeze, "g_train": GTrain, "sft": Sft, "stm": Stm,
+}  # fmt: skip
