@@ -167,6 +167,7 @@ def canonical(key: str) -> str:
     """The part of a tensor's name that all layouts of a model share.
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
-    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`.
+    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`. PEFT calls what it wraps
+    `….q_proj.base_layer`.
     """
-    return _WRAPPERS.sub("", key)
+    return _WRAPPERS.sub("", key).replace(".base_layer.", ".")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.source import has_checkpoint, last_checkpoint
 from grow.errors import UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
@@ -74,7 +75,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     )
     if args.process_index == 0:
         _write_run_file(run, recipe, str(dtype), model)
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=str(last_checkpoint(run)) if has_checkpoint(run) else None)
 
     on_disk = {canonical(name): name for name in start.tensors}
     changed = changed_frozen(model, on_disk, start.read)
@@ -135,13 +136,6 @@ def check_run(recipe: Recipe) -> Checkpoint:
                 "give another --output_dir or remove it"
             )
     return start
-
-
-def last_checkpoint(run: Path) -> str | None:
-    """The newest complete checkpoint of a run; an incomplete one does not count."""
-    complete = [path.parent for path in run.glob("checkpoint-*/COMPLETE")]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
 
 
 def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from grow.checkpoint.consolidate import consolidate
@@ -21,7 +22,7 @@ from grow.model import grown_mlps, load
 from grow.recipe import read_recipe
 from grow.tasks import IGNORED
 from tests.running import Toy, alone, logits, rows_of, train, train_and_resume
-from tests.tiny import folder_checksums, make_recipe
+from tests.tiny import folder_checksums, make_base, make_recipe
 
 
 @pytest.mark.parametrize(
@@ -163,3 +164,45 @@ def test_kin_of_plain_fine_tuning(
         at_2 = ZeroCheckpoint(tmp_path / "run" / "checkpoint-2").trained
         plain_at_2 = ZeroCheckpoint(other / "checkpoint-2").trained
         assert any(not torch.equal(at_2[name].load(), plain_at_2[name].load()) for name in at_2)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "stage", "ranks", "dtype"),
+    [
+        ("lora", "text", 2, 1, "float32"),
+        pytest.param("lora", "multimodal", 2, 2, "bfloat16", marks=pytest.mark.full),
+        pytest.param("lora", "multimodal", 3, 2, "float32", marks=pytest.mark.full),
+    ],
+)
+def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": method, "dtype": dtype, "lora_rank": 4, "lora_alpha": 6}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    base: Any = load(tiny_base, torch.float32)
+    layers = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
+    }
+    assert len(layers) == 4 * 7
+    part = METHODS[method].part  # type: ignore[attr-defined]
+    assert {name.partition(part)[0] for name in trained} == layers
+
+    # What is merged offline is what PEFT makes of the folder, and what it computes without merging.
+    expected_base = logits(base)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "result")
+    expected = logits(adapted)
+    stock = {alpha: tmp_path / f"stock {alpha}" for alpha in (1, 0.5, 0)}
+    for alpha, path in stock.items():
+        consolidate(str(tmp_path / "run"), str(path), alpha=alpha, dtype="float32")
+    assert (logits(load(stock[1])) - expected).abs().max() < 1e-4
+    assert (expected_base - expected).abs().max() > 1e-2
+    merged = adapted.merge_and_unload().state_dict()
+    own = load(tiny_base, torch.float32).state_dict()
+    half, none = load(stock[0.5]).state_dict(), load(stock[0]).state_dict()
+    for name, tensor in load(stock[1]).state_dict().items():
+        assert torch.equal(tensor, own[name]) != (name.removesuffix(".weight") in layers)
+        assert torch.allclose(tensor, merged[name], atol=1e-5)
+        assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
+        assert torch.equal(none[name], own[name])

@@ -1,6 +1,7 @@
 """What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import checksum
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
+from grow.methods import METHODS
 from grow.plan import GrowthPlan, canonical, is_growth
 
 
@@ -60,10 +62,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     """
     folder = Path(path)
     if (folder / "run.json").exists():
-        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=lambda file: int(file.parent.name.split("-")[1]))
-        if not complete:
-            raise UserError(f"{folder}: the run has no complete checkpoint yet")
-        return _open_run(folder, complete[-1].parent, start)
+        return _open_run(folder, last_checkpoint(folder), start)
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
         if not (folder / "COMPLETE").exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
@@ -84,10 +83,24 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     return Source(checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity())
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has a complete checkpoint; an incomplete one does not count."""
+    return any(run.glob("checkpoint-*/COMPLETE"))
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run. Raises UserError if there is none."""
+    if not has_checkpoint(run):
+        raise UserError(f"{run}: the run has no complete checkpoint yet")
+    return max((file.parent for file in run.glob("checkpoint-*/COMPLETE")), key=lambda f: int(f.name.split("-")[1]))
+
+
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     run_facts = read_json(run / "run.json")
-    source = _open_deepspeed(zero_path, Checkpoint(start or run_facts["start"]), "")
     recipe, step = run_facts["recipe"], int(zero_path.name.split("-")[1])
+    method = METHODS[recipe["method"]].of(recipe)
+    own = Checkpoint(start or run_facts["start"])
+    source = _open_deepspeed(zero_path, own, "", lambda trained: method.merge(own, trained, run_facts["dtype"]))
     history = json.loads((zero_path / "trainer_state.json").read_text())["log_history"]
     source.facts = {
         "method": recipe["method"],
@@ -100,9 +113,9 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     return source
 
 
-def _open_deepspeed(path: Path, start: Checkpoint, tag: str) -> Source:
+def _open_deepspeed(path: Path, start: Checkpoint, tag: str, merge: Callable[..., dict[str, Lazy]] = dict) -> Source:
     zero = ZeroCheckpoint(path, tag)
-    source = _lay_over(start, zero.trained, zero)
+    source = _lay_over(start, merge(zero.trained), zero)
     on_disk = {canonical(name): name for name in start.tensors}
     for name, tensor in zero.frozen.items():
         key = on_disk.get(canonical(name))

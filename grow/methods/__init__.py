@@ -4,10 +4,17 @@ from grow.methods.ewc import Ewc
 from grow.methods.flow import Flow
 from grow.methods.g_freeze import GFreeze
 from grow.methods.g_train import GTrain
+from grow.methods.lora import Lora
 from grow.methods.method import Method
 from grow.methods.sft import Sft
 from grow.methods.stm import Stm
 
 METHODS: dict[str, type[Method]] = {
-    "ewc": Ewc, "flow": Flow, "g_freeze": GFreeze, "g_train": GTrain, "sft": Sft, "stm": Stm,
-}  # fmt: skip
+    "ewc": Ewc,
+    "flow": Flow,
+    "g_freeze": GFreeze,
+    "g_train": GTrain,
+    "lora": Lora,
+    "sft": Sft,
+    "stm": Stm,
+}

@@ -50,8 +50,8 @@ class Method:
         """
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter trains, by its name in memory. Text has no gradient for a vision tower."""
-        return "vision_tower." not in name and "multi_modal_projector." not in name
+        """Whether a parameter trains, by its name in memory."""
+        return of_language_model(name)
 
     def prepare(self, model: nn.Module) -> None:
         """Builds, and freezes what does not train before DeepSpeed sees the model."""
@@ -80,3 +80,8 @@ class Method:
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes what a finished run ends in, beside its last checkpoint; on rank 0. Plain training has no more."""
+
+
+def of_language_model(name: str) -> bool:
+    """Whether a parameter or module is not of a vision tower or its projector, which text has no gradient for."""
+    return "vision_tower." not in name and "multi_modal_projector." not in name
