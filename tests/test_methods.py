@@ -16,7 +16,9 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
+from grow.evaluate import evaluate
 from grow.methods import METHODS
+from grow.methods.adapter import Adapter
 from grow.methods.g_train import GTrain
 from grow.model import grown_mlps, load
 from grow.recipe import read_recipe
@@ -206,3 +208,38 @@ def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype:
         assert torch.allclose(tensor, merged[name], atol=1e-5)
         assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
         assert torch.equal(none[name], own[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "ranks"),
+    [
+        ("text", 1, 1),
+        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
+    ],
+)
+def test_adapter(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": "adapter", "adapter_size": 8, "dtype": "float32"}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    assert len(trained) == 4 * 4 and all(".mlp.adapter." in name for name in trained)
+
+    expected = logits(load(tiny_base, torch.float32))
+    model: Any = load(tiny_base, torch.float32)
+    Adapter(adapter_size=8).prepare(model)
+    assert torch.equal(logits(model), expected), "exact at step 0"
+    model.load_state_dict(trained, strict=False)
+    result = tmp_path / "run" / "result"
+    assert torch.equal(logits(load(result, torch.float32)), logits(model))
+    assert torch.equal(logits(load(result, torch.float32, alpha=0)), expected)
+    assert (logits(model) - expected).abs().max() > 1e-2
+    with pytest.raises(UserError, match="adapter: a bottleneck is not linear"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+
+    # The run's own validation loss, from the folder, by the command.
+    seen = json.loads((tmp_path / "run" / "COMPLETE").read_text())["validation_loss"]
+    on_validation = read_recipe(str(recipe), {"test_split": "validation"})
+    assert evaluate(str(result), on_validation, samples=1)["task"]["loss"] == pytest.approx(seen, abs=0.05)
+    (result / "adapter.json").write_text((result / "adapter.json").read_text().replace(": 8", ": 9"))
+    with pytest.raises(UserError, match="does not fit"):
+        load(result)

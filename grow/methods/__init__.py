@@ -1,5 +1,6 @@
 """Ways to train, one file each, behind the interface of grow.methods.method. They import what is heavy when used."""
 
+from grow.methods.adapter import Adapter
 from grow.methods.ewc import Ewc
 from grow.methods.flow import Flow
 from grow.methods.g_freeze import GFreeze
@@ -10,6 +11,7 @@ from grow.methods.sft import Sft
 from grow.methods.stm import Stm
 
 METHODS: dict[str, type[Method]] = {
+    "adapter": Adapter,
     "ewc": Ewc,
     "flow": Flow,
     "g_freeze": GFreeze,
