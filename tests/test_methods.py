@@ -172,6 +172,8 @@ def test_kin_of_plain_fine_tuning(
     ("method", "kind", "stage", "ranks", "dtype"),
     [
         ("lora", "text", 2, 1, "float32"),
+        ("osf", "text", 2, 1, "float32"),
+        pytest.param("osf", "multimodal", 1, 2, "float32", marks=pytest.mark.full),
         pytest.param("lora", "multimodal", 2, 2, "bfloat16", marks=pytest.mark.full),
         pytest.param("lora", "multimodal", 3, 2, "float32", marks=pytest.mark.full),
     ],

@@ -7,6 +7,7 @@ from grow.methods.g_freeze import GFreeze
 from grow.methods.g_train import GTrain
 from grow.methods.lora import Lora
 from grow.methods.method import Method
+from grow.methods.osf import Osf
 from grow.methods.sft import Sft
 from grow.methods.stm import Stm
 
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "g_freeze": GFreeze,
     "g_train": GTrain,
     "lora": Lora,
+    "osf": Osf,
     "sft": Sft,
     "stm": Stm,
 }
