@@ -61,9 +61,9 @@ def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[l
 def _check_flag(name: str, flag: str, key: str, parameters: Mapping[str, Any]) -> None:
     named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        from grow.recipe import FIELDS
+        from grow.recipe import field_types
 
-        named += FIELDS
+        named += field_types()
     if key not in named or not flag.startswith("--"):
         raise UserError(f"{name}: {unknown(flag, [f'--{known}' for known in named], 'flag')}")
 

@@ -36,9 +36,11 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
     return output.logits, labels_BL[mask_BL]
 
 
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over labels, in fp32: logits [N, V], labels [N] → []."""
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights [N] → []."""
+    if weights is None:
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none") @ weights
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@ base's own weights stay as they are, unscaled, and the added copies are a second
     y = base(x) / k + grown(x)                                     at α = 1
     y = (1 − α(k−1)/k) · base(x) + α · grown(x)                    α from 0, the base, to 1, the trained model
 
+Where the original up-projection trains as well (G-Train), a copy of it takes its place in base(x):
+act(G x) ⊙ (U x) with G + α (G' − G) for G and U + α (U' − U) for U.
+
 At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in binary floating point and so is the sum of
 two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
 """
@@ -42,10 +45,35 @@ class GrownMLP:
     factor: int
     alpha: float
     grown: GrownBranch
+    trained: Any
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
+    def add_trained(self, **kind: Any) -> None:
+        """Adds `trained`, an up-projection that takes the base's own's place: gate and up, [p, h], uninitialised.
+
+        `kind`: device and dtype, where they are not torch's defaults."""
+        self.trained = nn.Module()
+        for name in ("gate_proj", "up_proj"):
+            own = getattr(self, name)
+            layer = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, **kind)
+            self.trained.add_module(name, layer)
+
+    def _base(self, x: Tensor) -> Tensor:
+        if self.trained is None or self.alpha == 0:
+            return super().forward(x)  # type: ignore[misc]
+        gate, up = self.trained.gate_proj(x), self.trained.up_proj(x)
+        if self.alpha != 1:
+            # Between the outputs, which is between the weights: they are linear. Weights may be in ZeRO-3 partitions.
+            gate = torch.lerp(self.gate_proj(x), gate, self.alpha)
+            up = torch.lerp(self.up_proj(x), up, self.alpha)
+        return self.down_proj(self.act_fn(gate) * up)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, h] → […, h]."""
-        base = super().forward(x)  # type: ignore[misc]
+        base = self._base(x)
         if self.alpha == 0:
             return base
         k = self.factor
@@ -62,5 +90,5 @@ def grow_mlp(mlp: Any, factor: int) -> None:
     """
     cls = type(mlp)
     mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
-    mlp.factor, mlp.alpha = factor, 1.0
+    mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)

@@ -3,14 +3,18 @@
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from grow import bottleneck
 from grow.checkpoint.hub import locate
+from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 from grow.mlp import GrownMLP, grow_mlp
 from grow.plan import PROJECTIONS, GrowthPlan
@@ -37,7 +41,10 @@ def attach(model: nn.Module, plan: GrowthPlan) -> None:
             f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
         )
     for layer in plan.layers:
-        grow_mlp(mlps[layer], plan.factor)
+        mlp: Any = mlps[layer]
+        grow_mlp(mlp, plan.factor)
+        if plan.trained_up:
+            mlp.add_trained()
 
 
 def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -59,10 +66,13 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
     """Loads a stock or a grown checkpoint, from a folder or by its hub name; `dtype` "auto" is the checkpoint's own.
 
-    `alpha` is the dial of a grown model: 0 is the base, exactly; 1 the trained model (grow.mlp).
+    A folder of an adapter (grow.bottleneck) is loaded with its base. `alpha` is the dial of a grown or an adapted
+    model: 0 is the base, exactly; 1 the trained model (grow.mlp).
     Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
     """
     path = locate(path)
+    if (path / bottleneck.CONFIG).is_file():
+        return _load_adapter(path, dtype, alpha)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
@@ -80,17 +90,32 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
     return model.eval()
 
 
+def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrainedModel:
+    facts = read_json(path / bottleneck.CONFIG)
+    model = load(facts["base"], dtype)
+    for mlp in gated_mlps(model).values():
+        bottleneck.adapt_mlp(mlp, facts["adapter_size"])
+    tensors = load_file(path / bottleneck.FILE)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if ".mlp.adapter." in name}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        raise UserError(f"{path}: its adapter does not fit {facts['base']}; was that replaced?")
+    model.load_state_dict(tensors, strict=False)
+    set_alpha(model, alpha)
+    return model.eval()
+
+
 def grown_mlps(model: nn.Module) -> Iterator[Any]:
     """The grown MLPs of a model, lowest layer first; none if it is not grown."""
     return (mlp for _, mlp in sorted(gated_mlps(model).items()) if isinstance(mlp, GrownMLP))
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
-    """Turns the dial of a grown model, between 0 (its base, exactly) and 1 (as trained); no effect on others."""
+    """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained); no effect on others."""
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
-    for mlp in grown_mlps(model):
-        mlp.alpha = alpha
+    for mlp in gated_mlps(model).values():
+        if isinstance(mlp, (GrownMLP, bottleneck.AdaptedMLP)):
+            mlp.alpha = alpha
 
 
 def compute_dtype() -> torch.dtype:

@@ -29,10 +29,12 @@ class GrowthPlan:
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies.
     `layers` are the indices of the grown decoder layers, ascending.
+    `trained_up` says that beside their own up-projections they hold trained ones, which g_train made.
     """
 
     factor: int
     layers: tuple[int, ...]
+    trained_up: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":
@@ -51,7 +53,7 @@ class GrowthPlan:
             sound = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
             if not sound or not layers or layers != sorted(set(layers)):
                 raise ValueError
-            return cls(factor, tuple(layers))
+            return cls(factor, tuple(layers), bool(growth.get("trained_up")))
         except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"
@@ -169,6 +171,7 @@ def canonical(key: str) -> str:
     """The part of a tensor's name that all layouts of a model share.
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
-    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`.
+    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`. PEFT calls what it wraps
+    `….q_proj.base_layer`.
     """
-    return _WRAPPERS.sub("", key)
+    return _WRAPPERS.sub("", key).replace(".base_layer.", ".")

@@ -14,12 +14,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from grow.errors import UserError, unknown
-from grow.methods import METHODS
+from grow.methods import METHODS, Method
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every field of a recipe. Those without a default must be in the file."""
+    """Every field of a recipe but those of its method. Those without a default must be in the file."""
 
     # What is trained. Growth methods start from `grown`, an expanded checkpoint; the others from `base`.
     base: str
@@ -69,14 +69,30 @@ class Recipe:
     save_total_limit: int = 2
     report_to: str = "tensorboard"
 
+    # Not a line of the file: those fields in it that are the method's own.
+    method_fields: dict[str, Any] = field(default_factory=dict)
+
     @property
     def start(self) -> str:
         """The checkpoint that training starts from."""
-        return self.grown if METHODS[self.method].GROWS else self.base
+        return self.grown if METHODS[self.method].grows else self.base
+
+    def make_method(self) -> Method:
+        """The method, with its fields set."""
+        return METHODS[self.method](**self.method_fields)
+
+    def values(self) -> dict[str, Any]:
+        """Every field by name, the method's among them."""
+        own = dataclasses.asdict(self.make_method())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "method_fields"} | own
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
-_TYPES = get_type_hints(Recipe)
+def field_types() -> dict[str, Any]:
+    """The type of every field that a recipe may have: one recipe serves several methods."""
+    types = {
+        f.name: get_type_hints(cls)[f.name] for cls in (*METHODS.values(), Recipe) for f in dataclasses.fields(cls)
+    }
+    return {name: kind for name, kind in types.items() if name != "method_fields"}
 
 
 def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -91,14 +107,21 @@ def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a list of `field: value` lines")
     values |= overrides or {}
+    kinds = field_types()
     for name in values:
-        if name not in FIELDS:
-            raise UserError(f"{path}: {unknown(str(name), FIELDS, 'field')}")
-    for name, spec in FIELDS.items():
-        if spec.default is dataclasses.MISSING and name not in values:
-            raise UserError(f"{path}: the field {name} is missing")
-    checked = {name: _coerce(name, value, _TYPES[name]) for name, value in values.items()}
-    return _resolve(Recipe(**checked), path)
+        if name not in kinds:
+            raise UserError(f"{path}: {unknown(str(name), kinds, 'field')}")
+    for spec in dataclasses.fields(Recipe):
+        if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
+            raise UserError(f"{path}: the field {spec.name} is missing")
+    checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
+    if checked.get("method", Recipe.method) not in METHODS:
+        raise UserError(f"{path}: {unknown(checked['method'], METHODS, 'method')}")
+    own = {f.name for f in dataclasses.fields(METHODS[checked.get("method", Recipe.method)])}
+    general = {f.name for f in dataclasses.fields(Recipe)}
+    method_fields = {name: value for name, value in checked.items() if name in own}
+    recipe = Recipe(**{name: value for name, value in checked.items() if name in general}, method_fields=method_fields)
+    return _resolve(recipe, path)
 
 
 def _coerce(name: str, value: Any, wanted: Any) -> Any:
@@ -125,9 +148,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
 
 
 def _resolve(recipe: Recipe, path: str) -> Recipe:
-    if recipe.method not in METHODS:
-        raise UserError(f"{path}: {unknown(recipe.method, METHODS, 'method')}")
-    if METHODS[recipe.method].GROWS and not recipe.grown:
+    if METHODS[recipe.method].grows and not recipe.grown:
         raise UserError(f"{path}: {recipe.method} starts from a grown checkpoint; name it in the field grown")
     rate = recipe.learning_rate
     if isinstance(rate, dict):

@@ -43,10 +43,7 @@ def _method(run: Path) -> str:
 
 def curve(run: Path) -> list[tuple[int, float]]:
     """Validation loss over steps, from the run's last complete checkpoint."""
-    newest = last_checkpoint(run)
-    if newest is None:
-        raise UserError(f"{run}: the run has no complete checkpoint yet")
-    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
     return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 

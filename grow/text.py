@@ -8,11 +8,12 @@ from grow.plan import ranges
 def plan_text(r: dict[str, Any]) -> str:
     """Of `plan` and `expand`."""
     added, base = r["added_parameters"], r["base_parameters"]
+    trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
     return (
         f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
         f"grown by a factor of {r['factor']}: {len(r['layers'])} layers ({ranges(r['layers'])})\n"
         f"added: {added / 1e6:,.1f} M parameters ({added / base:.0%} of the base), {r['added_bytes'] / 1e9:.2f} GB\n"
-        f"trained by g_freeze: {r['trained_parameters']['g_freeze'] / 1e6:,.1f} M parameters"
+        f"trained: {trained}"
     )
 
 

@@ -3,14 +3,15 @@
     RUN/run.json                     the resolved recipe, what it started from, versions
     RUN/checkpoint-N/                what trains, at step N, as DeepSpeed shards; COMPLETE in it when it is whole
     RUN/logs/                        TensorBoard
+    RUN/result/                      what the run ends in, where that is more than its last checkpoint
     RUN/COMPLETE                     written last: the run is done
 
 Started again, a run goes on from its last complete checkpoint; a run that is done says so and does nothing.
 """
 
-import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from typing import Any
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
-from grow.methods import METHODS
 from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, fill, load_rows
@@ -66,13 +66,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     deepspeed.init_distributed(verbose=False)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
-    METHODS[recipe.method].prepare(model)
+    method = recipe.make_method()
+    method.prepare(model)
     trainer = GrowTrainer(
         model=model,
         args=args,
+        recipe=recipe,
+        method=method,
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
-        save_total_limit=recipe.save_total_limit,
         watch=watch,
     )
     if args.process_index == 0:
@@ -93,6 +95,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
     result = _result(trainer)
     if args.process_index == 0:
+        shutil.rmtree(run / "result", ignore_errors=True)  # of an attempt that ended before its marker
+        method.write_result(run, run / "result")
         write_marker(run / MARKER, json.dumps(result) + "\n")
     dist.barrier()
     # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
@@ -112,8 +116,8 @@ def _result(trainer: Any) -> dict[str, Any]:
 def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
     run, world_size = Path(recipe.output_dir), _world_size()
-    grows = METHODS[recipe.method].GROWS
-    if grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
+    method = recipe.make_method()
+    if method.grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
         raise UserError(
             f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
         )
@@ -121,8 +125,8 @@ def check_run(recipe: Recipe) -> Checkpoint:
         hint = "; python recipes/gemma3_270m/fetch.py brings it" if "gemma3_270m" in recipe.start else ""
         raise UserError(f"{recipe.start}: no checkpoint there{hint}")
     start = Checkpoint(recipe.start)
-    if grows != ("growth" in start.config):
-        what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
+    if method.grows != ("growth" in start.config):
+        what = "is not grown; run python -m grow expand" if method.grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
     per_step = world_size * recipe.per_device_train_batch_size
     if recipe.train_batch_size % per_step:
@@ -130,11 +134,12 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
+    method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         fill(load_rows(recipe.data, split, recipe.data_revision).select(range(1)), recipe.prompt, recipe.completion)
     if (run / "run.json").exists():
         before = json.loads((run / "run.json").read_text())["recipe"]
-        now = dataclasses.asdict(recipe)
+        now = recipe.values()
         different = [name for name in now if name not in _FREE and now[name] != before.get(name)]
         if different:
             name = different[0]
@@ -225,9 +230,9 @@ def _write_run_file(run: Path, recipe: Recipe, dtype: str, model: Any) -> None:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     facts = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.values(),
         "start": str(Path(recipe.start).resolve()),
-        "growth": METHODS[recipe.method].GROWS,
+        "growth": recipe.make_method().grows,
         "world_size": _world_size(),
         "dtype": dtype,
         "trained_parameters": sum(

@@ -7,6 +7,7 @@ trains and no more and are marked when complete, resuming from them, and validat
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +22,50 @@ from grow.callbacks import Watch
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
-from grow.loss import labelled_logits, loss_sum
+from grow.loss import labelled_logits, loss_sum, token_scores
+from grow.methods import Method
 from grow.plan import canonical
+from grow.recipe import Recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 
 
 class GrowTrainer(transformers.Trainer):
-    """Trainer over packed sequences. `validation` is scored every `eval_steps`."""
+    """Trainer over packed sequences, by a recipe's method. `validation` is scored every `eval_steps`."""
 
     def __init__(
-        self, *, sequences: Epochs, validation: PackedDataset, save_total_limit: int, watch: Watch, **kwargs: Any
+        self,
+        *,
+        recipe: Recipe,
+        method: Method,
+        watch: Watch,
+        sequences: Epochs,
+        validation: PackedDataset,
+        **kwargs: Any,
     ):
         super().__init__(
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
         )
         self.watch = watch
         self.loss_is_scaled_for_ga = True
-        self.keep_checkpoints = save_total_limit
+        self.recipe, self.method = recipe, method
         self.model.register_state_dict_post_hook(drop_frozen)
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         labels = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
-        return self.accelerator.reduce(torch.as_tensor(labels, device=device), "sum")
+        # A method may take labels away; a batch that has none left has no loss, not one of 0/0.
+        return self.accelerator.reduce(torch.as_tensor(labels, device=device), "sum").clamp(min=1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The share of this micro-batch in the mean loss, times world_size, since DeepSpeed averages over ranks."""
         logits, labels = labelled_logits(model, inputs)
-        loss = loss_sum(logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
+        loss = loss_sum(logits, labels, weights) / num_items_in_batch * self.accelerator.num_processes
         self.watch.saw(loss)
-        return loss
+        return loss + self.method.penalty() / self.args.gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer counts the whole run as one epoch; what is logged is the true one."""
@@ -63,17 +75,9 @@ class GrowTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean loss per label over the validation rows. Every rank runs as many batches (ZeRO-3 gathers weights)."""
-        sequences, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        world, rank = self.args.world_size, self.args.process_index
-        self.model_wrapped.eval()
+        """Mean loss per label over the validation rows."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for start in range(0, len(sequences), size * world):
-            places = [start + rank * size + i for i in range(size)]
-            batch = self._prepare_inputs(collate([sequences[i % len(sequences)] for i in places]))
-            for i, place in enumerate(places):
-                if place >= len(sequences):
-                    batch["labels"][i] = IGNORED
+        for batch in self._own_batches(self.eval_dataset):
             with self.compute_loss_context_manager():
                 logits, labels = labelled_logits(self.model_wrapped, batch)
             total += torch.stack([loss_sum(logits, labels).double(), labels.new_tensor(len(labels)).double()])
@@ -82,6 +86,36 @@ class GrowTrainer(transformers.Trainer):
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def start_losses(self) -> list[Tensor]:
+        """The loss in nats of every label of the training rows, in the model as it is: one tensor an example, fp32, as
+        long as its labels, NaN where there is none. The rows are shared out to the ranks; each has all losses."""
+        sequences = self.train_dataset.sequences
+        lengths = [len(example.labels) for example in sequences.examples]
+        starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
+        losses = torch.zeros(sum(lengths), device=self.args.device)
+        counted = torch.zeros_like(losses)
+        for batch in self._own_batches(sequences):
+            with self.compute_loss_context_manager():
+                logprobs, _, rows = token_scores(self.model_wrapped, batch)
+            places = starts[rows] + batch["position_ids"][batch["labels"] != IGNORED]
+            losses[places], counted[places] = -logprobs, 1.0
+        losses, counted = self.accelerator.reduce(torch.stack([losses, counted]), "sum")
+        return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
+
+    def _own_batches(self, sequences: PackedDataset) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
+        weights in each); sequences that fill the last ones up have no labels."""
+        size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        self.model_wrapped.eval()
+        for start in range(0, len(sequences), size * world):
+            places = [start + rank * size + i for i in range(size)]
+            batch = self._prepare_inputs(collate([sequences[i % len(sequences)] for i in places]))
+            for i, place in enumerate(places):
+                if place >= len(sequences):
+                    batch["labels"][i] = IGNORED
+            yield batch
 
     # Checkpoints: what trains, nothing else.
 
@@ -110,12 +144,13 @@ class GrowTrainer(transformers.Trainer):
             ) from error
         if self.args.should_save:
             seal(folder, {name: facts for part in parts for name, facts in part.items()})
-            rotate_checkpoints(self.args.output_dir, self.keep_checkpoints)
+            rotate_checkpoints(self.args.output_dir, self.recipe.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.method.begin(self)
         if resume_from_checkpoint is not None:
             if set(ZeroCheckpoint(Path(resume_from_checkpoint)).trained) != trained_names(self.model):
                 raise UserError(f"{resume_from_checkpoint}: holds other parameters than this recipe trains")
@@ -141,15 +176,15 @@ def trained_names(module: nn.Module) -> set[str]:
 
 
 @contextlib.contextmanager
-def gathered(parameter: nn.Parameter) -> Any:
-    """The whole parameter on every rank, also where ZeRO-3 keeps it in partitions."""
-    if not hasattr(parameter, "ds_id"):
-        yield parameter
+def gathered(*parameters: nn.Parameter) -> Any:
+    """The whole parameters on every rank, also where ZeRO-3 keeps them in partitions."""
+    if not hasattr(parameters[0], "ds_id"):
+        yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield parameter
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:

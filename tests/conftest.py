@@ -39,3 +39,10 @@ def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_base
 
     return make_base(tmp_path_factory.mktemp("base") / "text", "text")
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import make_data
+
+    return make_data(tmp_path_factory.mktemp("data") / "sums")

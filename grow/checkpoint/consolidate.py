@@ -170,9 +170,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def write_grown(source: Source, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
     """The base's shards linked as they are, and the growth as trained."""
     start, known = source.start, read_growth(source.start.path)
-    names = list(dict.fromkeys([name for name in start.tensors if is_growth(name)] + list(source.trained)))
-    kinds = {name: start.tensors[name].dtype for name in names}
-    added = {name: source.tensor(name).to(kinds[name]) for name in names}
+    added = source.growth()
     shards = split_into_shards(added, max_shard_size, "growth")
     with OutputFolder(out, {"request": [source.identity, "grown", list(shards)]}) as folder:
         for shard in start.shards:
@@ -187,5 +185,5 @@ def write_grown(source: Source, out: str, max_shard_size: int, progress: Progres
         weight_map |= {name: file for file, part in shards.items() for name in part}
         sizes = {name: info.nbytes for name, info in start.tensors.items()}
         folder.write_index(weight_map, sizes | {name: tensor.nbytes for name, tensor in added.items()})
-        write_metadata(folder, known | source.growth() | {"tensors": checksums}, start.config)
+        write_metadata(folder, known | source.growth_facts() | {"tensors": checksums}, start.config)
     return sum(tensor.nbytes for tensor in added.values())

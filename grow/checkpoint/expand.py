@@ -117,11 +117,12 @@ def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy
     """The growth that a plan asks for, as it was before training, computed from the base inside; and a line by the
     name of each tensor of it that is missing, of another shape or dtype, or one too many."""
     expected = added_tensors(grown, plan, gated_mlps(grown))
-    expected |= {
-        name: grown.lazy(name.replace(".trained.", "."))
-        for name in grown.tensors
-        if ".mlp.trained." in name and name.replace(".trained.", ".grown.") in expected
-    }
+    if plan.trained_up:
+        expected |= {
+            name.replace(".grown.", ".trained."): grown.lazy(name.replace(".grown.", "."))
+            for name in list(expected)
+            if ".down_proj." not in name
+        }
     extra = (name for name in grown.tensors if is_growth(name) and name not in expected)
     problems = {name: f"{name}: is not in the plan" for name in extra}
     for name, tensor in expected.items():
@@ -222,15 +223,16 @@ def link_base(folder: OutputFolder, base: Checkpoint) -> None:
 
 
 def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict[str, Any]:
-    """What a plan comes to: layers, parameters (of the base, added = trained by g_freeze), bytes on disk."""
+    """What a plan comes to: layers, parameters (of the base, added, trained), bytes on disk."""
     count = sum(tensor.numel for tensor in added.values())
+    up = sum(tensor.numel for name, tensor in added.items() if ".down_proj." not in name) // (plan.factor - 1)
     return {
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
         "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
-        "trained_parameters": {"g_freeze": count},
+        "trained_parameters": {"g_freeze": count, "g_train": count + up},
         "base_bytes": sum(info.nbytes for info in base.tensors.values()),
         "added_bytes": sum(tensor.nbytes for tensor in added.values()),
     }

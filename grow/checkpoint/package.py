@@ -13,7 +13,6 @@ from grow.checkpoint.shards import Checkpoint, read_header
 from grow.checkpoint.source import Source, open_source
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import is_growth
 
 
 def _open_grown(path: str, start: str = "", tag: str = "") -> Source:
@@ -56,12 +55,11 @@ def growth(
     source = _open_grown(path, start, tag)
     grown = source.start
     known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
-    names = list(dict.fromkeys([name for name in grown.tensors if is_growth(name)] + list(source.trained)))
-    added = {name: source.tensor(name).to(grown.tensors[name].dtype) for name in names}
+    added = source.growth()
     shards = split_into_shards(added, size, "growth")
     with OutputFolder(out, {"growth of": source.identity, "shards": list(shards)}) as folder:
         checksums = folder.write_shards(shards, progress)
-        write_growth(folder, known | source.growth() | {"tensors": checksums})
+        write_growth(folder, known | source.growth_facts() | {"tensors": checksums})
     return {"source": path, "out": out, "bytes": sum(tensor.nbytes for tensor in added.values())}
 
 

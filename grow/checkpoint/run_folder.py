@@ -23,9 +23,12 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted((marker.parent for marker in run.glob(f"checkpoint-*/{MARKER}")), key=step_of, reverse=True)
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if it has one."""
-    return next(iter(complete_checkpoints(run)), None)
+def last_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run. Raises UserError if there is none."""
+    complete = complete_checkpoints(run)
+    if not complete:
+        raise UserError(f"{run}: the run has no complete checkpoint yet")
+    return complete[0]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,5 +1,6 @@
 """What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import checksum, equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
+from grow.methods import METHODS
 from grow.plan import GrowthPlan, canonical, is_growth
 
 
@@ -35,11 +37,17 @@ class Source:
         """A tensor as trained; a master weight is in fp32."""
         return self.trained[name] if name in self.trained else self.start.lazy(name)
 
-    def growth(self) -> dict[str, Any]:
+    def growth(self) -> dict[str, Lazy]:
+        """All that growth has added, as trained, each tensor in the base's dtype."""
+        names = dict.fromkeys([name for name in self.start.tensors if is_growth(name)] + list(self.trained))
+        return {name: self.tensor(name).to(self.start.tensors[_own(name)].dtype) for name in names}
+
+    def growth_facts(self) -> dict[str, Any]:
         """The metadata of the growth as it is now (config.json's "growth")."""
-        growth = dict(self.start.config["growth"])
-        growth["trained"] = self.facts or growth["trained"]
-        return growth | ({"scores": self.scores} if self.scores else {})
+        before = self.start.config["growth"]
+        trained_up = any(".mlp.trained." in name for name in self.growth())
+        facts = before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
+        return facts | ({"scores": self.scores} if self.scores else {})
 
     def base_facts(self) -> dict[str, Any]:
         """Name and licence of the base."""
@@ -56,10 +64,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     """
     folder = Path(path)
     if (folder / "run.json").exists():
-        newest = last_checkpoint(folder)
-        if newest is None:
-            raise UserError(f"{folder}: the run has no complete checkpoint yet")
-        return _open_run(folder, newest, start)
+        return _open_run(folder, last_checkpoint(folder), start)
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
         if not (folder / MARKER).exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
@@ -86,7 +91,9 @@ def _check_grown(checkpoint: Checkpoint) -> None:
     if "growth" not in checkpoint.config:
         return
     growth = check_growth(checkpoint.config["growth"], checkpoint.path / "config.json")
-    _, problems = expected_growth(checkpoint, GrowthPlan(growth["factor"], tuple(growth["layers"])))
+    plan = GrowthPlan.from_config({"growth": growth})
+    assert plan is not None
+    _, problems = expected_growth(checkpoint, plan)
     for problem in problems.values():
         raise UserError(f"{checkpoint.path}: {problem}")
 
@@ -101,17 +108,19 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
             "seed": recipe["seed"],
             "validation_loss": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         }
+        method, dtype = METHODS[recipe["method"]].of(recipe), run_facts["dtype"]
         start = start or str(run_facts["start"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
-    source = _open_deepspeed(zero_path, Checkpoint(start), "")
+    own = Checkpoint(start)
+    source = _open_deepspeed(zero_path, own, "", lambda trained: method.merge(own, trained, dtype))
     source.facts = facts
     return source
 
 
-def _open_deepspeed(path: Path, start: Checkpoint, tag: str) -> Source:
+def _open_deepspeed(path: Path, start: Checkpoint, tag: str, merge: Callable[..., dict[str, Lazy]] = dict) -> Source:
     zero = ZeroCheckpoint(path, tag)
-    source = _lay_over(start, zero.trained, zero)
+    source = _lay_over(start, merge(zero.trained), zero)
     source.facts = {"checkpoint": path.name}
     on_disk = {canonical(name): name for name in start.tensors}
     for name, tensor in zero.frozen.items():
@@ -130,7 +139,11 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
         key = on_disk.get(canonical(name))
         if key is None and name.endswith("lm_head.weight"):
             continue  # tied: the embedding's second name, which DeepSpeed's universal checkpoints keep
-        if key is None or start.tensors[key].shape != tensor.shape:
+        if key is None and ".mlp.trained." in name:
+            # A g_train run starts without it: it has the name and the shape of the base's own.
+            own = on_disk.get(canonical(_own(name)), "")
+            key = own.replace(".mlp.", ".mlp.trained.") or None
+        if key is None or start.tensors[_own(key)].shape != tensor.shape:
             raise UserError(
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
             )
@@ -141,6 +154,11 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
         if strange:
             raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
     return Source(start, found, identity=[start.identity(), origin.identity()])
+
+
+def _own(name: str) -> str:
+    """The name of the tensor whose place a trained up-projection takes, which has its shape and dtype; or `name`."""
+    return name.replace(".mlp.trained.", ".mlp.")
 
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:

@@ -1,6 +1,24 @@
-"""Ways to train, one file each. A method says whether it starts from a grown checkpoint (GROWS) and, in `prepare`,
-which parameters train: the others get requires_grad=False before DeepSpeed sees the model."""
+"""Ways to train, one file each, behind the interface of grow.methods.method. They import what is heavy when used."""
 
-from grow.methods import g_freeze, sft
+from grow.methods.adapter import Adapter
+from grow.methods.ewc import Ewc
+from grow.methods.flow import Flow
+from grow.methods.g_freeze import GFreeze
+from grow.methods.g_train import GTrain
+from grow.methods.lora import Lora
+from grow.methods.method import Method
+from grow.methods.osf import Osf
+from grow.methods.sft import Sft
+from grow.methods.stm import Stm
 
-METHODS = {"g_freeze": g_freeze, "sft": sft}
+METHODS: dict[str, type[Method]] = {
+    "adapter": Adapter,
+    "ewc": Ewc,
+    "flow": Flow,
+    "g_freeze": GFreeze,
+    "g_train": GTrain,
+    "lora": Lora,
+    "osf": Osf,
+    "sft": Sft,
+    "stm": Stm,
+}

@@ -1,11 +1,10 @@
 """Plain fine-tuning: every parameter of the language model trains. The rival that forgets."""
 
-from typing import Any
+from dataclasses import dataclass
 
-GROWS = False
+from grow.methods.method import Method
 
 
-def prepare(model: Any) -> None:
-    """Trains everything but a vision tower and its projector, which text has no gradient for."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision_tower." not in name and "multi_modal_projector." not in name)
+@dataclass
+class Sft(Method):
+    """Nothing more than every method has."""

@@ -1,0 +1,53 @@
+"""A bottleneck adapter after an MLP (Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP").
+
+    y = m + α · U · gelu(D · m),   m = mlp(x)        D [size, h], U [h, size], with biases
+
+U and its bias are zero at first, so that the adapted model starts as the base exactly. α is the dial: 0 the base, 1 as
+trained. What trained stands in a folder of its own, beside no copy of the base:
+
+    adapter.json           {"base": the base's folder, "adapter_size": size}
+    adapter.safetensors    the adapters' parameters, by their names in the model
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FILE, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+class Bottleneck(nn.Module):
+    """D and U: from h to `size` and back."""
+
+    def __init__(self, hidden_size: int, size: int, **kind: Any):
+        super().__init__()
+        self.down_proj = nn.Linear(hidden_size, size, **kind)
+        self.up_proj = nn.Linear(size, hidden_size, **kind)
+        nn.init.zeros_(self.up_proj.weight)
+        nn.init.zeros_(self.up_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, h] → […, h]."""
+        return self.up_proj(nn.functional.gelu(self.down_proj(x)))
+
+
+class AdaptedMLP:
+    """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
+
+    alpha: float
+    adapter: Bottleneck
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, h] → […, h]."""
+        output = super().forward(x)  # type: ignore[misc]
+        return output if self.alpha == 0 else torch.add(output, self.adapter(output), alpha=self.alpha)
+
+
+def adapt_mlp(mlp: Any, size: int) -> None:
+    """Gives a gated MLP an adapter, in place."""
+    cls = type(mlp)
+    mlp.__class__ = type(f"Adapted{cls.__name__}", (AdaptedMLP, cls), {})
+    own = mlp.gate_proj.weight
+    mlp.alpha = 1.0
+    mlp.adapter = Bottleneck(mlp.gate_proj.in_features, size, device=own.device, dtype=own.dtype)

@@ -1,0 +1,63 @@
+"""A bottleneck adapter after every MLP; the model itself is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grow.errors import UserError
+from grow.methods.method import Method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grow.checkpoint.lazy import Lazy
+    from grow.checkpoint.shards import Checkpoint
+
+
+@dataclass
+class Adapter(Method):
+    """Trains a bottleneck of `adapter_size` after each layer's MLP (grow.bottleneck; Houlsby et al. 2019)."""
+
+    adapter_size: int = 64
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError also for a size that is none."""
+        super().check(recipe)
+        if self.adapter_size < 1:
+            raise UserError("adapter_size must be at least 1")
+
+    def build(self, model: Any) -> None:
+        """Adds the adapters."""
+        from grow.bottleneck import adapt_mlp
+        from grow.model import gated_mlps
+
+        for _, mlp in sorted(gated_mlps(model).items()):
+            adapt_mlp(mlp, self.adapter_size)
+
+    def trains(self, name: str) -> bool:
+        """The adapters."""
+        return ".mlp.adapter." in name
+
+    def merge(self, start: Checkpoint, trained: dict[str, Lazy], dtype: str) -> dict[str, Lazy]:
+        """Raises UserError."""
+        raise UserError(
+            "adapter: a bottleneck is not linear, so no weights of a stock model can hold it; "
+            "give `eval` the run's folder result/, which has the adapter"
+        )
+
+    def write_result(self, run: Path, out: Path) -> None:
+        """The adapter's own folder, with the base's tokenizer, fp32; grow.model.load loads it."""
+        from grow.bottleneck import CONFIG, FILE
+        from grow.checkpoint.output import OutputFolder, no_progress, side_files
+        from grow.checkpoint.run_folder import last_checkpoint
+        from grow.checkpoint.shards import Checkpoint, read_json
+        from grow.checkpoint.zero import ZeroCheckpoint
+
+        zero = ZeroCheckpoint(last_checkpoint(run))
+        start = Checkpoint(read_json(run / "run.json")["start"])
+        with OutputFolder(out, {"adapter of": zero.identity()}) as folder:
+            folder.write_shards({FILE: zero.trained}, no_progress)
+            for file in side_files(start.path):
+                folder.copy(file)
+            folder.write_json(CONFIG, {"base": str(start.path.resolve()), "adapter_size": self.adapter_size})

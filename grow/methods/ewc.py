@@ -1,0 +1,88 @@
+"""Elastic weight consolidation: weights that old knowledge hangs on are held to where they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grow.errors import UserError
+from grow.methods.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Ewc(Method):
+    """Plain fine-tuning with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)², where θ* is the base and F the diagonal of its
+    Fisher information (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", eq. 3).
+
+    F is the empirical one: the mean of (∂ log p(completion) / ∂θ_i)² over the first `ewc_rows` rows of the recipe's
+    `retention` data, from its split `ewc_split`; `eval` scores the split test. F (fp32) and θ* are held on every rank,
+    and parameters are compared in the dtype that they are computed with.
+    """
+
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # ZeRO-3 has no parameter whole where the penalty needs it
+
+    ewc_lambda: float = 100.0
+    ewc_rows: int = 200
+    ewc_split: str = "train"
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError also where there is no text of old knowledge."""
+        super().check(recipe)
+        if not recipe.retention:
+            raise UserError("ewc measures what old knowledge hangs on: name rows of it in the field retention")
+        if self.ewc_rows < 1 or self.ewc_lambda < 0:
+            raise UserError("ewc_rows must be at least 1, and ewc_lambda not below 0")
+        self._examples(recipe)
+
+    def _examples(self, recipe: Any) -> list[Any]:
+        from transformers import AutoTokenizer
+
+        from grow.tasks import encode, load_rows
+
+        rows = load_rows(recipe.retention, self.ewc_split)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
+        rows = rows.select(range(min(self.ewc_rows, len(rows))))
+        examples = encode(rows, tokenizer, recipe.retention_prompt, recipe.retention_completion, end=False)
+        examples = [example for example in examples if len(example.input_ids) <= recipe.max_length]
+        if not examples:
+            raise UserError(f"{recipe.retention}: its split {self.ewc_split} has no row of at most max_length tokens")
+        return examples
+
+    def begin(self, trainer: Any) -> None:
+        """Notes the base's parameters, and measures F with the rows shared out to the ranks."""
+        import torch
+
+        examples = self._examples(trainer.recipe)
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        fisher = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for example in examples[trainer.args.process_index :: trainer.args.world_size]:
+            # Not backward(): DeepSpeed's hooks would take the gradients for those of a step.
+            gradients = torch.autograd.grad(_row_loss(trainer, example), parameters)
+            for total, gradient in zip(fisher, gradients, strict=True):
+                total += gradient.float() ** 2 / len(examples)
+        if trainer.args.world_size > 1:
+            for total in fisher:
+                torch.distributed.all_reduce(total)
+        self.held = [(p, p.detach().clone(), f) for p, f in zip(parameters, fisher, strict=True)]
+
+    def penalty(self) -> Tensor | float:
+        """The penalty at the present parameters."""
+        terms = [(fisher * (p.float() - start.float()) ** 2).sum() for p, start, fisher in self.held]
+        return self.ewc_lambda / 2 * sum(terms)
+
+
+def _row_loss(trainer: Any, example: Any) -> Tensor:
+    import torch
+
+    from grow.loss import labelled_logits, loss_sum
+
+    batch = {
+        "input_ids": torch.tensor([example.input_ids]),
+        "position_ids": torch.arange(len(example.input_ids))[None],
+        "labels": torch.tensor([example.labels]),
+    }
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    return loss_sum(*labelled_logits(trainer.model, batch))

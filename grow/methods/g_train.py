@@ -1,0 +1,37 @@
+"""G-Train: the added copies train, and so does the up-projection that was there: gate and up of the grown layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from grow.methods.g_freeze import GFreeze
+from grow.plan import is_growth
+
+
+@dataclass
+class GTrain(GFreeze):
+    """Trains `mlp.grown` and `mlp.trained`, a copy of the original up-projection that takes its place in the forward
+    pass ("Grow, Don't Overwrite", arXiv 2603.08647), so that the base's own weights stay as they are."""
+
+    def build(self, model: Any) -> None:
+        """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
+        from grow.model import grown_mlps
+
+        for mlp in grown_mlps(model):
+            if mlp.trained is None:
+                _copy_up(mlp)
+
+    def trains(self, name: str) -> bool:
+        """All that growth adds."""
+        return is_growth(name)
+
+
+def _copy_up(mlp: Any) -> None:
+    import torch
+
+    from grow.trainer import gathered
+
+    own = [parameter for layer in (mlp.gate_proj, mlp.up_proj) for parameter in layer.parameters()]
+    with gathered(*own), torch.no_grad():
+        mlp.add_trained(device=own[0].device, dtype=own[0].dtype)
+        for copy, original in zip(mlp.trained.parameters(), own, strict=True):
+            copy.copy_(original)

@@ -1,0 +1,47 @@
+"""LoRA: a low-rank update beside each linear layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grow.errors import UserError
+from grow.methods.peft_method import PeftMethod
+
+if TYPE_CHECKING:
+    from grow.checkpoint.lazy import Lazy
+
+
+@dataclass
+class Lora(PeftMethod):
+    """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
+    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it."""
+
+    part: ClassVar[str] = ".lora_"
+
+    lora_rank: int = 16
+    lora_alpha: int = 32
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError also for a rank that is none."""
+        super().check(recipe)
+        if self.lora_rank < 1:
+            raise UserError("lora_rank must be at least 1")
+
+    def config(self, target_modules: list[str]) -> Any:
+        """PEFT's LoraConfig."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_rank, lora_alpha=self.lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+
+    def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
+        """W + scaling · B A."""
+        from grow.checkpoint.lazy import Lazy, combined
+
+        down, up = parts["lora_A.weight"], parts["lora_B.weight"]
+        scaling = self.lora_alpha / self.lora_rank
+        update = Lazy(own.shape, "F32", lambda begin, end: up.rows(begin, end) @ down.rows(0, down.length) * scaling)
+        return combined(operator.add, "F32", own, update)

@@ -1,0 +1,87 @@
+"""What a way to train decides. All else of a run is the same for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from grow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from grow.checkpoint.lazy import Lazy
+    from grow.checkpoint.shards import Checkpoint
+
+
+@dataclass
+class Method:
+    """Plain training of the whole language model; a method overrides what it does otherwise.
+
+    A method's dataclass fields are fields of the recipe, by the same names and with the same defaults.
+    `grows`: whether it starts from a grown checkpoint, not from a base. `stages`: the ZeRO stages that it works with.
+    """
+
+    grows: ClassVar[bool] = False
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The method with its fields taken from a larger set of them, such as a run.json's recipe."""
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+    def check(self, recipe: Any) -> None:
+        """What can be said before anything heavy is loaded. Raises UserError for a recipe that it cannot follow."""
+        stage = json.loads(Path(recipe.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0)
+        if stage not in self.stages:
+            raise UserError(
+                f"{recipe.deepspeed}: {recipe.method} does not work with ZeRO-{stage}; "
+                f"give --deepspeed a config of stage {' or '.join(map(str, self.stages))}"
+            )
+
+    def build(self, model: Any) -> None:
+        """Adds parameters to a model that has just been loaded, in place.
+
+        Under ZeRO-3 the model's own are partitioned already (grow.trainer.gathered has them whole); those that are
+        added need not be: DeepSpeed partitions them when training begins.
+        """
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter trains, by its name in memory."""
+        return of_language_model(name)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Builds, and freezes what does not train before DeepSpeed sees the model."""
+        self.build(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+
+    def begin(self, trainer: Any) -> None:
+        """Measures what it needs of the model before it trains: every rank calls it, with DeepSpeed in place and, in a
+        run that goes on, before what was trained so far is loaded (grow.trainer.GrowTrainer)."""
+
+    def token_weights(self, rows: Tensor) -> Tensor | None:
+        """What each label's loss is multiplied by: rows [N] int64, the example of each label → [N]; None: by 1."""
+        return None
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the mean loss of every step, in nats: []."""
+        return 0.0
+
+    def merge(self, start: Checkpoint, trained: dict[str, Lazy], dtype: str) -> dict[str, Lazy]:
+        """What trained (fp32 master weights, by names in memory) as tensors that the start has, or that growth adds.
+
+        `dtype` is the one that the run computed in. Raises UserError if there is no such form.
+        """
+        return trained
+
+    def write_result(self, run: Path, out: Path) -> None:
+        """Writes what a finished run ends in, beside its last checkpoint; on rank 0. Plain training has no more."""
+
+
+def of_language_model(name: str) -> bool:
+    """Whether a parameter or module is not of a vision tower or its projector, which text has no gradient for."""
+    return "vision_tower." not in name and "multi_modal_projector." not in name

@@ -1,0 +1,89 @@
+"""What the methods of the PEFT library share: adapters put into the linear layers, a PEFT folder at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grow.errors import UserError
+from grow.methods.method import Method, of_language_model
+from grow.plan import canonical
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grow.checkpoint.lazy import Lazy
+    from grow.checkpoint.shards import Checkpoint
+
+
+@dataclass
+class PeftMethod(Method):
+    """Trains an adapter in every linear layer of the language model; the layers themselves are frozen.
+
+    `part` stands in the names of the adapter's parameters, after that of the layer.
+    """
+
+    part: ClassVar[str]
+
+    def config(self, target_modules: list[str]) -> Any:
+        """PEFT's configuration, for these layers."""
+        raise NotImplementedError
+
+    def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
+        """A layer's weight with its adapter merged into it, [out, in] fp32, from the base's `own` and the adapter's
+        parameters, by their names within the layer without the adapter's own name."""
+        raise NotImplementedError
+
+    def build(self, model: Any) -> None:
+        """Puts the adapters in. The model keeps its class, so all else sees the model that it was."""
+        import peft
+        from torch import nn
+
+        layers = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and ".layers." in name and of_language_model(name)
+        ]
+        peft.inject_adapter_in_model(self.config(layers), model)
+
+    def trains(self, name: str) -> bool:
+        """The adapters."""
+        return self.part in name
+
+    def merge(self, start: Checkpoint, trained: dict[str, Lazy], dtype: str) -> dict[str, Lazy]:
+        """The weights of the layers, each with its adapter merged into it."""
+        on_disk = {canonical(name): name for name in start.tensors}
+        found = {}
+        for layer, parts in self._by_layer(trained).items():
+            key = on_disk.get(canonical(f"{layer}.weight"))
+            if key is None:
+                raise UserError(f"{start.path}: has no {layer}, which the adapter is for; was the base replaced?")
+            found[f"{layer}.weight"] = self.merged(start.lazy(key), parts, dtype)
+        return found
+
+    def _by_layer(self, trained: dict[str, Lazy]) -> dict[str, dict[str, Lazy]]:
+        layers: dict[str, dict[str, Lazy]] = {}
+        for name, tensor in trained.items():
+            layer, part, rest = name.partition(self.part)
+            layers.setdefault(layer, {})[(part + rest).replace(".default", "").lstrip(".")] = tensor
+        return layers
+
+    def write_result(self, run: Path, out: Path) -> None:
+        """A folder as PEFT writes it: PeftModel.from_pretrained(base, RUN/result) loads it; fp32."""
+        from grow.checkpoint.output import OutputFolder, no_progress
+        from grow.checkpoint.run_folder import last_checkpoint
+        from grow.checkpoint.shards import read_json
+        from grow.checkpoint.zero import ZeroCheckpoint
+
+        zero = ZeroCheckpoint(last_checkpoint(run))
+        layers = self._by_layer(zero.trained)
+        tensors = {
+            f"base_model.model.{layer}.{name}": tensor
+            for layer, parts in layers.items()
+            for name, tensor in parts.items()
+        }
+        config = self.config(sorted(layers))
+        config.base_model_name_or_path, config.inference_mode = read_json(run / "run.json")["start"], True
+        with OutputFolder(out, {"adapter of": zero.identity()}) as folder:
+            folder.write_shards({"adapter_model.safetensors": tensors}, no_progress)
+            config.save_pretrained(folder.partial)

@@ -1,0 +1,102 @@
+"""Training runs in tests: quickly, and twice, to see that one that goes on ends in the same bits."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from grow.checkpoint.zero import ZeroCheckpoint
+from grow.cli import main
+from grow.loss import token_scores
+from grow.methods import METHODS, Method
+from grow.tasks import Example, encode, load_rows
+from tests.tiny import file_checksum, folder_checksums, run, tokens
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(), use_cache=False).logits
+
+
+# Processes that are forked from one with the imports done: a run takes two seconds instead of ten.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["deepspeed", "transformers.trainer", "datasets", "peft"])
+
+
+def train(recipe: Path, ranks: int) -> str:
+    """Trains; returns what was printed."""
+    if ranks > 1:
+        return run("launch/train.sh", recipe, NPROC=str(ranks)).stdout
+    output = recipe.with_suffix(".out")
+    process = FORKED.Process(target=train_here, args=(recipe, output))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, output.read_text()[-3000:]
+    return output.read_text()
+
+
+def train_here(recipe: Path, output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        METHODS["toy"] = Toy
+        sys.exit(main(["train", str(recipe)]))
+
+
+@dataclass
+class Toy(Method):
+    """All that a new method takes: this, and its line in the table."""
+
+    toy_layer: int = 0
+
+    def trains(self, name: str) -> bool:
+        return f".layers.{self.toy_layer}.self_attn.q_proj." in name
+
+    def begin(self, trainer: Any) -> None:
+        torch.save(trainer.start_losses(), Path(trainer.args.output_dir) / "losses.pt")
+
+    def write_result(self, run: Path, out: Path) -> None:
+        out.mkdir()
+        (out / "toy.txt").write_text("done")
+
+
+def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """Trains, trains again from the middle, and compares; returns what trained, fp32."""
+    folder = Path(yaml.safe_load(recipe.read_text())["output_dir"])
+    train(recipe, ranks)
+    history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 0.1, "it learns"
+    first = {name: value.load() for name, value in ZeroCheckpoint(folder / "checkpoint-4").trained.items()}
+    result = folder_checksums(folder / "result") if (folder / "result").exists() else {}
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "COMPLETE").unlink()
+    assert train(recipe, ranks).count("{'loss'") == 2, "steps 3 and 4 are done again, and no others"
+    again = {name: value.load() for name, value in ZeroCheckpoint(folder / "checkpoint-4").trained.items()}
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert {n: c for n, c in result.items() if n.endswith("tensors")} == (
+        {n: file_checksum(folder / "result" / n) for n in result if n.endswith("tensors")}
+    )
+    return first
+
+
+def rows_of(base: Path, data: Path, split: str) -> list[Example]:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return encode(load_rows(str(data), split), tokenizer, "{question}", "{answer}")
+
+
+def alone(model: torch.nn.Module, example: Example) -> torch.Tensor:
+    """A row's loss at each of its labels, unpacked."""
+    length = len(example.labels)
+    batch = {"input_ids": example.input_ids, "labels": example.labels, "rows": [0] * length}
+    tensors = {name: torch.tensor(values)[None] for name, values in batch.items()}
+    return -token_scores(model, tensors | {"position_ids": torch.arange(length)[None]})[0]

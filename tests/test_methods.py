@@ -1,0 +1,247 @@
+"""Each method: exactly what it names trains, it learns, it resumes in the same bits, and it comes out again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.checkpoint.package import attach, base
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.verify import verify
+from grow.checkpoint.zero import ZeroCheckpoint
+from grow.errors import UserError
+from grow.evaluate import evaluate
+from grow.methods import METHODS
+from grow.methods.adapter import Adapter
+from grow.methods.g_train import GTrain
+from grow.model import grown_mlps, load
+from grow.recipe import read_recipe
+from grow.tasks import IGNORED
+from tests.running import Toy, alone, logits, rows_of, train, train_and_resume
+from tests.tiny import folder_checksums, make_base, make_recipe
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "dtype"),
+    [
+        (2, 1, "float32"),
+        pytest.param(2, 2, "bfloat16", marks=pytest.mark.full),
+        pytest.param(3, 2, "float32", marks=pytest.mark.full),
+    ],
+)
+def test_g_train(text_base: Path, sums: Path, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+    grown, folder = tmp_path / "grown", tmp_path / "run"
+    expand(str(text_base), str(grown), layers="1,2")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, grown, sums, stage, method="g_train", dtype=dtype)
+    trained = train_and_resume(recipe, ranks)
+    expected = {name.replace(".grown.", ".trained.") for name in Checkpoint(grown).tensors if ".grown." in name}
+    expected = {name for name in expected if "down_proj" not in name}
+    expected |= {name for name in Checkpoint(grown).tensors if ".grown." in name}
+    assert trained.keys() == expected and len(expected) == 2 * 5
+    for name, tensor in trained.items():
+        own = load_file(text_base / "model.safetensors")[name.replace(".grown.", ".").replace(".trained.", ".")]
+        assert not torch.equal(tensor, own.float() / (2 if "down_proj" in name else 1)), "each of them changed"
+
+    # Grown again, packaged, and on its base again: the trained up-projections come along, and the base stays whole.
+    consolidate(str(folder), str(tmp_path / "trained"), "grown")
+    attach(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
+    for path in (tmp_path / "trained", tmp_path / "attached"):
+        assert verify(str(path), str(text_base))["problems"] == []
+        assert torch.equal(logits(load(path, torch.float32, alpha=0)), logits(load(text_base, torch.float32)))
+    base(str(tmp_path / "trained"), str(tmp_path / "base"))
+    assert folder_checksums(tmp_path / "base") == folder_checksums(text_base)
+    model = load(tmp_path / "trained", torch.float32)
+    assert torch.equal(logits(load(tmp_path / "attached", torch.float32)), logits(model))
+    for name, tensor in trained.items():
+        assert torch.equal(model.get_parameter(name), tensor.bfloat16().float())
+
+    # Stock, as trained and along the dial.
+    for alpha in (1, 0.4):
+        stock = tmp_path / f"{alpha}"
+        consolidate(str(folder), str(stock), uniform=True, alpha=alpha, dtype="float32")
+        expected_logits = logits(g_train_model(grown, trained, alpha))
+        assert (logits(load(stock)) - expected_logits).abs().max() < 1e-4
+        assert (logits(load(text_base, torch.float32)) - expected_logits).abs().max() > 1e-2
+
+
+def g_train_model(grown: Path, trained: dict[str, torch.Tensor], alpha: float) -> Any:
+    """The model in training, made by hand from its master weights."""
+    model = load(grown, torch.float32, alpha)
+    GTrain().prepare(model)
+    assert not model.load_state_dict(trained, strict=False).unexpected_keys
+    return model
+
+
+def test_g_train_is_exact_at_step_0_and_its_dial_ends_where_it_should(tiny_base: Path, tmp_path: Path) -> None:
+    expand(str(tiny_base), str(tmp_path / "grown"))
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = logits(load(tiny_base, dtype))
+        model: Any = load(tmp_path / "grown", dtype)
+        GTrain().prepare(model)
+        assert all(mlp.trained is not None for mlp in grown_mlps(model))
+        assert torch.equal(logits(model), expected)
+        mlp = next(grown_mlps(model))
+        mlp.trained.gate_proj.weight.data += 0.1
+        assert not torch.equal(logits(model), expected)
+        mlp.alpha = 0
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_new_method_is_one_class_and_a_line(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="toy", toy_layer=2)
+    with pytest.raises(UserError, match="toy_layer is not a field"):
+        read_recipe(str(recipe))
+    train(recipe, 1)
+    assert (tmp_path / "run" / "result" / "toy.txt").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["toy_layer"] == 2
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+    before, after = load_file(text_base / "model.safetensors"), load_file(tmp_path / "stock" / "model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.2.self_attn.q_proj.weight"]
+
+    # And what it is told of the base's losses is so, row by row.
+    examples = rows_of(text_base, sums, "train")
+    losses = torch.load(tmp_path / "run" / "losses.pt")
+    for example, found in list(zip(examples, losses, strict=True))[::20]:
+        expected = alone(load(text_base, torch.bfloat16), example)
+        assert torch.equal(found.isnan(), torch.tensor(example.labels) == IGNORED)
+        assert found[~found.isnan()].tolist() == pytest.approx(expected.tolist(), abs=0.15)
+
+
+FIELDS: dict[str, dict[str, Any]] = {"sft": {}, "flow": {}, "stm": {"stm_threshold": 300}, "ewc": {"ewc_rows": 20}}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks"),
+    [
+        ("flow", 2, 1),
+        ("stm", 2, 1),
+        ("ewc", 1, 1),
+        pytest.param("sft", 2, 1, marks=pytest.mark.full),
+        pytest.param("flow", 3, 2, marks=pytest.mark.full),
+        pytest.param("stm", 3, 2, marks=pytest.mark.full),
+        pytest.param("ewc", 2, 2, marks=pytest.mark.full),
+    ],
+)
+def test_kin_of_plain_fine_tuning(
+    text_base: Path, sums: Path, method: str, stage: int, ranks: int, tmp_path: Path
+) -> None:
+    fields = {"retention": str(sums), "retention_prompt": "{question}", "retention_completion": "{answer}"}
+    recipe = make_recipe(
+        tmp_path / "r.yaml",
+        text_base,
+        tmp_path,
+        sums,
+        stage,
+        method=method,
+        dtype="float32",
+        **fields,
+        **FIELDS[method],
+    )
+    trained = train_and_resume(recipe, ranks)
+    assert not (tmp_path / "run" / "result").exists()
+    before = load_file(text_base / "model.safetensors")
+    assert {name: torch.equal(trained[name], before[name].float()) for name in before} == dict.fromkeys(before, False)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    model = load(text_base, torch.float32)
+    model.load_state_dict(trained, strict=False)
+    assert (logits(load(tmp_path / "stock")) - logits(model)).abs().max() < 1e-4
+    if method != "sft":
+        # It is not plain fine-tuning by another name.
+        other = tmp_path / "other"
+        plain = make_recipe(
+            tmp_path / "sft.yaml", text_base, tmp_path, sums, stage, method="sft", dtype="float32",
+            output_dir=str(other), max_steps=2,
+        )  # fmt: skip
+        train(plain, ranks)
+        at_2 = ZeroCheckpoint(tmp_path / "run" / "checkpoint-2").trained
+        plain_at_2 = ZeroCheckpoint(other / "checkpoint-2").trained
+        assert any(not torch.equal(at_2[name].load(), plain_at_2[name].load()) for name in at_2)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "stage", "ranks", "dtype"),
+    [
+        ("lora", "text", 2, 1, "float32"),
+        ("osf", "text", 2, 1, "float32"),
+        pytest.param("osf", "multimodal", 1, 2, "float32", marks=pytest.mark.full),
+        pytest.param("lora", "multimodal", 2, 2, "bfloat16", marks=pytest.mark.full),
+        pytest.param("lora", "multimodal", 3, 2, "float32", marks=pytest.mark.full),
+    ],
+)
+def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": method, "dtype": dtype, "lora_rank": 4, "lora_alpha": 6}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    base: Any = load(tiny_base, torch.float32)
+    layers = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
+    }
+    assert len(layers) == 4 * 7
+    part = METHODS[method].part  # type: ignore[attr-defined]
+    assert {name.partition(part)[0] for name in trained} == layers
+
+    # What is merged offline is what PEFT makes of the folder, and what it computes without merging.
+    expected_base = logits(base)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "result")
+    expected = logits(adapted)
+    stock = {alpha: tmp_path / f"stock {alpha}" for alpha in (1, 0.5, 0)}
+    for alpha, path in stock.items():
+        consolidate(str(tmp_path / "run"), str(path), alpha=alpha, dtype="float32")
+    assert (logits(load(stock[1])) - expected).abs().max() < 1e-4
+    assert (expected_base - expected).abs().max() > 1e-2
+    merged = adapted.merge_and_unload().state_dict()
+    own = load(tiny_base, torch.float32).state_dict()
+    half, none = load(stock[0.5]).state_dict(), load(stock[0]).state_dict()
+    for name, tensor in load(stock[1]).state_dict().items():
+        assert torch.equal(tensor, own[name]) != (name.removesuffix(".weight") in layers)
+        assert torch.allclose(tensor, merged[name], atol=1e-5)
+        assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
+        assert torch.equal(none[name], own[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "ranks"),
+    [
+        ("text", 1, 1),
+        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
+    ],
+)
+def test_adapter(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": "adapter", "adapter_size": 8, "dtype": "float32"}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    assert len(trained) == 4 * 4 and all(".mlp.adapter." in name for name in trained)
+
+    expected = logits(load(tiny_base, torch.float32))
+    model: Any = load(tiny_base, torch.float32)
+    Adapter(adapter_size=8).prepare(model)
+    assert torch.equal(logits(model), expected), "exact at step 0"
+    model.load_state_dict(trained, strict=False)
+    result = tmp_path / "run" / "result"
+    assert torch.equal(logits(load(result, torch.float32)), logits(model))
+    assert torch.equal(logits(load(result, torch.float32, alpha=0)), expected)
+    assert (logits(model) - expected).abs().max() > 1e-2
+    with pytest.raises(UserError, match="adapter: a bottleneck is not linear"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+
+    # The run's own validation loss, from the folder, by the command.
+    seen = json.loads((tmp_path / "run" / "COMPLETE").read_text())["validation_loss"]
+    on_validation = read_recipe(str(recipe), {"test_split": "validation"})
+    assert evaluate(str(result), on_validation, samples=1)["task"]["loss"] == pytest.approx(seen, abs=0.05)
+    (result / "adapter.json").write_text((result / "adapter.json").read_text().replace(": 8", ": 9"))
+    with pytest.raises(UserError, match="does not fit"):
+        load(result)
