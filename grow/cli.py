@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grow.arguments import checked
-from grow.errors import UserError, one_line
+from grow.errors import Fault, Preempted, UserError, one_line
 from grow.text import eval_text, plan_text, train_text, verify_text
 
 
@@ -34,7 +34,7 @@ def plan(base: str, factor: str = "2", layers: str = "all", json: bool = False) 
 
 
 def expand(
-    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "5GB", json: bool = False
+    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", json: bool = False
 ) -> str:
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
@@ -45,7 +45,7 @@ def expand(
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
-        max_shard_size: The largest file of growth, such as 5GB.
+        max_shard_size: The largest file of growth, such as 1GB.
         json: Print one JSON object.
     """
     from grow.checkpoint.expand import expand as run
@@ -112,7 +112,7 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
 
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
-    max_shard_size: str = "5GB", start: str = "", tag: str = "", scores: str = "", json: bool = False,
+    max_shard_size: str = "", start: str = "", tag: str = "", scores: str = "", json: bool = False,
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
 
@@ -125,7 +125,7 @@ def consolidate(
         uniform: Where only some layers are grown, widen the others with zeros, so that one width holds for all.
         alpha: The dial, folded into the weights: 0 is the base, 1 as trained.
         dtype: float32, bfloat16 or float16; the base's unless given.
-        max_shard_size: The largest file, such as 5GB.
+        max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
         scores: A file that `eval --out` wrote, for the model card.
@@ -249,7 +249,7 @@ COMMANDS: dict[str, Callable[..., str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 1 a fault."""
+    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 75 preempted, 1 a fault."""
     import fire
 
     try:
@@ -261,6 +261,13 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same
             print(f"grow: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Fault as error:
+        print(f"grow: {one_line(error)}", file=sys.stderr)
+        return 1
+    except Preempted as left:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"grow: {one_line(left)}", file=sys.stderr)
+        return 75
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0

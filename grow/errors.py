@@ -1,11 +1,19 @@
-"""What is the user's to mend: `python -m grow` prints its one line and leaves with exit code 2."""
+"""What ends a command: `python -m grow` prints one line and leaves with the exit code."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what was asked for. The message is one line: it names the thing and says what to do."""
+    """A mistake in what was asked for, exit code 2. The message is one line: it names the thing and says what to do."""
+
+
+class Fault(Exception):
+    """Something broke that nobody asked for, exit code 1. One line too."""
+
+
+class Preempted(Exception):
+    """The system asked a run to go, and it left with a checkpoint, exit code 75: run the same command again."""
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> str:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
-from grow.train import last_checkpoint
 
 COLUMNS = (
     ("task loss", "task", "loss", "{:.3f}"),
@@ -46,7 +46,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
     newest = last_checkpoint(run)
     if newest is None:
         raise UserError(f"{run}: the run has no complete checkpoint yet")
-    history = json.loads((Path(newest) / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 

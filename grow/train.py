@@ -19,8 +19,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
-from grow.errors import UserError
+from grow.errors import Preempted, UserError
 from grow.methods import METHODS
 from grow.plan import canonical
 from grow.recipe import Recipe
@@ -50,8 +51,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     import deepspeed
     import torch.distributed as dist
 
+    from grow.callbacks import Watch
     from grow.model import load
-    from grow.trainer import MARKER, GrowTrainer, changed_frozen, write_marker
+    from grow.trainer import GrowTrainer, changed_frozen
+
+    watch = Watch()
 
     # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
@@ -69,10 +73,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
         save_total_limit=recipe.save_total_limit,
+        watch=watch,
     )
     if args.process_index == 0:
         _write_run_file(run, recipe, str(dtype), model)
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    checkpoint = _sound_checkpoint(run)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if watch.leaving:
+        dist.barrier()
+        dist.destroy_process_group()
+        raise Preempted(
+            f"{run}: left at step {trainer.state.global_step} of {steps}, as asked, with a checkpoint; "
+            "run the same command again to go on"
+        )
 
     on_disk = {canonical(name): name for name in start.tensors}
     changed = changed_frozen(model, on_disk, start.read)
@@ -132,11 +145,20 @@ def check_run(recipe: Recipe) -> Checkpoint:
     return start
 
 
-def last_checkpoint(run: Path) -> str | None:
-    """The newest complete checkpoint of a run; an incomplete one does not count."""
-    complete = [path.parent for path in run.glob("checkpoint-*/COMPLETE")]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
+def _sound_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint that is whole; says on rank 0 which are not. Every rank gets rank 0's answer."""
+    import torch.distributed as dist
+
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        for checkpoint in complete_checkpoints(run):
+            problem = broken(checkpoint)
+            if problem is None:
+                found = [checkpoint]
+                break
+            print(f"{checkpoint}: {problem}; going back to the checkpoint before it", file=sys.stderr)
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:

@@ -6,30 +6,36 @@ trains and no more and are marked when complete, resuming from them, and validat
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from grow.checkpoint.output import sync_folder
+from grow.callbacks import Watch
+from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.errors import UserError
+from grow.errors import Fault, UserError, one_line
 from grow.loss import labelled_logits, loss_sum
 from grow.plan import canonical
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
-
-MARKER = "COMPLETE"
 
 
 class GrowTrainer(transformers.Trainer):
     """Trainer over packed sequences. `validation` is scored every `eval_steps`."""
 
-    def __init__(self, *, sequences: Epochs, validation: PackedDataset, save_total_limit: int, **kwargs: Any):
-        super().__init__(train_dataset=sequences, eval_dataset=validation, data_collator=collate, **kwargs)
+    def __init__(
+        self, *, sequences: Epochs, validation: PackedDataset, save_total_limit: int, watch: Watch, **kwargs: Any
+    ):
+        super().__init__(
+            train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
+        )
+        self.watch = watch
         self.loss_is_scaled_for_ga = True
         self.keep_checkpoints = save_total_limit
         self.model.register_state_dict_post_hook(drop_frozen)
@@ -45,7 +51,9 @@ class GrowTrainer(transformers.Trainer):
     ) -> Any:
         """The share of this micro-batch in the mean loss, times world_size, since DeepSpeed averages over ranks."""
         logits, labels = labelled_logits(model, inputs)
-        return loss_sum(logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        loss = loss_sum(logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        self.watch.saw(loss)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer counts the whole run as one epoch; what is logged is the true one."""
@@ -86,10 +94,22 @@ class GrowTrainer(transformers.Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():  # of an attempt that died here
+            shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            parts = gather_object([settle(folder, self.args.process_index)])
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+            free = shutil.disk_usage(self.args.output_dir).free / 1e6
+            raise Fault(
+                f"{folder}: cannot be written ({free:.0f} MB free; {one_line(error)[:200]}); mend that and run the same"
+                " command again: it goes on from the last complete checkpoint"
+            ) from error
         if self.args.should_save:
-            write_marker(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / MARKER)
+            seal(folder, {name: facts for part in parts for name, facts in part.items()})
             rotate_checkpoints(self.args.output_dir, self.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -118,17 +138,6 @@ def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any
 def trained_names(module: nn.Module) -> set[str]:
     """The names of the parameters that train."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def write_marker(path: Path, text: str = "") -> None:
-    """Writes a file that says that all before it is there: whole or not at all, and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def test_masters_are_those_in_memory(written: tuple[Path, Path, int], stage: int
     for name, tensor in expected.items():
         assert torch.equal(zero.trained[name].load(), tensor), name
         middle = len(tensor) // 2
-        assert torch.equal(zero.trained[name].rows(1, middle), tensor[1:middle])
+        assert (zero.trained[name].to("F32").rows(1, middle) == tensor[1:middle].float().numpy()).all()
     if stage >= 2:
         assert bool(zero.frozen) != exclude
     for name, lazy in zero.frozen.items():

@@ -4,23 +4,23 @@ Stock: gate and up of base and copies stand one below the other, down side by si
 intermediate_size is k·p. Master weights are rounded once. A block of rows is in memory at a time.
 """
 
+import operator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grow.checkpoint.card import stock_card
+from grow.checkpoint.dtypes import is_float, widest
 from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
 from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.source import Source, open_source
-from grow.checkpoint.writer import MAX_SHARD_SIZE, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
 FORMATS = ("stock", "grown")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def consolidate(
@@ -30,7 +30,7 @@ def consolidate(
     uniform: bool = False,
     alpha: float = 1.0,
     dtype: str = "",
-    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    max_shard_size: str = "",
     start: str = "",
     tag: str = "",
     scores: str = "",
@@ -51,7 +51,7 @@ def consolidate(
         raise UserError(f"--dtype {dtype}: there are {', '.join(_DTYPES)}")
     if format == "grown" and (alpha != 1 or dtype):
         raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
-    size = parse_size("--max-shard-size", max_shard_size)
+    size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     source = open_source(path, start, tag)
     if scores:
@@ -68,7 +68,7 @@ def consolidate(
 
 
 def _stock_tensors(
-    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: torch.dtype | None
+    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
 ) -> dict[str, Lazy]:
     start = source.start
     mlps = {}
@@ -86,7 +86,7 @@ def _stock_tensors(
         mlp = f"{prefix}.mlp"
         if is_growth(name):
             continue
-        target = dtype if dtype and info.dtype.is_floating_point else info.dtype
+        target = dtype if dtype and is_float(info.dtype) else info.dtype
         if plan is not None and mlp in mlps and "_proj." in last:
             tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], alpha, target)
         else:
@@ -94,7 +94,7 @@ def _stock_tensors(
     return tensors
 
 
-def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: torch.dtype) -> Lazy:
+def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: str) -> Lazy:
     """One of a stock MLP's tensors, from the base's own and the copies."""
     own = source.start.lazy(f"{mlp}.{last}")
     if not grown:
@@ -111,12 +111,12 @@ def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: flo
             return below(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
         return below(own.to(target), copies.to(target))
     own, added = _scaled(own, 1 - alpha * (k - 1) / k, target), _scaled(copies, alpha, target)
-    return combined(torch.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
+    return combined(operator.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
 
 
-def _scaled(tensor: Lazy, factor: float, target: torch.dtype) -> Lazy:
+def _scaled(tensor: Lazy, factor: float, target: str) -> Lazy:
     """Scaled in the wider of the two types, so that it is rounded once."""
-    return tensor.to(torch.promote_types(tensor.dtype, target)).scaled(factor).to(target)
+    return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
 
 
 def _write_stock(

@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from grow.checkpoint.card import base_facts
+from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
 from grow.checkpoint.lazy import Lazy, below
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
-from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import (
     FORMAT_VERSION,
@@ -82,8 +82,8 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
         if bias is not None and bias.shape != (length,):
             raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
     dtypes = {info.dtype for info in (gate, up, down, *biases) if info is not None}
-    if not gate.dtype.is_floating_point or len(dtypes) > 1:
-        raise UserError(f"{base.path}: {prefix} is in {', '.join(map(str, dtypes))}; one float type is needed")
+    if not is_float(gate.dtype) or len(dtypes) > 1:
+        raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
 
 
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, Lazy]:
@@ -144,17 +144,18 @@ def _divided(down: Lazy, k: int, name: str) -> Lazy:
         return down.scaled(0.5)
     h, p = down.shape
 
-    def row(index: int, values: Tensor) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:7], "big")
-        noise = torch.randn((k - 1, p), generator=torch.Generator().manual_seed(seed))
-        noise = (noise - noise.mean(dim=0)) * (PERTURBATION * values.std())
-        copies = (values / k + noise).to(down.dtype)
-        copies[-1] = values * ((k - 1) / k) - copies[:-1].float().sum(dim=0)
+    def row(index: int, values: Rows) -> Rows:
+        seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:8], "big")
+        noise = np.random.default_rng(seed).standard_normal((k - 1, p), dtype=np.float32)
+        noise = (noise - noise.mean(axis=0)) * (PERTURBATION * values.std())
+        copies = convert(values / np.float32(k) + noise, "F32", down.dtype)
+        others = convert(copies[:-1], down.dtype, "F32").sum(axis=0)
+        copies[-1] = convert(values * np.float32((k - 1) / k) - others, "F32", down.dtype)
         return copies.reshape(-1)
 
-    def rows(begin: int, end: int) -> Tensor:
-        values = down.rows(begin, end).float()
-        return torch.stack([row(begin + i, own) for i, own in enumerate(values)])
+    def rows(begin: int, end: int) -> Rows:
+        values = convert(down.rows(begin, end), down.dtype, "F32")
+        return np.stack([row(begin + i, own) for i, own in enumerate(values)])
 
     return Lazy((h, (k - 1) * p), down.dtype, rows)
 
@@ -170,7 +171,7 @@ def expand(
     out: str,
     factor: int | str = 2,
     layers: str = "all",
-    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    max_shard_size: str = GROWTH_SHARD_SIZE,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
@@ -191,7 +192,7 @@ def expand(
         base_tensors: dict[str, str] = {}
         for shard, future in zip(base.shards, base_checksums, strict=True):
             whole, tensors = future.result()
-            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": whole}
+            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "xxh3_128": whole}
             base_tensors |= tensors
         growth = {
             "format_version": FORMAT_VERSION,
@@ -227,7 +228,7 @@ def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
-        "base_parameters": sum(info.nbytes // info.dtype.itemsize for info in base.tensors.values()),
+        "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
         "trained_parameters": {"g_freeze": count},
         "base_bytes": sum(info.nbytes for info in base.tensors.values()),

@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-BLOCK = 8 * 2**20
-"""Bytes that are in memory at a time, roughly."""
+from grow.checkpoint.dtypes import DTYPES, TORCH_NAMES, Rows, convert, itemsize, scale
+
+BLOCK = 2**20
+"""Bytes that are in memory at a time, roughly; few enough for the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor by rows: `rows(begin, end)` returns [end − begin, *shape[1:]] in `dtype`, which the caller may change.
+    """A tensor by rows: `rows(begin, end)` returns [end − begin, *shape[1:]], not to be written to.
 
-    A scalar counts as one row.
+    `dtype` is safetensors' name of it (grow.checkpoint.dtypes). A scalar counts as one row.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    rows: Callable[[int, int], Tensor]
+    dtype: str
+    rows: Callable[[int, int], Rows]
 
     @property
     def length(self) -> int:
@@ -40,54 +41,62 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         """Its size in a file."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * itemsize(self.dtype)
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self) -> Iterator[Rows]:
         """All rows, in blocks of about BLOCK bytes."""
         step = max(1, BLOCK // max(1, self.nbytes // max(1, self.length)))
         for begin in range(0, self.length if self.numel else 0, step):
             yield self.rows(begin, min(begin + step, self.length))
 
-    def load(self) -> Tensor:
-        """The whole tensor."""
-        return self.rows(0, self.length).reshape(self.shape)
+    def load(self) -> Any:
+        """The whole tensor, as a torch.Tensor."""
+        import torch
 
-    def map(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Lazy":
-        """Applied to each row; `dtype` if the function changes it."""
+        values = np.ascontiguousarray(self.rows(0, self.length)).reshape(self.shape).copy()
+        return torch.from_numpy(values).view(getattr(torch, TORCH_NAMES[self.dtype]))
+
+    def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "Lazy":
+        """Applied to each block of rows; `dtype` if the function changes it."""
         return Lazy(self.shape, dtype or self.dtype, lambda begin, end: function(self.rows(begin, end)))
 
-    def to(self, dtype: torch.dtype) -> "Lazy":
-        """In another dtype."""
-        return self if dtype == self.dtype else self.map(lambda rows: rows.to(dtype), dtype)
+    def to(self, dtype: str) -> "Lazy":
+        """In another float type."""
+        return self if dtype == self.dtype else self.map(lambda rows: convert(rows, self.dtype, dtype), dtype)
 
     def scaled(self, factor: float) -> "Lazy":
         """Times a number."""
-        return self if factor == 1 else self.map(lambda rows: rows.mul_(factor))
+        return self if factor == 1 else self.map(lambda rows: scale(rows, self.dtype, factor))
 
 
-def of(tensor: Tensor) -> Lazy:
-    """A tensor that is in memory, or mapped into it."""
-    rows = tensor if tensor.dim() else tensor[None]
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda begin, end: rows[begin:end].clone())
+def of(tensor: Any) -> Lazy:
+    """A torch.Tensor that is in memory, or mapped into it."""
+    import torch
+
+    dtype = next(name for name, known in TORCH_NAMES.items() if getattr(torch, known) == tensor.dtype)
+    tensor = tensor.detach().contiguous()
+    values = (tensor.view(torch.uint16) if dtype == "BF16" else tensor).numpy()
+    rows = values if values.ndim else values[None]
+    return Lazy(tuple(tensor.shape), dtype, lambda begin, end: rows[begin:end])
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Lazy:
+def zeros(shape: tuple[int, ...], dtype: str) -> Lazy:
     """Zeros."""
-    return Lazy(shape, dtype, lambda begin, end: torch.zeros((end - begin, *shape[1:]), dtype=dtype))
+    return Lazy(shape, dtype, lambda begin, end: np.zeros((end - begin, *shape[1:]), DTYPES[dtype]))
 
 
 def below(*parts: Lazy) -> Lazy:
     """Concatenated along the first dimension."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
-    def rows(begin: int, end: int) -> Tensor:
+    def rows(begin: int, end: int) -> Rows:
         found, start = [], 0
         for part in parts:
             first, last = max(begin - start, 0), min(end - start, part.length)
             if first < last:
                 found.append(part.rows(first, last))
             start += part.length
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     return Lazy(shape, parts[0].dtype, rows)
 
@@ -95,17 +104,22 @@ def below(*parts: Lazy) -> Lazy:
 def beside(*parts: Lazy) -> Lazy:
     """Concatenated along the second dimension."""
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
-    return Lazy(shape, parts[0].dtype, lambda begin, end: torch.cat([p.rows(begin, end) for p in parts], dim=1))
+    return Lazy(shape, parts[0].dtype, lambda begin, end: np.concatenate([p.rows(begin, end) for p in parts], axis=1))
 
 
-def combined(function: Callable[..., Tensor], dtype: torch.dtype, *parts: Lazy) -> Lazy:
-    """A function of several tensors of one shape, row by row."""
-    rows: Any = lambda begin, end: function(*(part.rows(begin, end) for part in parts))  # noqa: E731
+def combined(function: Callable[..., Rows], dtype: str, *parts: Lazy) -> Lazy:
+    """A function of several tensors of one shape, computed in a type that holds them and rounded once."""
+    wide = "F64" if "F64" in (dtype, *(part.dtype for part in parts)) else "F32"
+    same = [part.to(wide) for part in parts]
+
+    def rows(begin: int, end: int) -> Rows:
+        return convert(function(*(part.rows(begin, end) for part in same)), wide, dtype)
+
     return Lazy(parts[0].shape, dtype, rows)
 
 
-def interpolated(base: Lazy, trained: Lazy, alpha: float, dtype: torch.dtype) -> Lazy:
-    """base + α (trained − base), computed in fp32 and rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
+def interpolated(base: Lazy, trained: Lazy, alpha: float, dtype: str) -> Lazy:
+    """base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
     if alpha in (0, 1):
         return (trained if alpha else base).to(dtype)
-    return combined(lambda b, t: torch.lerp(b.float(), t.float(), alpha).to(dtype), dtype, base, trained)
+    return combined(lambda b, t: b + b.dtype.type(alpha) * (t - b), dtype, base, trained)

@@ -4,10 +4,11 @@ config.json has it under "growth". growth.json has the same, and the checksums o
 its own; only README.md, which people edit, has none.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_128
 
 from grow.checkpoint.card import grown_card
 from grow.checkpoint.output import OutputFolder
@@ -18,7 +19,7 @@ from grow.plan import GrowthPlan
 GROWTH_NAME = "growth.json"
 # What growth replaces of a base's files stands here in a grown checkpoint, as it was.
 BASE_FOLDER = "base"
-_OF_FILES = ("tensors", "base_tensors", "small_files", "sha256")
+_OF_FILES = ("tensors", "base_tensors", "small_files", "xxh3_128")
 
 
 def check_growth(growth: Any, where: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def check_growth(growth: Any, where: Path) -> dict[str, Any]:
         for name, facts in growth["base"]["files"].items():
             plain_name(name, where)
             plain_name(facts["name"], where)
-            _check_checksums({name: facts["sha256"]})
+            _check_checksums({name: facts["xxh3_128"]})
         grown_card(growth)  # which says all there is to say
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -72,11 +73,11 @@ def write_metadata(folder: OutputFolder, facts: dict[str, Any], config: dict[str
     with the growth in it. `facts` is what growth.json holds, but for the small files that are there already."""
     text = _text(config | {"growth": without_checksums(facts)})
     small = {
-        str(file.relative_to(folder.partial)): hashlib.sha256(file.read_bytes()).hexdigest()
+        str(file.relative_to(folder.partial)): xxh3_128(file.read_bytes()).hexdigest()
         for file in sorted(folder.partial.rglob("*"))
         if file.is_file() and file.suffix != ".safetensors"
     }
-    small["config.json"] = hashlib.sha256(text.encode()).hexdigest()
+    small["config.json"] = xxh3_128(text.encode()).hexdigest()
     write_growth(folder, facts | {"small_files": small})
     folder.write_text("config.json", text)
 
@@ -95,14 +96,14 @@ def changed_files(folder: Path) -> list[str]:
         file = folder / name
         if not file.is_file():
             problems.append(f"{name}: is missing")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        elif xxh3_128(file.read_bytes()).hexdigest() != expected:
             problems.append(f"{name}: changed since it was written (checksum)")
     return problems
 
 
 def _sealed(facts: dict[str, Any]) -> dict[str, Any]:
-    facts = {key: value for key, value in facts.items() if key != "sha256"}
-    return facts | {"sha256": hashlib.sha256(_text(facts).encode()).hexdigest()}
+    facts = {key: value for key, value in facts.items() if key != "xxh3_128"}
+    return facts | {"xxh3_128": xxh3_128(_text(facts).encode()).hexdigest()}
 
 
 def _text(value: dict[str, Any]) -> str:

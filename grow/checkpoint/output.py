@@ -107,7 +107,7 @@ class OutputFolder:
     def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
         """Writes shards, but for those that are there already, as many at a time as there are processors.
 
-        Returns each tensor's SHA-256.
+        Returns each tensor's checksum.
         """
         total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
         showing, stopped = Lock(), False

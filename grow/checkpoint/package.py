@@ -11,7 +11,7 @@ from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_growth, wri
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint, read_header
 from grow.checkpoint.source import Source, open_source
-from grow.checkpoint.writer import MAX_SHARD_SIZE, file_checksums, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import is_growth
 
@@ -45,7 +45,7 @@ def base(path: str, out: str) -> dict[str, Any]:
 def growth(
     path: str,
     out: str,
-    max_shard_size: str = f"{MAX_SHARD_SIZE}",
+    max_shard_size: str = GROWTH_SHARD_SIZE,
     start: str = "",
     tag: str = "",
     progress: Progress = no_progress,
@@ -100,5 +100,5 @@ def _check_base(where: Path, present: dict[str, Path], files: dict[str, Any]) ->
     if set(present) != set(files):
         raise UserError(f"{where}: has other files than the base of this growth, which has {', '.join(files)}")
     for name, facts in files.items():
-        if not present[name].is_file() or file_checksums(present[name])[0] != facts["sha256"]:
+        if not present[name].is_file() or file_checksums(present[name])[0] != facts["xxh3_128"]:
             raise UserError(f"{present[name]}: not the file that this growth grew from (checksum)")

@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from grow.checkpoint.dtypes import DTYPES, Rows, itemsize
 from grow.checkpoint.hub import locate
 from grow.checkpoint.lazy import Lazy
 from grow.errors import UserError
@@ -25,10 +25,6 @@ from grow.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**40
 _MAX_DEPTH = 100
@@ -39,7 +35,7 @@ class TensorInfo:
     """Where a tensor lies: `offset` and `nbytes` are in bytes from the start of `file`."""
 
     file: Path
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -83,13 +79,13 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
         name.encode()  # half of a surrogate pair is in no name that could be written again
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}, which is not supported (quantized weights?)")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         sound = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
         # A zero among them does not make the others harmless: torch multiplies them.
         if not sound or prod(n or 1 for n in shape) > _MAX_ELEMENTS:
             raise UserError(f"{path}: the shape of {name} is no shape (fetch the file again)")
-        if begin != end_of_last or end - begin != prod(shape) * dtype.itemsize:
+        if begin != end_of_last or end - begin != prod(shape) * itemsize(dtype):
             raise UserError(f"{path}: the place of {name} in the file is wrong (fetch the file again)")
         end_of_last = int(end)
         tensors[name] = TensorInfo(path, dtype, shape, data_start + int(begin), int(end - begin))
@@ -136,15 +132,15 @@ class Checkpoint:
         info = self.tensors[key]
         return Lazy(info.shape, info.dtype, partial(self._rows, info))
 
-    def read(self, key: str) -> Tensor:
-        """The whole tensor."""
+    def read(self, key: str) -> Any:
+        """The whole tensor, as a torch.Tensor."""
         return self.lazy(key).load()
 
-    def _rows(self, info: TensorInfo, begin: int, end: int) -> Tensor:
-        rows = torch.empty((end - begin, *info.shape[1:]), dtype=info.dtype)
+    def _rows(self, info: TensorInfo, begin: int, end: int) -> Rows:
+        rows = np.empty((end - begin, *info.shape[1:]), DTYPES[info.dtype])
         if rows.nbytes:
             place = info.offset + begin * (rows.nbytes // (end - begin))
-            read_exactly(self._descriptor(info.file), rows.view(-1).view(torch.uint8), place, info.file)
+            read_exactly(self._descriptor(info.file), rows.reshape(-1).view(np.uint8).data, place, info.file)
         return rows
 
     def _descriptor(self, file: Path) -> int:
@@ -158,11 +154,11 @@ class Checkpoint:
             os.close(descriptor)
 
 
-def read_exactly(descriptor: int, into: Tensor, place: int, file: Path) -> None:
-    """Fills a flat uint8 tensor from `place` on. Raises UserError if the file has become too short."""
-    view, done = into.numpy().data, 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], place + done)
+def read_exactly(descriptor: int, into: memoryview, place: int, file: Path) -> None:
+    """Fills a buffer from `place` on. Raises UserError if the file has become too short."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], place + done)
         if count == 0:
             raise UserError(f"{file}: became shorter while it was read; fetch it again, then run the command again")
         done += count

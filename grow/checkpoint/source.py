@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.metadata import check_growth
+from grow.checkpoint.run_folder import MARKER, last_checkpoint, step_of
 from grow.checkpoint.shards import Checkpoint, read_json
-from grow.checkpoint.writer import checksum
+from grow.checkpoint.writer import checksum, equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
 from grow.plan import GrowthPlan, canonical, is_growth
@@ -57,12 +56,12 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
     """
     folder = Path(path)
     if (folder / "run.json").exists():
-        complete = sorted(folder.glob("checkpoint-*/COMPLETE"), key=_step)
-        if not complete:
+        newest = last_checkpoint(folder)
+        if newest is None:
             raise UserError(f"{folder}: the run has no complete checkpoint yet")
-        return _open_run(folder, complete[-1].parent, start)
+        return _open_run(folder, newest, start)
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
-        if not (folder / "COMPLETE").exists():
+        if not (folder / MARKER).exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
         return _open_run(folder.parent, folder, start)
     if is_deepspeed(folder):
@@ -92,14 +91,9 @@ def _check_grown(checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: {problem}")
 
 
-def _step(marker: Path) -> int:
-    number = marker.parent.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
-
-
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     try:
-        run_facts, step = read_json(run / "run.json"), int(zero_path.name.split("-")[1])
+        run_facts, step = read_json(run / "run.json"), step_of(zero_path)
         recipe, history = run_facts["recipe"], read_json(zero_path / "trainer_state.json")["log_history"]
         facts = {key: recipe[key] for key in ("method", "data")} | {
             "steps": step,
@@ -151,12 +145,4 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:
     own = start.lazy(key)
-    return any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(own.blocks(), _same_blocks(own, tensor), strict=True))
-
-
-def _same_blocks(own: Lazy, tensor: Lazy) -> Any:
-    """The blocks of `tensor`, cut at the rows where those of `own` are."""
-    begin = 0
-    for block in own.blocks():
-        yield tensor.rows(begin, begin + len(block))
-        begin += len(block)
+    return not equal(own, tensor.to(own.dtype))

@@ -1,18 +1,14 @@
 """Is a checkpoint intact, and is it what its plan says?"""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from grow.checkpoint.dtypes import finite
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.hub import locate
-from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth
 from grow.checkpoint.shards import Checkpoint
-from grow.checkpoint.writer import checksum, file_checksums, finite, header
+from grow.checkpoint.writer import checksum, equal, file_checksums, header
 from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth
 
@@ -35,7 +31,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     problems = [
         f"{name} in {info.file.name}: holds values that are not finite"
         for name, info in checkpoint.tensors.items()
-        if not all(finite(block) for block in checkpoint.lazy(name).blocks())
+        if not all(finite(block, info.dtype) for block in checkpoint.lazy(name).blocks())
     ]
     if plan is not None:
         facts = read_growth(checkpoint.path)
@@ -49,7 +45,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         "problems": problems,
         # Whether the grown model's logits must be the base's bit for bit before training.
         "exact": plan is None
-        or (plan.factor == 2 and not any(i.dtype == torch.float16 for i in checkpoint.tensors.values())),
+        or (plan.factor == 2 and all(info.dtype != "F16" for info in checkpoint.tensors.values())),
     }
 
 
@@ -63,7 +59,7 @@ def _base_files(checkpoint: Checkpoint, facts: dict[str, Any]) -> list[str]:
         whole, tensors = file_checksums(file)
         changed = [key for key, digest in tensors.items() if digest != facts["base_tensors"].get(key)]
         problems += [f"{key} in {name}: not the base's any more (checksum)" for key in changed]
-        if whole != expected["sha256"] and not changed:
+        if whole != expected["xxh3_128"] and not changed:
             problems.append(f"{name}: not the base's file any more (checksum; its header changed)")
     return problems
 
@@ -75,7 +71,7 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> 
         info = checkpoint.tensors[name]
         if checksum(checkpoint.lazy(name)) != facts["tensors"].get(name):
             problems.append(f"{name} in {info.file.name}: changed since it was written (checksum)")
-        elif facts["trained"] is None and not _equal(checkpoint.lazy(name), expected[name]):
+        elif facts["trained"] is None and not equal(checkpoint.lazy(name), expected[name]):
             problems.append(f"{name}: is not the copy of the base that it should be before training")
     return problems + [
         f"{shard.name}: its header changed since it was written"
@@ -102,25 +98,9 @@ def _same_base(checkpoint: Checkpoint, base: Checkpoint, grown: bool) -> list[st
             problems.append(f"{name}: is in the base but not in the checkpoint")
         elif (mine.shape, mine.dtype) != (info.shape, info.dtype):
             problems.append(f"{name}: is {list(mine.shape)} {mine.dtype}, in the base {list(info.shape)} {info.dtype}")
-        elif not _equal(checkpoint.lazy(name), base.lazy(name)):
+        elif not equal(checkpoint.lazy(name), base.lazy(name)):
             problems.append(f"{name} in {mine.file.name}: differs from the base's")
     if grown:
         extra = set(checkpoint.tensors) - set(base.tensors)
         problems += [f"{name}: is neither the base's nor growth" for name in sorted(extra) if not is_growth(name)]
     return problems
-
-
-def _equal(one: Lazy, other: Lazy) -> bool:
-    """Bit for bit; NaNs too."""
-    return all(torch.equal(_bits(a), _bits(b)) for a, b in _pairs(one, other))
-
-
-def _pairs(one: Lazy, other: Lazy) -> Iterator[tuple[Tensor, Tensor]]:
-    begin = 0
-    for block in one.blocks():
-        yield block, other.rows(begin, begin + len(block))
-        begin += len(block)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,26 +1,30 @@
 """Writes sharded safetensors as a stream.
 
 The library's own writer wants every tensor in memory at once; this one is told names, dtypes and shapes first and
-gets the values a block at a time.
+gets the values a block at a time. Checksums are XXH3-128 (https://xxhash.com): they are for what disks and networks
+do to files, and cost nothing beside reading them.
 """
 
-import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from xxhash import xxh3_128
 
+from grow.checkpoint.dtypes import DTYPES, Rows, finite
 from grow.checkpoint.lazy import BLOCK, Lazy
-from grow.checkpoint.shards import DTYPES, TensorInfo, read_header
+from grow.checkpoint.shards import TensorInfo, read_header
 from grow.errors import UserError
 
-MAX_SHARD_SIZE = 5 * 10**9
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_SHARD_SIZE = "5GB"
+GROWTH_SHARD_SIZE = "1GB"
+"""Smaller, so that several workers have something to do; the same on every machine, so that files are."""
+_WRITEBACK = 32 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -59,28 +63,38 @@ def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: st
 
 
 def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object]) -> dict[str, str]:
-    """Streams tensors into one safetensors file and syncs it. Returns each tensor's SHA-256.
+    """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 
     `wrote` is called with the number of bytes just written. Raises UserError for a tensor that holds NaN or infinity:
     whatever is broken, a checkpoint of it would not be better.
     """
-    checksums = {}
+    digests = {name: xxh3_128() for name in tensors}
+    written, flushed = 0, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
-        for name, tensor in tensors.items():
-            digest, written = hashlib.sha256(), 0
-            for block in tensor.blocks():
-                _check(name, block, tensor)
-                data = block.contiguous().view(-1).view(torch.uint8).numpy().data
-                digest.update(data)
-                write_all(file.fileno(), data)
-                written += len(data)
-                wrote(len(data))
-            if written != tensor.nbytes:
-                raise ValueError(f"{name}: {written} bytes were given for {tensor.nbytes}")
-            checksums[name] = digest.hexdigest()
+        for name, block in _one_ahead(_checked_blocks(tensors)):
+            data = bytes_of(block)
+            digests[name].update(data)
+            write_all(file.fileno(), data)
+            wrote(len(data))
+            written += len(data)
+            if written - flushed >= _WRITEBACK:
+                # The disk begins now rather than at the sync: this starts writing and does not wait.
+                os.posix_fadvise(file.fileno(), flushed, _WRITEBACK, os.POSIX_FADV_DONTNEED)
+                flushed += _WRITEBACK
+        if written != sum(tensor.nbytes for tensor in tensors.values()):
+            raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())
-    return checksums
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _one_ahead(blocks: Iterator[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+    """The same, each computed while the one before it is being written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
@@ -90,7 +104,7 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -98,18 +112,19 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _check(name: str, block: Tensor, tensor: Lazy) -> None:
-    if block.dtype != tensor.dtype:
-        raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
-    if not finite(block):
-        raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
+def _checked_blocks(tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, Rows]]:
+    for name, tensor in tensors.items():
+        for block in tensor.blocks():
+            if block.dtype != DTYPES[tensor.dtype]:
+                raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
+            if not finite(block, tensor.dtype):
+                raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
+            yield name, block
 
 
-def finite(block: Tensor) -> bool:
-    """Whether all values are finite. The sum, which is fast, tells; only if it overflows is every value looked at."""
-    if not block.dtype.is_floating_point or block.sum(dtype=torch.promote_types(block.dtype, torch.float32)).isfinite():
-        return True
-    return bool(block.isfinite().all())
+def bytes_of(rows: Rows) -> memoryview:
+    """The rows' bytes, as in a file."""
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -120,17 +135,27 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def checksum(tensor: Lazy) -> str:
-    """SHA-256 of a tensor's bytes, as in a file."""
-    digest = hashlib.sha256()
+    """XXH3-128 of a tensor's bytes, as in a file."""
+    digest = xxh3_128()
     for block in tensor.blocks():
-        digest.update(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(block))
     return digest.hexdigest()
 
 
+def equal(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors of one shape and dtype are the same, bit for bit."""
+    begin = 0
+    for block in one.blocks():
+        if bytes_of(block) != bytes_of(other.rows(begin, begin + len(block))):
+            return False
+        begin += len(block)
+    return True
+
+
 def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
-    """SHA-256 of a safetensors file, and of each tensor in it, in one pass over the file."""
+    """Checksums of a safetensors file, and of each tensor in it, in one pass over the file."""
     infos = read_header(path)
-    whole, tensors = hashlib.sha256(), {}
+    whole, tensors = xxh3_128(), {}
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(BLOCK)
 
@@ -145,7 +170,7 @@ def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
         for part in parts(min((info.offset for info in infos.values()), default=path.stat().st_size)):
             whole.update(part)
         for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
-            digest = hashlib.sha256()
+            digest = xxh3_128()
             for part in parts(info.nbytes):
                 whole.update(part)
                 digest.update(part)

@@ -13,10 +13,8 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from grow.checkpoint import lazy
+from grow.checkpoint.dtypes import Rows
 from grow.checkpoint.lazy import Lazy
 from grow.errors import UserError
 
@@ -40,6 +38,8 @@ _ALLOWED: list[Any] = [
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: not a file")
+    import torch
+
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -167,29 +167,30 @@ def is_deepspeed(path: Path) -> bool:
     )
 
 
-def _range(vectors: list[Tensor], offset: int, length: int) -> list[Tensor]:
+def _range(vectors: list[Any], offset: int, length: int) -> list[Any]:
     """[offset, offset + length) of vectors that stand one after the other."""
     found, start = [], 0
     for vector in vectors:
         begin, end = max(offset - start, 0), min(offset + length - start, len(vector))
         if begin < end:
-            found.append(vector.detach()[begin:end])
+            found.append(vector[begin:end])
         start += len(vector)
     return found
 
 
-def _joined(parts: list[Tensor], shape: tuple[int, ...], name: str) -> Lazy:
+def _joined(parts: list[Any], shape: tuple[int, ...], name: str) -> Lazy:
     """A parameter of this shape whose values are the parts, one after the other; what is over is padding."""
-    if any(part.dim() != 1 or part.device.type != "cpu" or part.layout != torch.strided for part in parts):
+    if any(part.dim() != 1 or part.device.type != "cpu" or str(part.layout) != "torch.strided" for part in parts):
         raise ValueError(f"{name} is not cut from vectors")
     if not parts or min(shape, default=0) < 0 or sum(len(part) for part in parts) < prod(shape):
         raise UserError(f"{name}: the DeepSpeed checkpoint is shorter than the parameters it lists")
-    width = prod(shape[1:])
+    pieces, width = [lazy.of(part) for part in parts], prod(shape[1:])
+    values = lazy.below(*pieces)
 
-    def rows(begin: int, end: int) -> Tensor:
-        return torch.cat(_range(parts, begin * width, (end - begin) * width)).view(end - begin, *shape[1:])
+    def rows(begin: int, end: int) -> Rows:
+        return values.rows(begin * width, end * width).reshape(end - begin, *shape[1:])
 
-    return Lazy(shape, parts[0].dtype, rows)
+    return Lazy(shape, values.dtype, rows)
 
 
 def _rank(path: Path) -> int:

@@ -1,0 +1,57 @@
+"""What watches a run from step to step: the system's signals to leave, and a loss that has gone."""
+
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from grow.errors import Fault
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Watch(TrainerCallback):
+    """Makes all ranks leave together, at the end of a step: with a checkpoint when the system asks any of them to go
+    (SIGTERM, SIGUSR1), without one when the loss is no number on any of them.
+
+    Signals reach ranks at different steps, and a rank that left alone would leave the others waiting for it: so both
+    flags are reduced over all ranks after every step. Made before the model is loaded, so that a signal that comes
+    early is not lost, and does not kill.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.leaving = False
+        self.lost: torch.Tensor | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def saw(self, loss: torch.Tensor) -> None:
+        """Of every micro-batch; it stays on the device until the step's end."""
+        lost = ~torch.isfinite(loss.detach())
+        self.lost = lost if self.lost is None else self.lost | lost
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Raises Fault on every rank if the loss of any is NaN or infinite."""
+        flags = torch.zeros(2, dtype=torch.int32, device=args.device)
+        flags[0] = int(self.asked)
+        if self.lost is not None:
+            flags[1] = self.lost.to(torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        asked, lost = flags.tolist()
+        if lost:
+            raise Fault(
+                f"step {state.global_step}: the loss is not a number any more; a smaller learning_rate may help "
+                "(run the same command again to go on from the last checkpoint)"
+            )
+        if asked and state.global_step < state.max_steps:
+            self.leaving = control.should_save = control.should_training_stop = True
+        return control

@@ -1,0 +1,100 @@
+"""The types of tensors in files, by safetensors' names, and arithmetic on them with numpy alone.
+
+numpy has no bfloat16: its values are handled as their bits, uint16. torch would do all this too, but takes longer to
+import than most checkpoints of a billion parameters take to grow.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[Any]
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+# Of each float: integers of its width, signed and not, and infinity's bits.
+_BITS: dict[str, tuple[Any, Any, int]] = {
+    "F64": (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.int32, np.uint32, 0x7F80_0000),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "BF16": (np.int16, np.uint16, 0x7F80),
+}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value."""
+    return int(np.dtype(DTYPES[dtype]).itemsize)
+
+
+def is_float(dtype: str) -> bool:
+    """Whether it is a floating-point type."""
+    return dtype in _BITS
+
+
+def widest(one: str, other: str) -> str:
+    """The float type that holds all values of both."""
+    if one == other:
+        return one
+    return "F64" if "F64" in (one, other) else "F32"
+
+
+def convert(values: Rows, dtype: str, target: str) -> Rows:
+    """From one float type to another, rounded to the nearest, ties to even."""
+    if dtype == target:
+        return values
+    if dtype == "BF16":
+        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if target == "BF16":
+        return _to_bfloat16(values.astype(np.float32, copy=False))
+    return values.astype(DTYPES[target], copy=False)
+
+
+def _to_bfloat16(values: Rows) -> Rows:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    if np.isnan(values).any():  # whose bits the rounding may carry into another number's
+        rounded = np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
+    return rounded.astype(np.uint16)
+
+
+def scale(values: Rows, dtype: str, factor: float) -> Rows:
+    """Times a number, rounded once."""
+    if factor == 1:
+        return values
+    if dtype == "BF16":
+        return _halved(values) if factor == 0.5 else _scaled(values, factor)
+    return values * DTYPES[dtype](factor) if dtype != "F16" else (values * np.float32(factor)).astype(np.float16)
+
+
+def _scaled(bits: Rows, factor: float) -> Rows:
+    return _to_bfloat16(convert(bits, "BF16", "F32") * np.float32(factor))
+
+
+def _halved(bits: Rows) -> Rows:
+    """bfloat16 times ½: one less in the exponent, but for zeros, subnormals and what is not finite."""
+    exponent = bits & np.uint16(0x7F80)
+    special = (exponent <= 0x0080) | (exponent == 0x7F80)
+    halved = bits - np.uint16(0x0080)
+    if special.any():
+        halved[special] = _scaled(bits[special], 0.5)
+    return halved
+
+
+def finite(values: Rows, dtype: str) -> bool:
+    """Whether all values are finite; true of integers.
+
+    What is not finite has bits from infinity's up: among the positive it is the largest as a signed integer, among the
+    negative the largest as an unsigned one. Two maxima cost a tenth of asking each value.
+    """
+    if dtype not in _BITS or not values.size:
+        return True
+    signed, unsigned, infinity = _BITS[dtype]
+    sign = 1 << (8 * values.itemsize - 1)
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < sign + infinity)

@@ -1,0 +1,88 @@
+"""The folder of a training run: which of its checkpoints are complete, and whole.
+
+RUN/checkpoint-N/COMPLETE     written last: the bytes and the checksum of every other file of the checkpoint
+RUN/COMPLETE                  written last of all: the run is done
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from grow.checkpoint.output import sync_folder
+from grow.checkpoint.shards import read_json
+from grow.errors import UserError
+
+MARKER = "COMPLETE"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, the newest first."""
+    return sorted((marker.parent for marker in run.glob(f"checkpoint-*/{MARKER}")), key=step_of, reverse=True)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has one."""
+    return next(iter(complete_checkpoints(run)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N; −1 of any other name."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
+def settle(checkpoint: Path, rank: int) -> dict[str, list[int | str]]:
+    """Makes the files that a rank wrote durable. Returns their bytes and checksums, by name.
+
+    Each rank its own, since only on its own node they are still in memory.
+    """
+    files: dict[str, list[int | str]] = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name = str(path.relative_to(checkpoint))
+        writer = re.search(r"zero_pp_rank_(\d+)_|rng_state_(\d+)\.", name)
+        if path.is_file() and int(writer[1] or writer[2] if writer else 0) == rank:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[name] = [path.stat().st_size, _checksum(path)]
+    return files
+
+
+def seal(checkpoint: Path, files: dict[str, list[int | str]]) -> None:
+    """Marks a checkpoint as complete: it holds these files (what settle returned, of all ranks)."""
+    write_marker(checkpoint / MARKER, json.dumps({"files": files}))
+
+
+def broken(checkpoint: Path) -> str | None:
+    """What is wrong with a complete checkpoint, in a few words; None if it is whole."""
+    try:
+        for name, (size, checksum) in read_json(checkpoint / MARKER)["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or _checksum(path) != checksum:
+                return f"{name} changed since it was written"
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"its {MARKER} cannot be read ({error})"
+    return None
+
+
+def write_marker(path: Path, text: str = "") -> None:
+    """Writes a file that says that all before it is there: whole or not at all, and durably."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def _checksum(path: Path) -> str:
+    digest = xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
