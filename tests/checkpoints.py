@@ -1,5 +1,6 @@
 """Checkpoints made by hand, of any size and as broken as a test needs them; no transformers, so they cost nothing."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -61,3 +62,14 @@ def join_file(file: Path, header: Any, data: bytes) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.unlink(missing_ok=True)
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def reseal(grown: Path) -> None:
+    """Makes growth.json's checksums of small files right again, as one does who means harm."""
+    facts = json.loads((grown / "growth.json").read_text())
+    facts.pop("sha256", None)
+    if isinstance(facts.get("small_files"), dict):
+        present = [name for name in facts["small_files"] if len(name) < 99 and (grown / name).is_file()]
+        facts["small_files"] |= {name: hashlib.sha256((grown / name).read_bytes()).hexdigest() for name in present}
+    facts["sha256"] = hashlib.sha256((json.dumps(facts, indent=2) + "\n").encode()).hexdigest()
+    (grown / "growth.json").write_text(json.dumps(facts, indent=2) + "\n")

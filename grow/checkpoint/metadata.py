@@ -26,6 +26,8 @@ def check_growth(growth: Any, where: Path) -> dict[str, Any]:
     """Returns "growth" as it is. Raises UserError, naming `where` it stands, if it makes no sense."""
     try:
         GrowthPlan.from_config({"growth": growth})
+        if not isinstance(growth["trained"], dict | None):
+            raise TypeError("what is known of the training is no object")
         for name, facts in growth["base"]["files"].items():
             plain_name(name, where)
             plain_name(facts["name"], where)

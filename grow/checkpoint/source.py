@@ -78,7 +78,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
         raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, and {folder} is none")
     if start:
         return _lay_over(Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint)
-    if GrowthPlan.from_config(checkpoint.config) is None:
+    if checkpoint.config.get("growth") is None:
         raise UserError(
             f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
         )
@@ -88,7 +88,7 @@ def open_source(path: str, start: str = "", tag: str = "") -> Source:
 
 def _check_grown(checkpoint: Checkpoint) -> None:
     """Raises UserError unless the growth in it is the one of which its config speaks."""
-    if "growth" not in checkpoint.config:
+    if checkpoint.config.get("growth") is None:
         return
     growth = check_growth(checkpoint.config["growth"], checkpoint.path / "config.json")
     plan = GrowthPlan.from_config({"growth": growth})
