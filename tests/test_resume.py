@@ -158,10 +158,10 @@ def test_a_full_disk_ends_the_run_and_the_run_goes_on(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
     try:
         path = recipe(setting, tmp_path, output_dir=str(disk / "run"))
-        (disk / "filler").write_bytes(b"x" * 900_000)
+        (disk / "filler").write_bytes(b"x" * 3_900_000)
         _, said = finish(path, code=1)
         assert "cannot be written (0 MB free" in said and "Traceback" not in said
         (disk / "filler").unlink()
