@@ -11,7 +11,7 @@ from grow.errors import UserError
 from grow.loss import token_scores
 from grow.model import compute_dtype, load
 from grow.recipe import Recipe
-from grow.tasks import Example, PackedDataset, collate, encode, fill, load_rows
+from grow.tasks import Example, PackedDataset, collate, encode, load_rows
 
 
 def evaluate(
@@ -31,13 +31,13 @@ def evaluate(
     model = load(path, compute_dtype(), alpha)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    examples = encode(rows, tokenizer, recipe.prompt, recipe.completion)
+    examples = encode(rows, tokenizer, recipe.template, recipe.max_length).examples
     result: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(model.dtype)}
     result["task"] = score(model, examples, recipe, tokenizer.pad_token_id, "task")
     if recipe.retention:
         known = load_rows(recipe.retention, "test")
         # No end token: the question is whether the answer comes, not whether the text ends there.
-        examples = encode(known, tokenizer, recipe.retention_prompt, recipe.retention_completion, end=False)
+        examples = encode(known, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples
         result["retention"] = score(model, examples, recipe, tokenizer.pad_token_id, "retention")
     result["samples"] = _write(model, tokenizer, recipe, rows.select(range(min(samples, len(rows)))))
     return result
@@ -71,10 +71,10 @@ def _write(model: Any, tokenizer: Any, recipe: Recipe, rows: Any) -> list[dict[s
     """What the model writes, greedily, after each row's prompt, up to the end of the line."""
     if not len(rows):
         return []
-    prompts, wanted = fill(rows, recipe.prompt, recipe.completion)
-    start = tokenizer.bos_token or ""
+    pieces = [recipe.template.pieces(row, tokenizer) for row in rows]
+    prompts, wanted = ["".join(text for text, _ in row[:-1]) for row in pieces], [row[-1][0] for row in pieces]
     inputs = tokenizer(
-        [start + prompt for prompt in prompts],
+        prompts,
         add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
     ).to(model.device)  # fmt: skip
     longest = 2 * max(len(ids) for ids in tokenizer(wanted).input_ids)
@@ -83,6 +83,10 @@ def _write(model: Any, tokenizer: Any, recipe: Recipe, rows: Any) -> list[dict[s
     )
     texts = tokenizer.batch_decode(written[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return [
-        {"prompt": prompt, "reference": reference.strip(), "output": (text.strip() or "–").split("\n")[0]}
+        {
+            "prompt": prompt.removeprefix(tokenizer.bos_token or ""),
+            "reference": reference.strip(),
+            "output": (text.strip() or "–").split("\n")[0],
+        }
         for prompt, reference, text in zip(prompts, wanted, texts, strict=True)
     ]

@@ -15,6 +15,7 @@ import yaml
 
 from grow.errors import UserError, unknown
 from grow.methods import METHODS, Method
+from grow.template import Template
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Recipe:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
-    prompt: str = field(kw_only=True)
-    completion: str = field(kw_only=True)
+    prompt: str = ""
+    completion: str = ""
+    # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template.
+    messages: str = ""
+    # Rows that cannot be used (empty, too long, not UTF-8) are named and left out; more than this share ends the run.
+    max_bad_rows: float = 0.01
 
     # Rows of old knowledge, whose answers the trained model should still give.
     retention: str | None = None
@@ -71,6 +76,16 @@ class Recipe:
 
     # Not a line of the file: those fields in it that are the method's own.
     method_fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def template(self) -> Template:
+        """How a row of the data becomes text."""
+        return Template(self.prompt, self.completion, self.messages)
+
+    @property
+    def retention_template(self) -> Template:
+        """How a row of old knowledge becomes text."""
+        return Template(self.retention_prompt, self.retention_completion)
 
     @property
     def start(self) -> str:
@@ -150,6 +165,8 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     if METHODS[recipe.method].grows and not recipe.grown:
         raise UserError(f"{path}: {recipe.method} starts from a grown checkpoint; name it in the field grown")
+    if bool(recipe.messages) == bool(recipe.completion):
+        raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
     rate = recipe.learning_rate
     if isinstance(rate, dict):
         if recipe.method not in rate:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grow.errors import UserError
+from grow.template import Template
 
 IGNORED = -100
 
@@ -29,58 +30,87 @@ class Example:
 
 
 def load_rows(data: str, split: str, revision: str | None = None) -> Any:
-    """The rows of one split of a folder (JSONL, Parquet, CSV) or of a hub data set, as a datasets.Dataset."""
+    """The rows of one split of a folder (JSONL, Parquet, CSV) or of a hub data set, as a datasets.Dataset.
+
+    Bytes that are not UTF-8 come as U+FFFD, by which `encode` finds the rows. Raises UserError without such data.
+    """
     import datasets
 
     if data.startswith((".", "/", "~")) and not os.path.isdir(data):
         hint = " (python recipes/gemma3_270m/fetch.py brings it)" if "gemma3_270m" in data else ""
         raise UserError(f"{data}: no such folder of data{hint}")
+    text = os.path.isdir(data) and any(name.endswith((".jsonl", ".json", ".csv")) for name in os.listdir(data))
+    # Under this name of UTF-8, and no other, the library decodes by itself and heeds what is said of errors.
+    decoding = {"encoding": "utf_8", "encoding_errors": "replace"} if text else {}
     try:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        return datasets.load_dataset(data, split=split, revision=revision)
+        return datasets.load_dataset(data, split=split, revision=revision, **decoding)
     except Exception as error:  # the library raises many kinds, all of them about what was asked for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{data}: its split {split} cannot be loaded ({reason})") from error
 
 
-def fill(rows: Iterable[dict[str, Any]], prompt: str, completion: str) -> tuple[list[str], list[str]]:
-    """The prompts and the completions of rows. Raises UserError where a template names a column that is not there."""
-    prompts, completions = [], []
-    for row in rows:
-        try:
-            prompts.append(prompt.format(**row))
-            completions.append(completion.format(**row))
-        except (KeyError, IndexError, ValueError) as error:
-            columns = ", ".join(row)
-            raise UserError(
-                f"the template {prompt + completion!r} does not fit the columns {columns} ({error})"
-            ) from None
-    return prompts, completions
+@dataclass
+class Encoded:
+    """Rows in tokens. `bad` holds the indices of rows that were left out, by what is wrong with them."""
+
+    examples: list[Example]
+    bad: dict[str, list[int]]
+
+    def check(self, what: str, max_bad_rows: float) -> None:
+        """Says on stderr which rows were left out. Raises UserError if they are more than a share of all."""
+        count = sum(map(len, self.bad.values()))
+        if not count:
+            return
+        kinds = "; ".join(
+            f"{len(rows)} {why} (row {', '.join(map(str, rows[:5]))}{', …' if len(rows) > 5 else ''})"
+            for why, rows in self.bad.items()
+        )
+        total = len(self.examples) + count
+        line = f"{what}: {count} of {total} rows cannot be used: {kinds}"
+        if count > max_bad_rows * total:
+            raise UserError(f"{line}; that is more than max_bad_rows {max_bad_rows:g}: mend the data or raise it")
+        print(line, file=sys.stderr)
 
 
 def encode(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, prompt: str, completion: str, end: bool = True
-) -> list[Example]:
-    """Fills the templates with each row's columns and tokenises. Only the completion (and an end token) has labels.
+    rows: Iterable[dict[str, Any]], tokenizer: Any, template: Template, max_length: int = 0, end: bool = True
+) -> Encoded:
+    """Fills the template with each row's columns and tokenises. Only what is to be learnt (and an end token after a
+    completion) has labels. Rows of more than `max_length` tokens are bad; 0 takes any.
 
-    Prompt and completion are tokenised apart, so that where one ends does not depend on the other.
+    Pieces are tokenised apart, so that where one ends does not depend on the next.
     """
-    prompts, completions = fill(rows, prompt, completion)
-    if not prompts:
-        return []
+    bad: dict[str, list[int]] = {}
+    kept: list[tuple[int, list[tuple[str, bool]]]] = []
+    for index, row in enumerate(rows):
+        try:
+            pieces = template.pieces(row, tokenizer)
+            if any("\ufffd" in text for text, _ in pieces):
+                raise ValueError("not UTF-8")
+            kept.append((index, [piece for piece in pieces if piece[0]]))
+        except UserError:
+            raise
+        except ValueError as error:
+            bad.setdefault(str(error), []).append(index)
+    texts = [text for _, pieces in kept for text, _ in pieces]
+    tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+    final = [tokenizer.eos_token_id] if end and not template.messages else []
     examples = []
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    final = [tokenizer.eos_token_id] if end else []
-    for before, after in zip(
-        tokenizer(prompts, add_special_tokens=False).input_ids,
-        tokenizer(completions, add_special_tokens=False).input_ids,
-        strict=True,
-    ):
-        ids = start + before + after + final
-        ignored = len(start) + len(before) - 1
-        examples.append(Example(ids[:-1], [IGNORED] * ignored + ids[1 + ignored :]))
-    return examples
+    for index, pieces in kept:
+        ids: list[int] = []
+        labels: list[int] = []
+        for _, learnt in pieces:
+            piece = next(tokens)
+            ids += piece
+            labels += piece if learnt else [IGNORED] * len(piece)
+        ids, labels = ids + final, labels + final
+        if max_length and len(ids) - 1 > max_length:
+            bad.setdefault(f"longer than {max_length} tokens", []).append(index)
+        else:
+            examples.append(Example(ids[:-1], labels[1:]))
+    return Encoded(examples, bad)
 
 
 def pack(examples: list[Example], max_length: int, seed: int = 0) -> tuple[list[list[int]], int]:

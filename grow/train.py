@@ -25,7 +25,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, encode, fill, load_rows
+from grow.tasks import Epochs, PackedDataset, encode, load_rows
 
 # Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
@@ -136,7 +136,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
         )
     method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
-        fill(load_rows(recipe.data, split, recipe.data_revision).select(range(1)), recipe.prompt, recipe.completion)
+        recipe.template.check(load_rows(recipe.data, split, recipe.data_revision).column_names)
     if (run / "run.json").exists():
         before = json.loads((run / "run.json").read_text())["recipe"]
         now = recipe.values()
@@ -168,13 +168,11 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
     rows = load_rows(recipe.data, split, recipe.data_revision)
-    examples = encode(rows, tokenizer, recipe.prompt, recipe.completion)
-    sequences = PackedDataset(examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
-    if not len(sequences):
-        raise UserError(f"{recipe.data}: no row of its split {split} has at most max_length {recipe.max_length} tokens")
-    if sequences.too_long:
-        print(f"{split}: {sequences.too_long} rows of more than {recipe.max_length} tokens left out", file=sys.stderr)
-    return sequences
+    encoded = encode(rows, tokenizer, recipe.template, recipe.max_length)
+    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
+    if not encoded.examples:
+        raise UserError(f"{recipe.data}: its split {split} has no row that can be used")
+    return PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
 
 
 def _dtype(recipe: Recipe) -> Any:

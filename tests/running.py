@@ -18,6 +18,7 @@ from grow.cli import main
 from grow.loss import token_scores
 from grow.methods import METHODS, Method
 from grow.tasks import Example, encode, load_rows
+from grow.template import Template
 from tests.tiny import file_checksum, folder_checksums, run, tokens
 
 
@@ -91,7 +92,7 @@ def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
 
 def rows_of(base: Path, data: Path, split: str) -> list[Example]:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return encode(load_rows(str(data), split), tokenizer, "{question}", "{answer}")
+    return encode(load_rows(str(data), split), tokenizer, Template("{question}", "{answer}")).examples
 
 
 def alone(model: torch.nn.Module, example: Example) -> torch.Tensor:

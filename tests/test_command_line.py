@@ -68,7 +68,7 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["train", "{recipe}"], "python -m grow expand"),
         (["train", "{recipe}", "--method", "sft", "--per_device_train_batch_size", "3"], "not a multiple"),
         (["train", "{recipe}", "--method", "sft", "--data", "{out}"], "no such folder of data"),
-        (["train", "{recipe}", "--method", "sft", "--prompt", "{{nothing}}"], "does not fit the columns"),
+        (["train", "{recipe}", "--method", "sft", "--prompt", "{{nothing}}"], "is not among the columns"),
     ],
 )  # fmt: skip
 def test_mistakes(arguments: list[str], says: str, text_base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from grow.methods.stm import Stm
 from grow.model import load
 from grow.recipe import read_recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, encode, load_rows
+from grow.template import Template
 from grow.train import check_run
 from tests.running import alone, rows_of
 from tests.tiny import make_recipe
@@ -81,7 +82,7 @@ def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Pa
     fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     tokenizer = AutoTokenizer.from_pretrained(text_base)
     rows = load_rows(str(sums), "test").select(range(5))
-    for example in encode(rows, tokenizer, "{question}", "{answer}", end=False):
+    for example in encode(rows, tokenizer, Template("{question}", "{answer}"), end=False).examples:
         model.zero_grad()
         out = model(input_ids=torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         (-sum(out[i, label] for i, label in enumerate(example.labels) if label != IGNORED)).backward()

@@ -9,16 +9,17 @@ from transformers import AutoTokenizer
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.model import load
-from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, pack
+from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, load_rows, pack
+from grow.template import Template
 
-PROMPT, COMPLETION = "Q: {q}\nA:", " {a}"
+TEMPLATE = Template("Q: {q}\nA:", " {a}")
 ROWS = [{"q": "How many legs has a spider " + "or two " * n, "a": f"eight, {n} times"} for n in range(8)]
 ROWS += [{"q": "?", "a": "!" * n} for n in range(1, 5)]
 
 
 def test_labels_are_the_completion_and_an_end(text_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(text_base)
-    (example,) = encode([{"q": "x", "a": "yes"}], tokenizer, PROMPT, COMPLETION)
+    (example,) = encode([{"q": "x", "a": "yes"}], tokenizer, TEMPLATE).examples
     labels = [token for token in example.labels if token != IGNORED]
     assert tokenizer.decode(labels) == " yes<eos>"
     assert tokenizer.decode(example.input_ids) == "<bos>Q: x\nA: yes"
@@ -27,12 +28,12 @@ def test_labels_are_the_completion_and_an_end(text_base: Path) -> None:
 
 
 def test_a_template_that_does_not_fit(text_base: Path) -> None:
-    with pytest.raises(UserError, match="columns q, a"):
-        encode(ROWS, AutoTokenizer.from_pretrained(text_base), "{question}", COMPLETION)
+    with pytest.raises(UserError, match="question is not among the columns q, a"):
+        encode(ROWS, AutoTokenizer.from_pretrained(text_base), Template("{question}", " {a}"))
 
 
 def test_packing_loses_no_row(text_base: Path) -> None:
-    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), TEMPLATE).examples
     packed, too_long = pack(examples, 70)
     kept = [i for i, example in enumerate(examples) if len(example.input_ids) <= 70]
     assert sorted(i for sequence in packed for i in sequence) == kept
@@ -45,7 +46,7 @@ def test_packing_loses_no_row(text_base: Path) -> None:
 def test_a_packed_row_has_its_loss_as_if_alone(which: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which)
     model = load(path, torch.float32)
-    examples = encode(ROWS[:6], AutoTokenizer.from_pretrained(path), PROMPT, COMPLETION)
+    examples = encode(ROWS[:6], AutoTokenizer.from_pretrained(path), TEMPLATE).examples
     longest = max(len(example.input_ids) for example in examples)
     sequences = PackedDataset(examples, 3 * longest, pad_token_id=0)
     batch = collate([sequences[i] for i in range(len(sequences))])
@@ -64,7 +65,7 @@ def test_a_packed_row_has_its_loss_as_if_alone(which: str, request: pytest.Fixtu
 
 def test_the_loss_is_that_of_all_logits(text_base: Path) -> None:
     model = load(text_base, torch.float32)
-    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), TEMPLATE).examples
     sequences = PackedDataset(examples, 200, pad_token_id=0)
     batch = collate([sequences[0], sequences[1]])
     logits, labels = labelled_logits(model, batch)
@@ -77,7 +78,7 @@ def test_the_loss_is_that_of_all_logits(text_base: Path) -> None:
 
 
 def test_order_is_a_function_of_the_index(text_base: Path) -> None:
-    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), PROMPT, COMPLETION)
+    examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), TEMPLATE).examples
     sequences = PackedDataset(examples, 120, pad_token_id=0, seed=3)
     count = len(sequences)
     in_order = [tuple(item["rows"].tolist()) for item in (Epochs(sequences, 3 * count, 3)[i] for i in range(3 * count))]
@@ -86,3 +87,38 @@ def test_order_is_a_function_of_the_index(text_base: Path) -> None:
     assert epochs[0] != epochs[1]
     backwards = Epochs(sequences, 3 * count, 3)
     assert [tuple(backwards[i]["rows"].tolist()) for i in reversed(range(3 * count))] == in_order[::-1]
+
+
+def test_bad_rows_are_named_and_too_many_end_the_run(text_base: Path, tmp_path: Path) -> None:
+    good = ['{"q": "x", "a": "yes"}'] * 95
+    bad = ['{"q": "x", "a": " "}', '{"q": "x"}', '{"q": "' + "x" * 300 + '", "a": "yes"}']
+    (tmp_path / "train.jsonl").write_bytes(
+        b"\n".join([line.encode() for line in good + bad] + [b'{"q":"\xff","a":"y"}'])
+    )
+    encoded = encode(
+        load_rows(str(tmp_path), "train"), AutoTokenizer.from_pretrained(text_base), TEMPLATE, max_length=64
+    )
+    assert encoded.bad == {
+        "empty": [95], "without a value in a column": [96], "not UTF-8": [98], "longer than 64 tokens": [97],
+    }  # fmt: skip
+    assert len(encoded.examples) == 95
+    with pytest.raises(UserError, match=r"4 of 99 rows cannot be used: 1 empty \(row 95\); 1 without"):
+        encoded.check("data", 0.01)
+    encoded.check("data", 0.05)
+
+
+def test_chat_is_learnt_where_the_assistant_speaks(text_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "See you")]
+    row = {"chat": [{"role": role, "content": content} for role, content in turns]}
+    encoded = encode([row, {"chat": []}], tokenizer, Template(messages="chat"))
+    (example,) = encoded.examples
+    assert tokenizer.decode(example.input_ids + example.labels[-1:]) == (
+        "<bos><user>Hi</><assistant>Hello!</><user>Bye</><assistant>See you</>"
+    )
+    assert tokenizer.decode([t for t in example.labels if t != IGNORED]) == "Hello!</>See you</>"
+    assert encoded.bad == {"without an assistant's turn": [1]}

@@ -45,8 +45,7 @@ class Ewc(Method):
         rows = load_rows(recipe.retention, self.ewc_split)
         tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
         rows = rows.select(range(min(self.ewc_rows, len(rows))))
-        examples = encode(rows, tokenizer, recipe.retention_prompt, recipe.retention_completion, end=False)
-        examples = [example for example in examples if len(example.input_ids) <= recipe.max_length]
+        examples = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples
         if not examples:
             raise UserError(f"{recipe.retention}: its split {self.ewc_split} has no row of at most max_length tokens")
         return examples
