@@ -198,9 +198,9 @@ def eval(
     Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
 
     Args:
-        checkpoint: A stock or a grown checkpoint.
+        checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
         recipe: The recipe whose task and retention rows are scored.
-        alpha: The dial of a grown checkpoint: 0 is its base, 1 as trained.
+        alpha: The dial of a grown checkpoint or an adapter: 0 is its base, 1 as trained.
         samples: For how many test rows to show what the model writes.
         limit: Score only so many test rows; 0 is all.
         name: What to call it in a report; the folder's name unless given.

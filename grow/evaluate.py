@@ -17,7 +17,7 @@ from grow.tasks import Example, PackedDataset, collate, encode, load_rows
 def evaluate(
     path: str, recipe: Recipe, alpha: float = 1.0, samples: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
-    """Scores one checkpoint, stock or grown.
+    """Scores one checkpoint, stock, grown or an adapter's folder.
 
     Returns, under "task" (test rows) and "retention" (rows of old knowledge): `loss`, nats per labelled token;
     `token_accuracy`, the share of labelled tokens that are the likeliest; `exact_match`, the share of rows where all

@@ -91,7 +91,7 @@ def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Pa
     expected = 0.0
     for name, parameter in trainer.model.named_parameters():
         parameter.data += 0.01
-        expected += 1.5 * float((fisher[name] * (parameter - model.get_parameter(name)) ** 2).sum())
+        expected += 1.5 * (fisher[name] * (parameter - model.get_parameter(name)) ** 2).sum().item()
     assert torch.as_tensor(method.penalty()).item() == pytest.approx(expected, rel=1e-3) and expected > 0
 
 

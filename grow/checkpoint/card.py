@@ -57,7 +57,7 @@ def stock_card(
             "wide) and training the added copies, then joined to one plain MLP a layer. "
         )
     else:
-        text = f"Made from `{base['name']}` by training its own weights. "
+        text = f"Made from `{base['name']}`, with its own shape. "
     if alpha != 1:
         text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
     return _card(base, "Trained", text + _training(about) + _scores(scores))

@@ -23,7 +23,8 @@ class Osf(PeftMethod):
     frozen, U, S and V of the part below train, their gradients projected to be orthogonal to what is frozen ("Sculpting
     Subspaces", arXiv 2504.07097); as PEFT does it.
 
-    PEFT computes W x + (U' S' V' − U S V) x, whose sum is zero at step 0 only up to rounding.
+    PEFT computes W x + (U' S' V' − U S V) x, whose sum is zero at step 0 only up to rounding. Gradients are orthogonal;
+    Adam's steps, scaled element by element, are not: a third of what U changes by can lie in the frozen subspace.
     """
 
     part: ClassVar[str] = ".osf_svd_params."
