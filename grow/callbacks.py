@@ -1,6 +1,7 @@
-"""What watches a run from step to step: the system's signals to leave, and a loss that has gone."""
+"""What watches a run from step to step: the system's signals to leave, a loss that has gone, its pace."""
 
 import signal
+import time
 from typing import Any
 
 import torch
@@ -55,3 +56,29 @@ class Watch(TrainerCallback):
         if asked and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
         return control
+
+
+class Pace:
+    """How fast a run goes, since it was last asked: tokens of text and labels a second over all ranks, and the share of
+    the time in which rank 0 waited for data."""
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+        self.waited, self.since = 0.0, time.monotonic()
+
+    def step(self, counts: torch.Tensor) -> None:
+        """Of every step: labels and tokens, [2], which stay on the device until asked for."""
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def take(self) -> dict[str, float]:
+        """The figures, to be logged."""
+        labels, tokens = (0, 0) if self.counts is None else self.counts.tolist()
+        now = time.monotonic()
+        passed = now - self.since
+        found = {
+            "tokens_per_second": round(tokens / passed, 1),
+            "labels_per_second": round(labels / passed, 1),
+            "data_share": round(self.waited / passed, 4),
+        }
+        self.counts, self.waited, self.since = None, 0.0, now
+        return found

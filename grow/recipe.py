@@ -44,6 +44,8 @@ class Recipe:
     retention: str | None = None
     retention_prompt: str = "{prompt}"
     retention_completion: str = "{completion}"
+    # So many of these rows are scored whenever the validation loss is, in training; 0: none.
+    probe_rows: int = 64
 
     # Rows are packed into sequences of max_length tokens; the batch sizes count such sequences.
     max_length: int = 512

@@ -28,7 +28,15 @@ from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, load_rows
 
 # Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
-_FREE = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size"}
+_FREE = {
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_eval_batch_size",
+    "probe_rows",
+}
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -76,6 +84,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
         watch=watch,
+        probe=_probe(recipe, tokenizer, run),
     )
     if args.process_index == 0:
         _write_run_file(run, recipe, str(dtype), model)
@@ -173,6 +182,19 @@ def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
     if not encoded.examples:
         raise UserError(f"{recipe.data}: its split {split} has no row that can be used")
     return PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+
+
+def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
+    """Watches old knowledge while the run trains; None if the recipe names no rows of it."""
+    from grow.probe import Probe
+
+    if not recipe.retention or not recipe.probe_rows:
+        return None
+    rows = load_rows(recipe.retention, "test")
+    rows = rows.select(range(min(recipe.probe_rows, len(rows))))
+    encoded = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False)
+    encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)
+    return Probe(PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0), run / "probe.jsonl")
 
 
 def _dtype(recipe: Recipe) -> Any:

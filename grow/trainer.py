@@ -7,6 +7,7 @@ trains and no more and are marked when complete, resuming from them, and validat
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from grow.callbacks import Watch
+from grow.callbacks import Pace, Watch
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method
 from grow.plan import canonical
+from grow.probe import Probe
 from grow.recipe import Recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 
@@ -38,6 +40,7 @@ class GrowTrainer(transformers.Trainer):
         recipe: Recipe,
         method: Method,
         watch: Watch,
+        probe: Probe | None,
         sequences: Epochs,
         validation: PackedDataset,
         **kwargs: Any,
@@ -45,7 +48,7 @@ class GrowTrainer(transformers.Trainer):
         super().__init__(
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
         )
-        self.watch = watch
+        self.watch, self.probe, self.pace = watch, probe, Pace()
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
         self.model.register_state_dict_post_hook(drop_frozen)
@@ -54,8 +57,18 @@ class GrowTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         labels = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
+        tokens = sum((batch["rows"] >= 0).sum() for batch in batch_samples)
+        counts = self.accelerator.reduce(torch.as_tensor([labels, tokens], device=device), "sum")
+        self.pace.step(counts)
         # A method may take labels away; a batch that has none left has no loss, not one of 0/0.
-        return self.accelerator.reduce(torch.as_tensor(labels, device=device), "sum").clamp(min=1)
+        return counts[0].clamp(min=1)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a watch held to it."""
+        start = time.monotonic()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.pace.waited += time.monotonic() - start
+        return samples
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,18 +84,22 @@ class GrowTrainer(transformers.Trainer):
         """Trainer counts the whole run as one epoch; what is logged is the true one."""
         step, batch = self.state.global_step, self.args.train_batch_size * self.args.gradient_accumulation_steps
         self.state.epoch = step * batch * self.args.world_size / len(self.train_dataset.sequences)
+        if "loss" in logs:
+            logs |= self.pace.take()
         super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Mean loss per label over the validation rows."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in self._own_batches(self.eval_dataset):
+        for batch in self.own_batches(self.eval_dataset):
             with self.compute_loss_context_manager():
                 logits, labels = labelled_logits(self.model_wrapped, batch)
             total += torch.stack([loss_sum(logits, labels).double(), labels.new_tensor(len(labels)).double()])
         loss, count = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / count}
+        if self.probe is not None:
+            metrics |= self.probe.measure(self)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -96,7 +113,7 @@ class GrowTrainer(transformers.Trainer):
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
         losses = torch.zeros(sum(lengths), device=self.args.device)
         counted = torch.zeros_like(losses)
-        for batch in self._own_batches(sequences):
+        for batch in self.own_batches(sequences):
             with self.compute_loss_context_manager():
                 logprobs, _, rows = token_scores(self.model_wrapped, batch)
             places = starts[rows] + batch["position_ids"][batch["labels"] != IGNORED]
@@ -104,7 +121,7 @@ class GrowTrainer(transformers.Trainer):
         losses, counted = self.accelerator.reduce(torch.stack([losses, counted]), "sum")
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
 
-    def _own_batches(self, sequences: PackedDataset) -> Iterator[dict[str, Tensor]]:
+    def own_batches(self, sequences: PackedDataset) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
         weights in each); sequences that fill the last ones up have no labels."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index

@@ -1,0 +1,102 @@
+"""What a run watches besides its loss, every `eval_steps`: is the old knowledge still there, and how far has it moved?
+
+The base is inside a grown model, so the distance from it needs no second model: the same forward pass with the dial
+at 0. A method without a base inside has its retention alone.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.loss import labelled_logits
+from grow.model import grown_mlps, set_alpha
+from grow.tasks import PackedDataset
+
+_AT_A_TIME = 256
+"""Positions whose distributions over the vocabulary are in memory at once, in fp32."""
+
+
+class Probe:
+    """Measures on rows of old knowledge (`sequences`; their labels are the answers), on all ranks together."""
+
+    def __init__(self, sequences: PackedDataset, out: Path):
+        self.sequences, self.out = sequences, out
+        self.rows = len({row for packed in sequences.packed for row in packed})
+        self.begun, self.spent = time.monotonic(), 0.0
+
+    @torch.no_grad()
+    def measure(self, trainer: Any) -> dict[str, float]:
+        """Returns, to be logged:
+
+        `retention`: log-likelihood of an answer, nats, the mean over rows;
+        `kl_from_base`: KL(base ‖ model) of the next token where there is a label, nats, the mean over labels;
+        `cosine_min`: of copies and originals (gate and up), the smallest over layers;
+        `update_max`: the Frobenius norm of what a layer's copies have moved, the largest over layers;
+        `probe_share`: the share of the run's time that all this took.
+        On rank 0 the figures of every layer go to the file `out`, a line of JSON each time.
+        """
+        start = time.monotonic()
+        grown = next(grown_mlps(trainer.model), None) is not None
+        total = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)
+        for batch in trainer.own_batches(self.sequences):
+            total += _score(trainer.model_wrapped, batch, grown)
+        likelihood, divergence, labels = trainer.accelerator.reduce(total, "sum").tolist()
+        found = {"retention": likelihood / self.rows}
+        if grown:
+            layers = [_moved(mlp) for mlp in grown_mlps(trainer.model)]
+            found |= {
+                "kl_from_base": divergence / labels,
+                "cosine_min": min(layer["cosine"] for layer in layers),
+                "update_max": max(layer["update"] for layer in layers),
+            }
+            if trainer.args.process_index == 0:
+                with self.out.open("a") as file:
+                    file.write(json.dumps({"step": trainer.state.global_step, **found, "layers": layers}) + "\n")
+        self.spent += time.monotonic() - start
+        return found | {"probe_share": self.spent / (time.monotonic() - self.begun)}
+
+
+def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
+    """Sums over a batch's labels: log-likelihood, KL from the base, their count; [3] fp64."""
+    logits, labels = labelled_logits(model, batch)
+    base = logits
+    if grown:
+        inside = getattr(model, "module", model)
+        set_alpha(inside, 0)
+        try:
+            base, _ = labelled_logits(model, batch)
+        finally:
+            set_alpha(inside, 1)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    for first in range(0, len(labels), _AT_A_TIME):
+        part = slice(first, first + _AT_A_TIME)
+        now = logits[part].float().log_softmax(-1)
+        sums[0] += now.gather(1, labels[part, None]).sum()
+        if grown:
+            before = base[part].float().log_softmax(-1)
+            sums[1] += (before.exp() * (before - now)).sum()
+    sums[2] = len(labels)
+    return sums
+
+
+def _moved(mlp: Any) -> dict[str, float]:
+    """How far a layer's copies have parted from the originals (cosine of gate and up together) and moved from where
+    they started (Frobenius norm over gate, up and down; for k > 2 their start's offsets count too)."""
+    from grow.trainer import gathered
+
+    pairs = [(getattr(mlp, name).weight, getattr(mlp.grown, name).weight) for name in ("gate_proj", "up_proj")]
+    downs = (mlp.down_proj.weight, mlp.grown.down_proj.weight)
+    with gathered(*(weight for pair in (*pairs, downs) for weight in pair)):
+        copies = mlp.factor - 1
+        dot = own = other = moved = torch.zeros((), device=downs[0].device)
+        for original, copy in pairs:
+            original, copy = original.detach().float().repeat(copies, 1), copy.detach().float()
+            dot, own, other = dot + (original * copy).sum(), own + original.square().sum(), other + copy.square().sum()
+            moved = moved + (copy - original).square().sum()
+        start = downs[0].detach().float().repeat(1, copies) / mlp.factor
+        moved = moved + (downs[1].detach().float() - start).square().sum()
+        return {"cosine": float(dot / (own * other).sqrt()), "update": float(moved.sqrt())}

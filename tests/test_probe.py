@@ -1,0 +1,55 @@
+"""What a run watches while it trains: old knowledge, the distance from the base inside, its pace."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from grow.checkpoint.expand import expand
+from grow.loss import labelled_logits
+from grow.model import load
+from grow.tasks import PackedDataset, collate, encode, load_rows
+from grow.template import Template
+from tests.tiny import grow, make_data, make_recipe, run
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.full)])
+def test_the_probe_sees_what_a_second_model_would(text_base: Path, stage: int, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,3")
+    data = make_data(tmp_path / "data")
+    recipe = make_recipe(
+        tmp_path / "recipe.yaml", text_base, tmp_path / "grown", data, stage, retention=str(data), probe_rows=20,
+        retention_prompt="{question}", retention_completion="{answer}", dtype="float32", learning_rate=1e-3,
+    )  # fmt: skip
+    said = run("launch/train.sh", recipe, NPROC="2").stdout
+    lines = [ast.literal_eval(line) for line in re.findall(r"\{'.*?'\}", said)]
+    probes = [line for line in lines if "kl_from_base" in line]
+    first, last = ({key: float(value) for key, value in line.items()} for line in (probes[0], probes[-1]))
+    assert first["kl_from_base"] == 0 and first["update_max"] == 0 and first["cosine_min"] == pytest.approx(1)
+    assert last["kl_from_base"] > 0 and last["update_max"] > 0 and last["cosine_min"] < 1
+    assert all(
+        float(line["tokens_per_second"]) > float(line["labels_per_second"]) > 0 for line in lines if "loss" in line
+    )
+
+    # The same from the consolidated checkpoint, and the base, each loaded by itself.
+    grow("consolidate", tmp_path / "run", tmp_path / "trained", "--format", "grown")
+    from transformers import AutoTokenizer
+
+    rows = load_rows(str(data), "test").select(range(20))
+    template = Template("{question}", "{answer}")
+    examples = encode(rows, AutoTokenizer.from_pretrained(text_base), template, end=False).examples
+    batch = collate([PackedDataset([example], 32, 0)[0] for example in examples])
+    with torch.no_grad():
+        logits, labels = labelled_logits(load(tmp_path / "trained", torch.float32), batch)
+        before = labelled_logits(load(text_base, torch.float32), batch)[0].log_softmax(-1)
+    now = logits.log_softmax(-1)
+    likelihood = now.gather(1, labels[:, None]).sum() / len(examples)
+    divergence = torch.nn.functional.kl_div(now, before, reduction="sum", log_target=True) / len(labels)
+    # The consolidated growth is rounded to bf16, the run's is not.
+    assert last["retention"] == pytest.approx(likelihood.item(), abs=0.02)
+    assert last["kl_from_base"] == pytest.approx(divergence.item(), rel=0.1)
+    layers = [json.loads(line)["layers"] for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()]
+    assert len(layers) == len(probes) and all(len(step) == 2 for step in layers)
