@@ -30,6 +30,7 @@ class Recipe:
     # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name. The templates name its columns.
     data: str = field(kw_only=True)
     data_revision: str | None = None
+    data_dir: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
@@ -78,6 +79,12 @@ class Recipe:
 
     # Not a line of the file: those fields in it that are the method's own.
     method_fields: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, split: str) -> Any:
+        """The rows of one split of the data, as a datasets.Dataset."""
+        from grow.tasks import load_rows
+
+        return load_rows(self.data, split, self.data_revision, self.data_dir)
 
     @property
     def template(self) -> Template:

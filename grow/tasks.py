@@ -29,8 +29,10 @@ class Example:
     labels: list[int]
 
 
-def load_rows(data: str, split: str, revision: str | None = None) -> Any:
+def load_rows(data: str, split: str, revision: str | None = None, data_dir: str | None = None) -> Any:
     """The rows of one split of a folder (JSONL, Parquet, CSV) or of a hub data set, as a datasets.Dataset.
+
+    `revision` is a hub's, `data_dir` the folder inside in which the files are.
 
     Bytes that are not UTF-8 come as U+FFFD, by which `encode` finds the rows. Raises UserError without such data.
     """
@@ -39,13 +41,14 @@ def load_rows(data: str, split: str, revision: str | None = None) -> Any:
     if data.startswith((".", "/", "~")) and not os.path.isdir(data):
         hint = " (python recipes/gemma3_270m/fetch.py brings it)" if "gemma3_270m" in data else ""
         raise UserError(f"{data}: no such folder of data{hint}")
-    text = os.path.isdir(data) and any(name.endswith((".jsonl", ".json", ".csv")) for name in os.listdir(data))
+    folder = os.path.join(data, data_dir or "")
+    text = os.path.isdir(folder) and any(name.endswith((".jsonl", ".json", ".csv")) for name in os.listdir(folder))
     # Under this name of UTF-8, and no other, the library decodes by itself and heeds what is said of errors.
     decoding = {"encoding": "utf_8", "encoding_errors": "replace"} if text else {}
     try:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        return datasets.load_dataset(data, split=split, revision=revision, **decoding)
+        return datasets.load_dataset(data, split=split, revision=revision, data_dir=data_dir, **decoding)
     except Exception as error:  # the library raises many kinds, all of them about what was asked for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{data}: its split {split} cannot be loaded ({reason})") from error
