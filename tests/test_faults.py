@@ -1,163 +1,20 @@
 """Whatever goes wrong on the way, OUT is whole or not there, one line says why, and the same command goes on."""
 
 import os
-import random
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.errors import UserError
 from tests.checkpoints import write_base
-from tests.tiny import ROOT, folder_checksums, run
-
-# Runs a command and kills it, by SIGKILL, when so many bytes are written; `stop` only stops it there.
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
-from grow.checkpoint import consolidate, expand
-command, source, out, size, place, how = sys.argv[1:]
-written = 0
-def progress(count, total):
-    global written
-    written += count
-    if written >= float(place) * total:
-        os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
-run = {"expand": expand.expand, "consolidate": consolidate.consolidate}[command]
-run(source, out, max_shard_size=size, progress=progress)
-"""
-
-RUN: dict[str, Callable[..., object]] = {"expand": expand, "consolidate": consolidate}
-Shards = dict[str, tuple[int, int]]
-
-
-def command(name: str, source: Path, out: Path, size: str) -> list[str]:
-    return [sys.executable, "-m", "grow", name, str(source), str(out), "--max-shard-size", size]
-
-
-def start(*words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
-
-
-def driven(*arguments: object) -> subprocess.Popen[str]:
-    return start(sys.executable, "-c", DRIVER, *map(str, arguments))
-
-
-def line_of(*words: str | Path, code: int = 2) -> str:
-    done = run(*words, code=code)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("grow: ") and done.stdout == ""
-    return line
-
-
-def finished(out: Path) -> Shards:
-    """Shards that the journal calls finished, with what changes when one is written again."""
-    journal, partial = out.with_name(out.name + ".partial.journal"), out.with_name(out.name + ".partial")
-    if not journal.exists():
-        return {}
-    listed = [file for file in partial.glob("*") if f'"{file.name}"' in journal.read_text()]
-    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in listed}
-
-
-class Killing:
-    """Kills runs of one command on one checkpoint, and has them finish."""
-
-    def __init__(self, name: str, source: Path, size: str, folder: Path):
-        self.name, self.source, self.size, self.folder = name, source, size, folder
-        self.whole = folder / "whole"
-        self.writing = self.undisturbed()
-        self.expected = folder_checksums(self.whole)
-        self.kept = self.unfinished = 0
-
-    def undisturbed(self) -> float:
-        """Makes what is expected. Returns how long writing took, in seconds."""
-        shutil.rmtree(self.whole, ignore_errors=True)
-        process, begun = self.begin(self.whole)
-        assert process.wait() == 0
-        return time.monotonic() - begun
-
-    def begin(self, out: Path) -> tuple[subprocess.Popen[str], float]:
-        """A run that has just begun to write, and since when."""
-        process = start(*command(self.name, self.source, out, self.size))
-        while process.poll() is None and not out.with_name(out.name + ".partial").exists():
-            time.sleep(0.001)
-        return process, time.monotonic()
-
-    def at_byte(self, place: float) -> None:
-        """Killed by itself when that part of all bytes is written."""
-        out = self.folder / "killed"
-        process = driven(self.name, self.source, out, self.size, place, "kill")
-        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
-        self.goes_on(out)
-
-    def at_time(self, place: float) -> None:
-        """Killed from outside, at that part of the time that writing takes."""
-        out = self.folder / "killed"
-        process, _ = self.begin(out)
-        time.sleep(place * self.writing)
-        process.kill()
-        process.communicate()
-        self.goes_on(out)
-
-    def goes_on(self, out: Path) -> None:
-        if out.exists():  # the kill came after the renaming
-            assert folder_checksums(out) == self.expected
-        else:
-            before = finished(out)
-            RUN[self.name](str(self.source), str(out), max_shard_size=self.size)
-            after = {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in before}
-            assert after == before, "a finished shard was written again"
-            self.kept += len(before)
-            self.unfinished += 1
-        assert folder_checksums(out) == self.expected
-        assert not out.with_name(out.name + ".partial").exists()
-        shutil.rmtree(out)
-        out.with_name(out.name + ".partial.journal").unlink(missing_ok=True)
-
-
-def killed(name: str, folder: Path, size: str, kills: int, base: Callable[[Path], Path]) -> None:
-    source = base(folder / "base")
-    if name == "consolidate":
-        expand(str(source), str(folder / "grown"))
-        source = folder / "grown"
-    killing = Killing(name, source, size, folder)
-    chance = random.Random(name)
-    places = [(number + chance.random()) / kills for number in range(kills)]
-    for number, place in enumerate(places):
-        (killing.at_time if number % 2 else killing.at_byte)(place)
-    print(f"{name}: {kills} kills, {killing.unfinished} resumed, {killing.kept} finished shards kept")
-    assert killing.kept > 0
-
-
-@pytest.mark.parametrize("name", ["expand", "consolidate"])
-def test_killed_at_any_moment(name: str, tmp_path: Path) -> None:
-    killed(name, tmp_path, "100KB", 4, lambda path: write_base(path, layers=6, hidden=64, width=256))
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["expand", "consolidate"])
-def test_killed_fifty_times(name: str, tmp_path: Path) -> None:
-    """On some 200 MB."""
-    killed(name, tmp_path, "15MB", 50, lambda path: write_base(path, layers=12, hidden=1024, width=2752))
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["expand", "consolidate"])
-def test_killed_at_the_shape_of_the_1b(name: str, tmp_path: Path) -> None:
-    killed(name, tmp_path, "200MB", 1, lambda path: write_base(path, layers=26, hidden=1152, width=6912))
+from tests.disturbed import command, driven, finished, line_of
+from tests.tiny import folder_checksums, run
 
 
 def paused(source: Path, out: Path) -> subprocess.Popen[str]:
