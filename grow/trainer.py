@@ -28,6 +28,7 @@ from grow.methods import Method
 from grow.plan import canonical
 from grow.probe import Probe
 from grow.recipe import Recipe
+from grow.resume import load_checkpoint
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 
 
@@ -169,11 +170,11 @@ class GrowTrainer(transformers.Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin(self)
         if resume_from_checkpoint is not None:
-            if set(ZeroCheckpoint(Path(resume_from_checkpoint)).trained) != trained_names(self.model):
-                raise UserError(f"{resume_from_checkpoint}: holds other parameters than this recipe trains")
-            path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            if path is None:
-                raise UserError(f"{resume_from_checkpoint}: DeepSpeed cannot resume from it; remove it to go back one")
+            folder = Path(resume_from_checkpoint)
+            zero = ZeroCheckpoint(folder)
+            if set(zero.trained) != trained_names(self.model):
+                raise UserError(f"{folder}: holds other parameters than this recipe trains")
+            load_checkpoint(self.model_wrapped, zero, folder)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 

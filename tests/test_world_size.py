@@ -1,0 +1,108 @@
+"""A run goes on with another number of ranks: the same rows, the same curve, the same weights in the end."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grow.checkpoint.expand import expand
+from grow.checkpoint.zero import ZeroCheckpoint
+from tests.running import FORKED, train_here
+from tests.tiny import make_base, make_recipe
+
+STEPS, LEFT = 8, 4
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, sums: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("world size")
+    base = make_base(folder / "base", "text")
+    expand(str(base), str(folder / "grown"), layers="1,2")
+    return {"base": base, "grown": folder / "grown", "data": sums}
+
+
+def start(recipe: Path, ranks: int) -> str:
+    """Trains on so many ranks, forked. Returns what the first said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    outputs = [recipe.with_suffix(f".{rank}.out") for rank in range(ranks)]
+    processes = [
+        FORKED.Process(target=rank_here, args=(recipe, output, rank, ranks, port))
+        for rank, output in enumerate(outputs)
+    ]
+    for process in processes:
+        process.start()
+    for process, output in zip(processes, outputs, strict=True):
+        process.join()
+        assert process.exitcode == 0, output.read_text()[-3000:]
+    return outputs[0].read_text()
+
+
+def rank_here(recipe: Path, output: Path, rank: int, ranks: int, port: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    train_here(recipe, output)
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """What was logged of every step."""
+    history = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {name: value.load() for name, value in ZeroCheckpoint(run / f"checkpoint-{STEPS}").trained.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks", "then"),
+    [
+        ("g_freeze", 2, 2, 1),
+        ("sft", 2, 1, 2),
+        *(
+            pytest.param(method, stage, ranks, 3 - ranks, marks=pytest.mark.full)
+            for method in ("g_freeze", "sft")
+            for stage in (1, 2, 3)
+            for ranks in (1, 2)
+            if (method, stage, ranks) not in (("g_freeze", 2, 2), ("sft", 2, 1))
+        ),
+    ],
+)
+def test_another_number_of_ranks_goes_on(
+    setting: dict[str, Path], method: str, stage: int, ranks: int, then: int, tmp_path: Path
+) -> None:
+    def recipe(name: str, **fields: Any) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        # Weight decay that would show in the norms, which have none.
+        common = {"method": method, "dtype": "float32", "weight_decay": 1.0, "learning_rate": 3e-3, "eval_steps": 50}
+        return make_recipe(
+            tmp_path / name / "recipe.yaml", **setting, stage=stage, max_steps=STEPS, save_steps=LEFT,
+            **(common | fields),
+        )  # fmt: skip
+
+    start(recipe("undisturbed"), 1)
+    whole, run = tmp_path / "undisturbed" / "run", tmp_path / "moved" / "run"
+    moved = recipe("moved")
+    start(moved, ranks)
+    remove_last_half(run)
+    said = start(moved, then)
+    assert said.count("{'loss'") == STEPS - LEFT, "the steps that were not done yet, and no others"
+    assert not (run / "universal").exists()
+    expected, found = curve(whole), curve(run)
+    assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
+    for key, allowed in (("loss", 1e-3), ("learning_rate", 1e-12)):
+        assert [entry[key] for entry in found] == pytest.approx([entry[key] for entry in expected], abs=allowed)
+    ends = weights(whole)
+    for name, tensor in weights(run).items():
+        assert (tensor - ends[name]).abs().max() < 1e-3, name
+
+
+def remove_last_half(run: Path) -> None:
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    (run / "COMPLETE").unlink()
