@@ -40,14 +40,44 @@ _FREE = {
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set)."""
+    """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set).
+
+    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system asked it to leave.
+    """
     run = Path(recipe.output_dir)
     start = check_run(recipe)
-    if (run / "COMPLETE").exists():
-        return {"run": str(run), "status": "was done already", **json.loads((run / "COMPLETE").read_text())}
+    if (run / MARKER).exists():
+        return {"run": str(run), "status": "was done already", **json.loads((run / MARKER).read_text())}
     _single_process_defaults()
 
+    import torch.distributed as dist
+
+    from grow.callbacks import Watch
+
+    watch = Watch()
+    trainer = _trainer(recipe, run, watch)
+    checkpoint = _sound_checkpoint(run)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if not watch.leaving:
+        result = _finish(trainer, run, start)
+    dist.barrier()
+    # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
+    dist.destroy_process_group()
+    if watch.leaving:
+        raise Preempted(
+            f"{run}: left at step {trainer.state.global_step} of {trainer.state.max_steps}, as asked, with a "
+            "checkpoint; run the same command again to go on"
+        )
+    return {"run": str(run), "status": "done", **result}
+
+
+def _trainer(recipe: Recipe, run: Path, watch: Any) -> Any:
+    """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
+    import deepspeed
     from transformers import AutoTokenizer, set_seed
+
+    from grow.model import load
+    from grow.trainer import GrowTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
     sequences = _sequences(recipe, tokenizer, recipe.train_split)
@@ -55,16 +85,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
     steps = recipe.max_steps
     if steps < 1:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
-
-    import deepspeed
-    import torch.distributed as dist
-
-    from grow.callbacks import Watch
-    from grow.model import load
-    from grow.trainer import GrowTrainer, changed_frozen
-
-    watch = Watch()
-
     # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -76,7 +96,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
-    trainer = GrowTrainer(
+    if args.process_index == 0:
+        _write_run_file(run, recipe, str(dtype), model)
+    return GrowTrainer(
         model=model,
         args=args,
         recipe=recipe,
@@ -86,31 +108,22 @@ def train(recipe: Recipe) -> dict[str, Any]:
         watch=watch,
         probe=_probe(recipe, tokenizer, run),
     )
-    if args.process_index == 0:
-        _write_run_file(run, recipe, str(dtype), model)
-    checkpoint = _sound_checkpoint(run)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if watch.leaving:
-        dist.barrier()
-        dist.destroy_process_group()
-        raise Preempted(
-            f"{run}: left at step {trainer.state.global_step} of {steps}, as asked, with a checkpoint; "
-            "run the same command again to go on"
-        )
+
+
+def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
+    """Sees that what was frozen is what it was, and writes what the run ends in, the marker last."""
+    from grow.trainer import changed_frozen
 
     on_disk = {canonical(name): name for name in start.tensors}
-    changed = changed_frozen(model, on_disk, start.read)
+    changed = changed_frozen(trainer.model, on_disk, start.read)
     if changed:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
     result = _result(trainer)
-    if args.process_index == 0:
+    if trainer.args.process_index == 0:
         shutil.rmtree(run / "result", ignore_errors=True)  # of an attempt that ended before its marker
-        method.write_result(run, run / "result")
+        trainer.method.write_result(run, run / "result")
         write_marker(run / MARKER, json.dumps(result) + "\n")
-    dist.barrier()
-    # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
-    dist.destroy_process_group()
-    return {"run": str(run), "status": "done", **result}
+    return result
 
 
 def _result(trainer: Any) -> dict[str, Any]:
