@@ -11,20 +11,36 @@ from typing import Any
 
 from grow.arguments import checked
 from grow.errors import Fault, Preempted, UserError, one_line
-from grow.text import eval_text, plan_text, train_text, verify_text
+from grow.text import Bar, eval_text, memory_text, plan_text, train_text, verify_text
 
 
-def plan(base: str, factor: str = "2", layers: str = "all", json: bool = False) -> str:
+def plan(
+    base: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
+) -> str:
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
+    Of a recipe: what its run would take on each of --world-size GPUs, and on disk.
+
     Example: python -m grow plan ~/models/gemma-3-1b-pt --layers 0-8
+    Example: python -m grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
 
     Args:
-        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
+        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache; or
+            a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
+        world_size: Of a recipe: how many GPUs.
         json: Print one JSON object.
+        fields: Of a recipe: fields that are given another value.
     """
+    if base.endswith((".yaml", ".yml")):
+        from grow.memory import describe as describe_run
+        from grow.recipe import read_recipe
+
+        return _say(describe_run(read_recipe(base, fields), _number("--world-size", world_size)), memory_text, json)
+    if fields:
+        raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {base} is a checkpoint")
+
     from grow.checkpoint.expand import added_tensors, describe, make_plan
     from grow.checkpoint.shards import Checkpoint
 
@@ -50,7 +66,7 @@ def expand(
     """
     from grow.checkpoint.expand import expand as run
 
-    with _Bar("expanding") as bar:
+    with Bar("expanding") as bar:
         result = run(base, out, factor, layers, max_shard_size, bar.add)
     return _say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
@@ -134,7 +150,7 @@ def consolidate(
     from grow.checkpoint.consolidate import consolidate as run
 
     dial = _number("--alpha", alpha, float)
-    with _Bar("consolidating") as bar:
+    with Bar("consolidating") as bar:
         result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, scores, bar.add)
     return _say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
@@ -168,7 +184,7 @@ def growth(source: str, out: str, start: str = "", tag: str = "", json: bool = F
     """
     from grow.checkpoint.package import growth as run
 
-    with _Bar("writing") as bar:
+    with Bar("writing") as bar:
         result = run(source, out, start=start, tag=tag, progress=bar.add)
     return _say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
@@ -271,25 +287,6 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0
-
-
-class _Bar:
-    """A progress bar in bytes, on a terminal only."""
-
-    def __init__(self, what: str):
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
-
-    def add(self, count: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(count)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _number(flag: str, value: str, kind: type = int) -> Any:

@@ -17,6 +17,28 @@ def plan_text(r: dict[str, Any]) -> str:
     )
 
 
+def memory_text(r: dict[str, Any]) -> str:
+    """Of `plan`, of a recipe."""
+    parts = ("weights", "gradients", "optimizer")
+    lines = [
+        f"{r['method']}: trains {r['trained_parameters'] / 1e6:,.1f} M of {r['parameters'] / 1e6:,.1f} M parameters, "
+        f"in {r['dtype']}; GB on each of {r['world_size']} GPUs:",
+        f"{'ZeRO':<20}" + "".join(f"{part:>11}" for part in (*parts, "together", "on host")),
+    ]
+    for stage, states in r["stages"].items():
+        sizes = [*(states[part] for part in parts), sum(states[part] for part in parts), states.get("host", 0)]
+        name = f"{stage}, the recipe's" if stage == str(r["stage"]) else stage
+        lines.append(f"{name:<20}" + "".join(f"{size / 1e9:>11.2f}" for size in sizes))
+    lines += [
+        f"and, estimated: {r['activations_estimate'] / 1e9:.2f} GB of activations and logits, up to "
+        f"{r['buckets_estimate'] / 1e9:.2f} GB to reduce gradients in",
+        f"disk: {r['disk_bytes'] / 1e9:.2f} GB, checkpoints of {r['checkpoint_bytes'] / 1e9:.2f} GB",
+        f"to leave with a checkpoint: {r['lead_seconds']} s at {r['disk_rate'] / 1e9:g} GB/s (assumed), plus one step: "
+        "for Slurm's --signal",
+    ]
+    return "\n".join(lines)
+
+
 def verify_text(r: dict[str, Any]) -> str:
     """Of `verify`."""
     lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
@@ -48,3 +70,23 @@ def eval_text(r: dict[str, Any]) -> str:
     ]
     lines += [f"{sample['prompt']} {sample['output']}" for sample in r["samples"]]
     return "\n".join(lines)
+
+
+class Bar:
+    """A progress bar in bytes, on a terminal only."""
+
+    def __init__(self, what: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def add(self, count: int, total: int) -> None:
+        """So many bytes more are done, of so many."""
+        self._bar.total = total
+        self._bar.update(count)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,9 +1,7 @@
 """A run goes on with another number of ranks: the same rows, the same curve, the same weights in the end."""
 
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
-from tests.running import FORKED, train_here
+from tests.running import start
 from tests.tiny import make_base, make_recipe
 
 STEPS, LEFT = 8, 4
@@ -24,30 +22,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory, sums: Path) -> dict[str, P
     base = make_base(folder / "base", "text")
     expand(str(base), str(folder / "grown"), layers="1,2")
     return {"base": base, "grown": folder / "grown", "data": sums}
-
-
-def start(recipe: Path, ranks: int) -> str:
-    """Trains on so many ranks, forked. Returns what the first said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    outputs = [recipe.with_suffix(f".{rank}.out") for rank in range(ranks)]
-    processes = [
-        FORKED.Process(target=rank_here, args=(recipe, output, rank, ranks, port))
-        for rank, output in enumerate(outputs)
-    ]
-    for process in processes:
-        process.start()
-    for process, output in zip(processes, outputs, strict=True):
-        process.join()
-        assert process.exitcode == 0, output.read_text()[-3000:]
-    return outputs[0].read_text()
-
-
-def rank_here(recipe: Path, output: Path, rank: int, ranks: int, port: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    train_here(recipe, output)
 
 
 def curve(run: Path) -> list[dict[str, float]]:

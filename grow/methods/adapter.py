@@ -35,6 +35,21 @@ class Adapter(Method):
         for _, mlp in sorted(gated_mlps(model).items()):
             adapt_mlp(mlp, self.adapter_size)
 
+    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Two layers with biases after each MLP."""
+        from grow.plan import mlp_prefixes
+
+        found: dict[str, tuple[int, ...]] = {}
+        size = self.adapter_size
+        for prefix in mlp_prefixes(shapes).values():
+            hidden = shapes[f"{prefix}.down_proj.weight"][0]
+            own = {
+                "down_proj.weight": (size, hidden), "down_proj.bias": (size,),
+                "up_proj.weight": (hidden, size), "up_proj.bias": (hidden,),
+            }  # fmt: skip
+            found |= {f"{prefix}.adapter.{name}": shape for name, shape in own.items()}
+        return found
+
     def trains(self, name: str) -> bool:
         """The adapters."""
         return ".mlp.adapter." in name

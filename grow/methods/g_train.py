@@ -20,6 +20,15 @@ class GTrain(GFreeze):
             if mlp.trained is None:
                 _copy_up(mlp)
 
+    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """A gate and an up for each grown layer."""
+        own = {
+            name.replace(".grown.", "."): name.replace(".grown.", ".trained.")
+            for name in shapes
+            if ".mlp.grown." in name and ".down_proj." not in name
+        }
+        return {trained: shapes[name] for name, trained in own.items()}
+
     def trains(self, name: str) -> bool:
         """All that growth adds."""
         return is_growth(name)

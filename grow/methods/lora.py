@@ -37,6 +37,11 @@ class Lora(PeftMethod):
             r=self.lora_rank, lora_alpha=self.lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM"
         )
 
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """A and B."""
+        rank = self.lora_rank
+        return {".lora_A.weight": (rank, in_features), ".lora_B.weight": (out_features, rank)}
+
     def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
         """W + scaling · B A."""
         from grow.checkpoint.lazy import Lazy, combined

@@ -49,6 +49,10 @@ class Method:
         added need not be: DeepSpeed partitions them when training begins.
         """
 
+    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `build` adds, by name, to a model with parameters of these shapes."""
+        return {}
+
     def trains(self, name: str) -> bool:
         """Whether a parameter trains, by its name in memory."""
         return of_language_model(name)

@@ -44,6 +44,15 @@ class Osf(PeftMethod):
 
         return OSFConfig(effective_rank=self.osf_kept, target_modules=target_modules, task_type="CAUSAL_LM")
 
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """U, S and V: of the stronger directions, which are frozen, and of the weaker."""
+        rank = min(out_features, in_features)
+        kept = int(rank * self.osf_kept)
+        found: dict[str, tuple[int, ...]] = {}
+        for end, count in ((".osf_high.", kept), (self.part, rank - kept)):
+            found |= {f"{end}U": (out_features, count), f"{end}S": (count,), f"{end}V": (count, in_features)}
+        return found
+
     def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
         """W + U' S' V' − U S V. PEFT does not save the latter: it is found again as it was."""
         from grow.checkpoint.lazy import Lazy, combined

@@ -29,6 +29,10 @@ class PeftMethod(Method):
         """PEFT's configuration, for these layers."""
         raise NotImplementedError
 
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a layer gets, by the end of the name, which begins with `part` where it trains."""
+        raise NotImplementedError
+
     def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
         """A layer's weight with its adapter merged into it, [out, in] fp32, from the base's `own` and the adapter's
         parameters, by their names within the layer without the adapter's own name."""
@@ -45,6 +49,15 @@ class PeftMethod(Method):
             if isinstance(module, nn.Linear) and ".layers." in name and of_language_model(name)
         ]
         peft.inject_adapter_in_model(self.config(layers), model)
+
+    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The adapters of every linear layer."""
+        return {
+            name.removesuffix(".weight") + part: size
+            for name, shape in shapes.items()
+            if len(shape) == 2 and ".layers." in name and of_language_model(name)
+            for part, size in self.parts(*shape).items()
+        }
 
     def trains(self, name: str) -> bool:
         """The adapters."""

@@ -1,0 +1,125 @@
+"""What a run will take: bytes on each GPU for each ZeRO stage, on disk, and seconds to leave with a checkpoint.
+
+Shapes come from the headers of the checkpoint that training starts from, and from the method; nothing is loaded. The
+accounting is that of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) for mixed precision with Adam, where
+only T of P parameters train: c bytes a weight and a gradient, 12 a trained parameter for master, mean and variance.
+"""
+
+import json
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.shards import Checkpoint
+from grow.errors import UserError
+from grow.plan import text_config
+from grow.recipe import Recipe
+
+DISK_RATE = 0.5e9
+"""Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
+PERSISTENCE_THRESHOLD = 100_000
+"""Parameters of at most so many values stay whole on every rank in ZeRO-3, unless its JSON says otherwise."""
+REDUCE_BUCKET = 500_000_000
+"""Values in the buffer that gradients are reduced from, unless the JSON's reduce_bucket_size says otherwise."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """What `plan` says of a recipe on so many GPUs: bytes, parameters, seconds.
+
+    Raises UserError if there is no checkpoint to start from, or no GPU.
+    """
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: at least 1 is needed")
+    start = Checkpoint(recipe.start)
+    method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
+    shapes = model_shapes(start)
+    shapes |= method.adds(shapes)
+    trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
+    zero = json.loads(Path(recipe.deepspeed).read_text()).get("zero_optimization", {})
+    # Beside the optimizer's part ZeRO-1 and 2 save the weights; in ZeRO-3 no rank has them.
+    checkpoint = count(trained) * (12 if zero.get("stage") == 3 else 12 + width)
+    persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+    stages = {str(stage): model_states(stage, shapes, trained, world_size, width, persistent) for stage in (1, 2, 3)}
+    stages["3 with CPU offload"] = offloaded(stages["3"])
+    return {
+        "method": recipe.method,
+        "world_size": world_size,
+        "stage": zero.get("stage", 0),
+        "dtype": "float32" if width == 4 else "bfloat16",
+        "parameters": count(shapes),
+        "trained_parameters": count(trained),
+        "stages": stages,
+        "buckets_estimate": int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * width,
+        "activations_estimate": activations(recipe, start, shapes, trained, width),
+        "checkpoint_bytes": checkpoint,
+        "disk_bytes": checkpoint * (recipe.save_total_limit + 1),
+        "disk_rate": DISK_RATE,
+        "lead_seconds": ceil(checkpoint / DISK_RATE),
+    }
+
+
+def model_shapes(start: Checkpoint) -> Shapes:
+    """The parameters of the model that a checkpoint holds. A tied head in it is the embedding's second name."""
+    tied = any(config.get("tie_word_embeddings") for config in (start.config, text_config(start.config)))
+    return {name: info.shape for name, info in start.tensors.items() if not (tied and name.endswith("lm_head.weight"))}
+
+
+def count(shapes: Shapes) -> int:
+    """How many values."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def model_states(
+    stage: int, shapes: Shapes, trained: Shapes, world_size: int, width: int, persistent: int
+) -> dict[str, int]:
+    """Bytes on each rank under a ZeRO stage, for weights and gradients of `width` bytes a value.
+
+    ZeRO-1 accumulates all gradients on every rank, 2 and 3 this rank's share. ZeRO-3 keeps small parameters whole
+    beside the share of them, once they have been used.
+    """
+    weights = count(shapes) * width
+    if stage == 3:
+        sizes = [prod(shape) for shape in shapes.values()]
+        weights = sum(ceil(size / world_size) + (size if size <= persistent else 0) for size in sizes) * width
+    share = ceil(count(trained) / world_size)
+    gradients = (count(trained) if stage == 1 else share) * width
+    return {"weights": weights, "gradients": gradients, "optimizer": 12 * share}
+
+
+def offloaded(states: dict[str, int]) -> dict[str, int]:
+    """The same with the optimizer on the host, which then holds the gradients' share too."""
+    return {
+        "weights": states["weights"], "gradients": 0, "optimizer": 0,
+        "host": states["gradients"] + states["optimizer"],
+    }  # fmt: skip
+
+
+def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
+    """Bytes that a micro-batch leaves for the backward pass: an estimate, from what a gated block with fused attention
+    saves a token (12 hidden, 4 intermediate and 4 attention widths), in the layers from the lowest trained on; and
+    logits, in `width` bytes and twice in fp32, of as many labels as there are tokens.
+    """
+    text = text_config(start.config)
+    tokens = recipe.per_device_train_batch_size * recipe.max_length
+    hidden = text.get("hidden_size", 0)
+    widths: dict[int, int] = {}
+    for name, shape in shapes.items():
+        layer = _layer(name)
+        if layer is None or len(shape) != 2:
+            continue
+        if "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight")):
+            widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
+    layers = [_layer(name) for name in trained]
+    lowest = -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
+    saved = sum(size for layer, size in widths.items() if layer >= lowest)
+    return tokens * (saved * width + int(text.get("vocab_size", 0)) * (width + 8))
+
+
+def _layer(name: str) -> int | None:
+    """The decoder layer that a parameter belongs to."""
+    if "vision_tower." in name:
+        return None
+    _, found, rest = name.partition(".layers.")
+    return int(rest.split(".")[0]) if found else None
