@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from grow.arguments import checked
-from grow.errors import Fault, Preempted, UserError, one_line
-from grow.text import eval_text, plan_text, train_text, verify_text
+from grow.errors import Fault, Preempted, UserError, one_line, unknown
+from grow.text import Bar, eval_text, plan_text, train_text, verify_text
 
 
 def plan(base: str, factor: str = "2", layers: str = "all", json: bool = False) -> str:
@@ -50,7 +50,7 @@ def expand(
     """
     from grow.checkpoint.expand import expand as run
 
-    with _Bar("expanding") as bar:
+    with Bar("expanding") as bar:
         result = run(base, out, factor, layers, max_shard_size, bar.add)
     return _say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
@@ -110,6 +110,27 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
     return _say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""
 
 
+def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
+    """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
+
+    Example: python -m grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        names: The fields.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
+    for name in names:
+        if name not in values:
+            raise UserError(unknown(name, values, "field"))
+    return _say({name: values[name] for name in names}, lambda r: "\n".join(map(str, r.values())), json)
+
+
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
     max_shard_size: str = "", start: str = "", tag: str = "", scores: str = "", json: bool = False,
@@ -134,7 +155,7 @@ def consolidate(
     from grow.checkpoint.consolidate import consolidate as run
 
     dial = _number("--alpha", alpha, float)
-    with _Bar("consolidating") as bar:
+    with Bar("consolidating") as bar:
         result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, scores, bar.add)
     return _say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
@@ -168,7 +189,7 @@ def growth(source: str, out: str, start: str = "", tag: str = "", json: bool = F
     """
     from grow.checkpoint.package import growth as run
 
-    with _Bar("writing") as bar:
+    with Bar("writing") as bar:
         result = run(source, out, start=start, tag=tag, progress=bar.add)
     return _say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
@@ -244,7 +265,7 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
 COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__: command
-    for command in (plan, expand, verify, train, consolidate, base, growth, attach, eval, report)
+    for command in (plan, expand, verify, show, train, consolidate, base, growth, attach, eval, report)
 }
 
 
@@ -271,25 +292,6 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0
-
-
-class _Bar:
-    """A progress bar in bytes, on a terminal only."""
-
-    def __init__(self, what: str):
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
-
-    def add(self, count: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(count)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _number(flag: str, value: str, kind: type = int) -> Any:

@@ -48,3 +48,23 @@ def eval_text(r: dict[str, Any]) -> str:
     ]
     lines += [f"{sample['prompt']} {sample['output']}" for sample in r["samples"]]
     return "\n".join(lines)
+
+
+class Bar:
+    """A progress bar in bytes, on a terminal only."""
+
+    def __init__(self, what: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def add(self, count: int, total: int) -> None:
+        """So many bytes more, of so many in all."""
+        self._bar.total = total
+        self._bar.update(count)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
