@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grow.arguments import checked
-from grow.errors import Fault, Preempted, UserError, one_line
+from grow.errors import Fault, Preempted, UserError, one_line, unknown
 from grow.text import Bar, eval_text, memory_text, plan_text, train_text, verify_text
 
 
@@ -124,6 +124,27 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
         return _say({"run": settings.output_dir}, lambda r: r["run"], json)
     result = run(settings)
     return _say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""
+
+
+def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
+    """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
+
+    Example: python -m grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        names: The fields.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
+    for name in names:
+        if name not in values:
+            raise UserError(unknown(name, values, "field"))
+    return _say({name: values[name] for name in names}, lambda r: "\n".join(map(str, r.values())), json)
 
 
 def consolidate(
@@ -260,7 +281,7 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
 COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__: command
-    for command in (plan, expand, verify, train, consolidate, base, growth, attach, eval, report)
+    for command in (plan, expand, verify, show, train, consolidate, base, growth, attach, eval, report)
 }
 
 

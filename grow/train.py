@@ -20,6 +20,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from grow.checkpoint.hub import locate
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
@@ -139,14 +140,12 @@ def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
     run, world_size = Path(recipe.output_dir), _world_size()
     method = recipe.make_method()
-    if method.grows and not Path(recipe.grown).is_dir() and Path(recipe.base).is_dir():
+    if method.grows and not Path(recipe.grown).is_dir():
+        _base(recipe)
         raise UserError(
             f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
         )
-    if not Path(recipe.start).is_dir():
-        hint = "; python recipes/gemma3_270m/fetch.py brings it" if "gemma3_270m" in recipe.start else ""
-        raise UserError(f"{recipe.start}: no checkpoint there{hint}")
-    start = Checkpoint(recipe.start)
+    start = Checkpoint(recipe.grown if method.grows else _base(recipe))
     if method.grows != ("growth" in start.config):
         what = "is not grown; run python -m grow expand" if method.grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
@@ -170,6 +169,16 @@ def check_run(recipe: Recipe) -> Checkpoint:
                 "give another --output_dir or remove it"
             )
     return start
+
+
+def _base(recipe: Recipe) -> Path:
+    """The base's folder. Raises UserError, which says how to get it, if it is not here."""
+    try:
+        return locate(recipe.base)
+    except UserError:
+        if "gemma3_270m" not in recipe.base:
+            raise
+        raise UserError(f"{recipe.base}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it") from None
 
 
 def _sound_checkpoint(run: Path) -> Path | None:
@@ -264,7 +273,7 @@ def _write_run_file(run: Path, recipe: Recipe, dtype: str, model: Any) -> None:
     ).stdout.strip()
     facts = {
         "recipe": recipe.values(),
-        "start": str(Path(recipe.start).resolve()),
+        "start": str(locate(recipe.start).resolve()),
         "growth": recipe.make_method().grows,
         "world_size": _world_size(),
         "dtype": dtype,

@@ -18,7 +18,7 @@ die() { # die CODE MESSAGE…: 2 is a mistake that the user can mend, 1 a fault
 }
 
 # Prints a script's opening comment, which says what it does and which variables it reads.
-help_of() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
+help_of() { awk 'NR == 1 { next } !/^#/ || /^#SBATCH/ { exit } { sub(/^# ?/, ""); print }' "$1"; }
 
 grow() { "$VENV/bin/python" -m grow "$@"; }
 
@@ -45,4 +45,53 @@ install() {
     export PATH=$VENV/bin:$PATH
 }
 
+free_port() {
+    "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
 gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
+
+# What the scripts in slurm/ set for this cluster: modules to load, a container image, where the caches are.
+site_settings() {
+    local file=${SITE_ENV:-$ROOT/slurm/site.env}
+    # shellcheck source=/dev/null
+    [[ ! -f $file ]] || source "$file"
+}
+
+# The address by which Slurm knows a node: its name, or what the cluster was told to use instead.
+node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'; }
+
+# srun starts these in the container that CONTAINER names, if it does: a .sif by apptainer, anything else by pyxis.
+container_of_srun() {
+    [[ -z ${CONTAINER:-} || $CONTAINER == *.sif ]] ||
+        printf '%s\0' --container-image="$CONTAINER" --container-mount-home --container-workdir="$PWD" \
+            --container-mounts="${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}"
+}
+
+# step NODES TASKS_PER_NODE COMMAND…: a step of the job, one task a rank and nothing between Slurm and the rank.
+step() {
+    local nodes=$1 tasks=$2 options=()
+    shift 2
+    mapfile -d '' options < <(container_of_srun)
+    [[ ${CONTAINER:-} != *.sif ]] || set -- apptainer exec --nv --bind "$ROOT,$PWD" "$CONTAINER" "$@"
+    # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
+    # together, with a checkpoint, are done by then.
+    srun --overlap --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
+        --cpus-per-task="$(((${SLURM_CPUS_ON_NODE:-1} + tasks - 1) / tasks))" \
+        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "${options[@]}" "$@"
+}
+
+# How many ranks a node of this allocation has: one a GPU, unless the job says otherwise.
+tasks_per_node() {
+    local found=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    echo "${NPROC:-${found%%(*}}"
+}
+
+# ranks COMMAND…: the command as every rank of the allocation.
+ranks() {
+    local first
+    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${MASTER_ADDR:-$(node_address "$first")}
+    export MASTER_ADDR
+    step "$SLURM_JOB_NUM_NODES" "$(tasks_per_node)" "$ROOT/launch/rank.sh" "$@"
+}

@@ -16,14 +16,17 @@ if [[ ${1:-} == --help ]]; then
 fi
 cd "$ROOT"
 install requirements.txt tests/requirements-test.txt
-if ! command -v shellcheck >/dev/null; then
-    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-        say "installing shellcheck"
-        { apt-get update && apt-get install --yes shellcheck; } >/dev/null 2>&1 || die 1 "shellcheck could not be installed"
-    else
-        die 2 "shellcheck is missing (on Debian: apt-get install shellcheck)"
-    fi
+# Slurm, so that jobs are tested on a real one; where it cannot be installed, those tests are skipped.
+packages=()
+command -v shellcheck >/dev/null || packages+=(shellcheck)
+command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] || packages+=(slurm-wlm slurm-client munge)
+if ((${#packages[@]})) && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    say "installing ${packages[*]}"
+    # Their own services are not wanted here, and have no configuration to start with.
+    { apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes "${packages[@]}"; } >/dev/null 2>&1 ||
+        say "could not be installed"
 fi
+command -v shellcheck >/dev/null || die 2 "shellcheck is missing (on Debian: apt-get install shellcheck)"
 "$VENV/bin/python" recipes/gemma3_270m/fetch.py model translation capitals
 [[ ${1:-} != --setup-only ]] || exit 0
 
@@ -32,7 +35,7 @@ if [[ $# == 0 || $1 == --full ]]; then
     "$VENV/bin/ruff" check .
     "$VENV/bin/ruff" format --check .
     "$VENV/bin/mypy"
-    shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+    shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh slurm/*.sh .ci/run
 fi
 say "pytest"
 "$VENV/bin/python" -m pytest "$@"

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Trains as a recipe says, on this machine, through the deepspeed launcher.
+# Trains as a recipe says, on all GPUs there are, or on the CPU.
 #
 #     launch/train.sh RECIPE [--field value …]
 #
-# Any field of the recipe can be given another value. Run again, it goes on from the last complete checkpoint.
-# Exit codes: 0 done, 2 a mistake in what was asked for, 1 a fault.
+# On one machine through the deepspeed launcher; on the machines of a hostfile likewise; inside a Slurm allocation with
+# srun, one task a GPU. Any field of the recipe can be given another value. Run again, it goes on from the last complete
+# checkpoint. Exit codes: 0 done, 2 a mistake in what was asked for, 75 asked to leave and left with a checkpoint (in
+# Slurm only), 1 a fault.
 #
 # Variables:
-#   NPROC         ranks: the number of GPUs, or 1 without
+#   NPROC         ranks on each node: the number of GPUs, or 1 without; in Slurm what the job's --ntasks-per-node says
+#   HOSTFILE      a file of lines "host slots=8": trains on these hosts, over ssh (default: none)
+#   MASTER_ADDR   where rank 0 is (default: here; with a hostfile its first host, in Slurm the first node)
 #   MASTER_PORT   port of the rendezvous: a free one
+#   INTERFACE     in Slurm: see launch/rank.sh --help
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -19,26 +24,49 @@ if [[ $# == 0 || " $* " == *" --help "* ]]; then
 fi
 install "$ROOT/requirements.txt"
 
+on_this_machine() {
+    MASTER_PORT=${MASTER_PORT:-$(free_port)}
+    if ((found == 0)); then
+        local cores
+        cores=$(nproc)
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+        # With more arenas glibc's allocator keeps what it was given, and memory creeps up step by step.
+        export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
+    fi
+    deepspeed --no_local_rank --num_accelerators "$NPROC" --master_port "$MASTER_PORT" --module grow train "$@"
+}
+
+on_hosts() {
+    deepspeed --no_local_rank --hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+        ${MASTER_PORT:+--master_port "$MASTER_PORT"} --module grow train "$@"
+}
+
+in_slurm() { ranks "$VENV/bin/python" -m grow train "$@"; }
+
 found=$(gpus)
-NPROC=${NPROC:-$((found > 0 ? found : 1))}
-MASTER_PORT=${MASTER_PORT:-$("$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-if ((found == 0)); then
-    cores=$(nproc)
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
-    # With more arenas glibc's allocator keeps what it was given, and memory creeps up step by step.
-    export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    way=in_slurm
+    world=$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))
+elif [[ -n ${HOSTFILE:-} ]]; then
+    way=on_hosts
+    world=$(sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$HOSTFILE" | awk '{ n += $1 } END { print n + 0 }')
+    ((world)) || die 2 "$HOSTFILE: no line such as \"node1 slots=8\" in it"
+else
+    way=on_this_machine
+    NPROC=${NPROC:-$((found > 0 ? found : 1))}
+    world=$NPROC
 fi
 
 # Mistakes are found here, in one process and one line, before a launcher multiplies them.
-run=$(WORLD_SIZE=$NPROC grow train "$@" --check)
+run=$(WORLD_SIZE=$world grow train "$@" --check)
 if [[ -f $run/COMPLETE ]]; then
     echo "$run: done already"
     exit 0
 fi
 
 status=0
-deepspeed --no_local_rank --num_accelerators "$NPROC" --master_port "$MASTER_PORT" --module grow train "$@" || status=$?
-# The launcher returns 0 when a rank dies of a signal; the marker does not lie.
+$way "$@" || status=$?
+# The deepspeed launcher returns 0 when a rank dies of a signal; the marker does not lie.
 if [[ ! -f $run/COMPLETE ]]; then
     die $((status > 0 ? status : 1)) "$run: training did not finish (see above); run the same command again to go on"
 fi

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes a stock checkpoint of a finished run, RUN-stock, and scores it into RUN-scores.json; skips what is there.
+#
+#     launch/consolidate.sh RECIPE [--field value …]
+#
+# Variables:
+#   OUT      the stock checkpoint (default: the run's folder with -stock after its name)
+#   SCORES   the file of scores; "none" scores nothing (default: the run's folder with -scores.json after its name)
+#   LIMIT    score only so many held-out rows (default: all)
+#   ALPHA    the dial: 0 is the base, 1 as trained (default: 1)
+#   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ $# == 0 || " $* " == *" --help "* ]]; then
+    help_of "$0"
+    exit 0
+fi
+install "$ROOT/requirements.txt"
+shown=$(grow show "$1" output_dir method "${@:2}")
+{ read -r run && read -r method; } <<<"$shown"
+[[ -f $run/COMPLETE ]] || die 2 "$run: training is not finished; run launch/train.sh first"
+OUT=${OUT:-$run-stock}
+SCORES=${SCORES:-$run-scores.json}
+if [[ $method == adapter ]]; then
+    OUT=$run/result # an adapter is in no stock architecture
+elif [[ ! -d $OUT ]]; then
+    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}"
+fi
+[[ $SCORES == none || -f $SCORES ]] ||
+    grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" --name "$(basename "$run")" --out "$SCORES"

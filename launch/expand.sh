@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Grows the base that a recipe names into the grown checkpoint that it trains, unless that is there, or its method
+# starts from the base itself. No GPU is needed. Killed, the same command goes on.
+#
+#     launch/expand.sh RECIPE [--field value …]
+#
+# Variables:
+#   FACTOR   how many times as wide a grown MLP becomes (default: 2)
+#   LAYERS   which layers grow (default: all)
+#   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ $# == 0 || " $* " == *" --help "* ]]; then
+    help_of "$0"
+    exit 0
+fi
+install "$ROOT/requirements.txt"
+shown=$(grow show "$1" grows base grown "${@:2}")
+{ read -r grows && read -r base && read -r grown; } <<<"$shown"
+[[ $grows == True && ! -d $grown ]] || exit 0
+mkdir -p "$(dirname "$grown")"
+# Several jobs may need the same one: the first makes it, the others find it there.
+exec 9>"$grown.lock"
+flock 9 2>/dev/null || say "$grown.lock: this file system has no locks; see that no other job expands"
+[[ -d $grown ]] || grow expand "$base" "$grown" --factor "${FACTOR:-2}" --layers "${LAYERS:-all}"
+rm -f "$grown.lock"

@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# What the scripts in slurm/ share; sourced, not run. ROOT is set by then.
+
+# shellcheck source-path=SCRIPTDIR/../slurm
+source "$ROOT/launch/common.sh"
+ROOT=$(cd "$ROOT" && pwd)
+
+# need_job: without Slurm, or without a job of its own, a script says how it is meant to be used.
+need_job() {
+    command -v scontrol >/dev/null || die 2 "there is no Slurm on this machine; launch/train.sh trains without it"
+    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job: sbatch $0"
+}
+
+# One line of a job's diary.
+note() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*" >&2; }
+
+# Slurm asks to leave: USR1 before the time limit, TERM before preemption. The script must live on, so that it can
+# requeue the job; it passes the signal on to its steps, again and again, since one that comes while srun is still
+# starting a step is lost.
+asked=
+interrupted=
+signaller=
+on_signal() {
+    interrupted=1
+    [[ -z $asked ]] || return 0
+    asked=1
+    note "asked to leave"
+    while :; do
+        scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true
+        sleep 10
+    done &
+    signaller=$!
+}
+
+# watched COMMAND…: runs it so that a signal is answered at once; for a command in the foreground bash would wait.
+watched() {
+    [[ -z $asked ]] || return 75
+    "$@" &
+    local process=$! status
+    while :; do
+        interrupted=''
+        status=0
+        wait "$process" || status=$?
+        [[ -n $interrupted ]] || return "$status"
+    done
+}
+
+# claim RUN: only one job works on a run; a second one, submitted by mistake, leaves it alone. The claim is a link to
+# the number of the job, which any file system makes at one stroke.
+claim() {
+    local holder
+    lock=$1.job
+    mkdir -p "$(dirname "$lock")" || exit 2
+    [[ -w $(dirname "$lock") ]] || die 2 "$(dirname "$lock"): cannot be written"
+    while ! ln -s "$SLURM_JOB_ID" "$lock" 2>/dev/null; do
+        holder=$(readlink "$lock") || die 2 "$lock: is in the way, and no job's claim; remove it"
+        [[ $holder != "$SLURM_JOB_ID" ]] || return 0
+        if [[ -n $(squeue --noheader --jobs="$holder" 2>/dev/null) ]]; then
+            note "job $holder works on $1 already; nothing to do"
+            exit 0
+        fi
+        rm -f "$lock" # of a job that is no more
+    done
+}
+
+checkpoints() { compgen -G "$1/checkpoint-*/COMPLETE" || true; }
+
+# again WHY: puts the job back into the queue, from where it goes on. Does not return.
+again() {
+    if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+        note "$1; the job is being ended"
+        exit 75
+    fi
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
+        note "$1; requeueing is off: submit the same command again to go on"
+        exit 75
+    fi
+    note "$1; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+    trap - USR1 TERM
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # Slurm ends this script
+    exit 75
+}
+
+# settle STATUS WHAT: a part of the job did not end well. Does not return.
+settle() {
+    [[ -z $asked && $1 != 75 && $1 != $((128 + $(kill -l USR1))) ]] || again "left during $2"
+    [[ $1 != 2 ]] || exit 2 # a mistake: the line that says which stands above
+    # A fault, of a node perhaps. It is tried again once, and then for as long as that brings new checkpoints.
+    [[ ${SLURM_RESTART_COUNT:-0} != 0 && $(checkpoints "$run") == "$before" ]] || again "$2 failed (exit $1)"
+    note "$2 failed (exit $1), and no checkpoint was written since the last time: not tried again"
+    exit 1
+}
+
+# part WHAT COMMAND…: a part of the job, all of which can be run again after whatever happened.
+part() {
+    local status=0
+    note "$1"
+    watched "${@:2}" || status=$?
+    ((status == 0)) || settle "$status" "$1"
+}
+
+# whole_job RECIPE [--field value …]: from the base to a stock checkpoint and its scores.
+whole_job() {
+    trap on_signal USR1 TERM
+    trap '[[ -z $signaller ]] || kill "$signaller" 2>/dev/null' EXIT
+    need_job
+    site_settings
+    install "$ROOT/requirements.txt"
+    local shown
+    shown=$(grow show "$1" output_dir start "${@:2}")
+    { read -r run && read -r start; } <<<"$shown"
+    claim "$run"
+    before=$(checkpoints "$run")
+    note "$run on $SLURM_JOB_NODELIST, $(tasks_per_node) ranks a node"
+    [[ -d $start ]] || part "expanding" step 1 1 "$ROOT/launch/expand.sh" "$@"
+    if [[ ! -f $run/COMPLETE ]]; then
+        [[ -n ${SKIP_CHECK:-} ]] ||
+            part "checking the nodes" ranks "$VENV/bin/python" "$ROOT/slurm/check_node.py" "$(dirname "$run")" "$start"
+        part "training" "$ROOT/launch/train.sh" "$@"
+    fi
+    part "consolidating and scoring" step 1 1 "$ROOT/launch/consolidate.sh" "$@"
+    rm -f "$lock"
+    note "done: $run-stock"
+}

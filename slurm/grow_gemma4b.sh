@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Gemma 3 4B, the whole way: expand, check the nodes, train on all of them, consolidate, score.
+#
+#     sbatch slurm/grow_gemma4b.sh [RECIPE] [--field value …]
+#
+# Submitted from the repository's folder. Without a RECIPE it is recipes/gemma3_4b/translation.yaml; any of its fields
+# can be given another value. What is done is not done again; asked to leave (time limit, preemption) the job leaves
+# with a checkpoint, requeues itself and goes on from there (with --no-requeue it ends, and goes on when submitted
+# again). Partition, account, nodes and so on are sbatch's options, or SBATCH_… variables (slurm/site.env.example).
+#
+# Variables:
+#   GROW_ROOT     the repository (default: the folder that it was submitted from)
+#   SITE_ENV      a file of settings for this cluster, sourced if it is there (default: slurm/site.env)
+#   CONTAINER     an image to run in: a .sif with apptainer, anything else with pyxis (default: none)
+#   SKIP_CHECK    1 leaves the check of the nodes out
+#   MIN_FREE_GB   disk space that the check wants for checkpoints (default: 20)
+#   INTERFACE, MASTER_PORT, VENV: see launch/rank.sh --help; FACTOR, LAYERS: launch/expand.sh --help;
+#   OUT, SCORES, LIMIT, ALPHA: launch/consolidate.sh --help
+#SBATCH --job-name=grow-gemma4b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+# Slurm runs a copy of this file, from a folder of its own.
+for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ ! -f $ROOT/slurm/common.sh ]] || break
+done
+[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
+source "$ROOT/slurm/common.sh"
+
+if [[ ${1:-} == --help ]]; then
+    help_of "$0"
+    exit 0
+fi
+[[ ${1:---} != --* ]] || set -- "$ROOT/recipes/gemma3_4b/translation.yaml" "$@"
+whole_job "$@"

@@ -1,0 +1,117 @@
+"""Jobs on a real Slurm of two virtual nodes with two ranks each, from a clean clone, whatever disturbs them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tests import slurm_cluster
+from tests.slurm_cluster import Cluster, wait_for
+from tests.tiny import ROOT, file_checksum, grow, make_base, make_data, make_recipe
+
+pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}")
+
+STEPS, SAVE = 40, 5
+# What the virtual nodes have; on a cluster the #SBATCH lines stand.
+NODES = ("--ntasks-per-node=2", "--gpus-per-node=2", "--output=%x-%j.out")
+
+
+QUICK = {"SKIP_CHECK": "1", "SCORES": "none"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+class Site:
+    """A clean clone of the repository, under a path with a space, and what recipes need."""
+
+    def __init__(self, folder: Path, cluster: Cluster):
+        self.folder, self.cluster = folder, cluster
+        self.clone = folder / "a clone"
+        files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            if (ROOT / name).is_file():
+                (self.clone / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.clone / name)
+        self.bases = {kind: make_base(folder / kind, kind) for kind in ("text", "multimodal")}
+        self.data = make_data(folder / "data")
+
+    def recipe(self, folder: Path, kind: str = "multimodal", grown: str = "", **fields: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        places = {"base": self.bases[kind], "grown": Path(grown or self.folder / f"{kind}-grown"), "data": self.data}
+        more = {"max_steps": STEPS, "save_steps": SAVE, "eval_steps": 50, "learning_rate": 1e-3, "report_to": "none",
+                "dtype": "float32"}  # fmt: skip
+        return make_recipe(folder / "recipe.yaml", **places, stage=2, **(more | fields))
+
+    def submit(self, script: str, *arguments: str | Path, options: tuple[str, ...] = (), **environment: str) -> str:
+        variables = {
+            "VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5",
+        }  # fmt: skip
+        # Each job's log lands in the clone, from where it is submitted.
+        command = ["sbatch", "--parsable", f"--chdir={self.clone}", *NODES, *options, script, *arguments]
+        return self.cluster.ask(*command, cwd=self.clone, **(variables | environment)).strip()
+
+    def log(self, job: str) -> str:
+        (path,) = self.clone.glob(f"*-{job}.out")
+        return path.read_text(errors="replace")
+
+    def steps(self, job: str) -> int:
+        """How many steps are in the log of a job: those done again count again."""
+        return len(re.findall(r"'loss'", self.log(job))) if list(self.clone.glob(f"*-{job}.out")) else 0
+
+
+@pytest.fixture(scope="module")
+def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"), cluster)
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(stock: Path) -> dict[str, str]:
+    return {file.name: file_checksum(file) for file in stock.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site, cluster: Cluster) -> Path:
+    """The run of a job that nothing disturbs."""
+    path = site.recipe(site.folder / "undisturbed")
+    job = site.submit("slurm/grow_gemma4b.sh", path)
+    assert cluster.finish(job) == "COMPLETED", site.log(job)
+    return path.parent / "run"
+
+
+def test_a_job_ends_with_a_stock_checkpoint(site: Site, undisturbed: Path, tmp_path: Path) -> None:
+    _, info = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        f"{undisturbed}-stock", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert json.loads(Path(f"{undisturbed}-scores.json").read_text())["task"]["rows"] == 4
+    alone = site.recipe(tmp_path)
+    grow("train", alone)
+    assert losses(undisturbed) == pytest.approx(losses(tmp_path / "run"), abs=1e-3)
+
+
+def test_requeued(site: Site, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    job = site.submit("slurm/grow_gemma4b.sh", site.recipe(tmp_path), **QUICK)
+    wait_for(lambda: site.steps(job) >= 7, 120, "step 7")
+    cluster.ask("scontrol", "requeue", job)
+    assert cluster.finish(job) == "COMPLETED", site.log(job)
+    assert site.steps(job) <= STEPS + SAVE
+    assert weights(Path(f"{tmp_path}/run-stock")) == weights(Path(f"{undisturbed}-stock"))
