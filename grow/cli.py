@@ -103,6 +103,25 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
     return _say(result, verify_text, json)
 
 
+def fetch(recipe: str, json: bool = False, **fields: str) -> str:
+    """Fetches a recipe's model and data into the cache; started by launch/prepare.sh, where there is network.
+
+    Example: HF_TOKEN=… launch/prepare.sh recipes/gemma3_1b/translation.yaml
+
+    Args:
+        recipe: A YAML file.
+        json: Print one JSON object.
+        fields: Fields of the recipe that are given another value.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+
+    from grow.fetch import fetch as run
+
+    return _say(run(settings), lambda r: f"model: {r['base']}\ndata: {r['data']}, rows {r['rows']}", json)
+
+
 def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -> str:
     """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it goes on.
 
@@ -281,7 +300,7 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
 COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__: command
-    for command in (plan, expand, verify, show, train, consolidate, base, growth, attach, eval, report)
+    for command in (plan, expand, verify, fetch, show, train, consolidate, base, growth, attach, eval, report)
 }
 
 

@@ -1,6 +1,7 @@
 """Mistakes: one line, exit code 2, before anything is done, and nothing left behind."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def test_a_recipe_with_an_unknown_field(text_base: Path, tmp_path: Path) -> None
 def test_train_script_passes_mistakes_on(tmp_path: Path) -> None:
     done = run("launch/train.sh", tmp_path / "nowhere.yaml", code=2)
     assert done.stderr.strip() == f"grow: {tmp_path / 'nowhere.yaml'}: no recipe there (No such file or directory)"
+
+
+def test_what_cannot_be_fetched_is_one_line(tmp_path: Path) -> None:
+    """Nothing listens there: as on a node without network."""
+    recipe = make_recipe(tmp_path / "r.yaml", Path("some/model"), tmp_path, make_data(tmp_path / "data"), 2)
+    done = run("launch/prepare.sh", recipe, code=2, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"))
+    assert re.search(r"^grow: some/model: cannot be fetched .*is there network", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

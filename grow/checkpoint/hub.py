@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grow.errors import UserError
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
 
@@ -18,7 +18,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.exists() or not _HUB_NAME.fullmatch(str(name)):
+    if path.exists() or not HUB_NAME.fullmatch(str(name)):
         raise UserError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
