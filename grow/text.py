@@ -1,7 +1,10 @@
 """What the commands say to a person, from the results that --json prints as they are."""
 
+import json as json_module
+from collections.abc import Callable
 from typing import Any
 
+from grow.errors import UserError
 from grow.plan import ranges
 
 
@@ -90,3 +93,16 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
+    """A result as one JSON object, or as text."""
+    return json_module.dumps(result) if json else text(result)
+
+
+def number(flag: str, value: str, kind: type = int) -> Any:
+    """The number that a flag gives. Raises UserError if it gives none."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} {value}: a number is needed") from None

@@ -1,0 +1,1 @@
+"""The commands of python -m grow: a function each, whose signature and docstring are its flags and its help."""

@@ -1,0 +1,175 @@
+"""Commands on checkpoints: offline, no model is built.
+
+Heavy imports happen inside a command, so that --help answers at once.
+"""
+
+from grow.errors import UserError
+from grow.text import Bar, memory_text, number, plan_text, say, verify_text
+
+
+def plan(
+    base: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
+) -> str:
+    """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
+
+    Of a recipe: what its run would take on each of --world-size GPUs, and on disk.
+
+    Example: python -m grow plan ~/models/gemma-3-1b-pt --layers 0-8
+    Example: python -m grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
+
+    Args:
+        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache; or
+            a recipe, FILE.yaml.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
+        world_size: Of a recipe: how many GPUs.
+        json: Print one JSON object.
+        fields: Of a recipe: fields that are given another value.
+    """
+    if base.endswith((".yaml", ".yml")):
+        from grow.memory import describe as describe_run
+        from grow.recipe import read_recipe
+
+        return say(describe_run(read_recipe(base, fields), number("--world-size", world_size)), memory_text, json)
+    if fields:
+        raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {base} is a checkpoint")
+
+    from grow.checkpoint.expand import added_tensors, describe, make_plan
+    from grow.checkpoint.shards import Checkpoint
+
+    checkpoint = Checkpoint(base)
+    grown, prefixes = make_plan(checkpoint, factor, layers)
+    return say(describe(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
+
+
+def expand(
+    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", json: bool = False
+) -> str:
+    """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
+
+    Example: python -m grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
+
+    Args:
+        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
+        out: The grown checkpoint; must not exist yet.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
+        max_shard_size: The largest file of growth, such as 1GB.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.expand import expand as run
+
+    with Bar("expanding") as bar:
+        result = run(base, out, factor, layers, max_shard_size, bar.add)
+    return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
+
+
+def verify(checkpoint: str, base: str | None = None, forward: bool = False, json: bool = False) -> str:
+    """Checks a checkpoint: files and tensors intact, growth where its plan says, the base unharmed inside.
+
+    Example: python -m grow verify grown --base ~/models/gemma-3-1b-pt --forward
+
+    Args:
+        checkpoint: A grown or a stock checkpoint.
+        base: Also compare every tensor with this base's.
+        forward: Also run both models and compare every logit, in fp32 and in bf16 (needs --base).
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.verify import verify as run
+
+    if forward and base is None:
+        raise UserError("--forward compares with a base: name it with --base")
+    result = run(checkpoint, base)
+    if forward and not result["problems"]:
+        from grow.forward import compare
+
+        result["logits"] = compare(checkpoint, str(base))
+        # What cannot be exact, k > 2 and fp16 (halving loses bits of its subnormals), is measured and stated.
+        allowed = 0.0 if result["exact"] else 0.02
+        result["problems"] += [
+            f"{name}: logits differ by up to {found['difference']:.3g}"
+            for name, found in result["logits"].items()
+            if not found["difference"] <= allowed * found["largest"]
+        ]
+    if result["problems"]:
+        raise UserError(f"{checkpoint}: {len(result['problems'])} problems: " + "; ".join(result["problems"][:5]))
+    return say(result, verify_text, json)
+
+
+def consolidate(
+    source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
+    max_shard_size: str = "", start: str = "", tag: str = "", scores: str = "", json: bool = False,
+) -> str:  # fmt: skip
+    """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
+
+    Example: python -m grow consolidate runs/gemma3_270m-translation-g_freeze ~/models/gemma-3-270m-french
+
+    Args:
+        source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
+        out: The checkpoint to write; must not exist yet.
+        format: "stock", or "grown".
+        uniform: Where only some layers are grown, widen the others with zeros, so that one width holds for all.
+        alpha: The dial, folded into the weights: 0 is the base, 1 as trained.
+        dtype: float32, bfloat16 or float16; the base's unless given.
+        max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
+        start: What training started from, where no run.json says it.
+        tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        scores: A file that `eval --out` wrote, for the model card.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.consolidate import consolidate as run
+
+    dial = number("--alpha", alpha, float)
+    with Bar("consolidating") as bar:
+        result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, scores, bar.add)
+    return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+
+def base(source: str, out: str, json: bool = False) -> str:
+    """Takes the base model out of a grown checkpoint: the same files, by checksum, as were grown.
+
+    Example: python -m grow base ~/models/gemma-3-1b-grown ~/models/gemma-3-1b-again
+
+    Args:
+        source: A grown checkpoint, or a run that started from one.
+        out: The base; must not exist yet.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import base as run
+
+    return say(run(source, out), lambda r: f"base of {len(r['files'])} shards written: {r['out']}", json)
+
+
+def growth(source: str, out: str, start: str = "", tag: str = "", json: bool = False) -> str:
+    """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
+
+    Example: python -m grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
+
+    Args:
+        source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
+        out: The growth package; must not exist yet.
+        start: What training started from, where no run.json says it.
+        tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import growth as run
+
+    with Bar("writing") as bar:
+        result = run(source, out, start=start, tag=tag, progress=bar.add)
+    return say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+
+def attach(base: str, growth: str, out: str, json: bool = False) -> str:
+    """Puts a growth package on the base that it grew from; another base is refused.
+
+    Example: python -m grow attach ~/models/gemma-3-1b-pt ~/models/french-growth ~/models/gemma-3-1b-french
+
+    Args:
+        base: The base, by folder or by hub name.
+        growth: The growth package.
+        out: The grown checkpoint; must not exist yet.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import attach as run
+
+    return say(run(base, growth, out), lambda r: f"grown checkpoint written: {r['out']}", json)

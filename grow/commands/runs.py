@@ -1,0 +1,126 @@
+"""Commands on recipes and runs.
+
+Heavy imports happen inside a command, so that --help answers at once.
+"""
+
+import json as json_module
+import os
+
+from grow.errors import UserError, unknown
+from grow.text import eval_text, number, say, train_text
+
+
+def fetch(recipe: str, json: bool = False, **fields: str) -> str:
+    """Fetches a recipe's model and data into the cache; started by launch/prepare.sh, where there is network.
+
+    Example: HF_TOKEN=… launch/prepare.sh recipes/gemma3_1b/translation.yaml
+
+    Args:
+        recipe: A YAML file.
+        json: Print one JSON object.
+        fields: Fields of the recipe that are given another value.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+
+    from grow.fetch import fetch as run
+
+    return say(run(settings), lambda r: f"model: {r['base']}\ndata: {r['data']}, rows {r['rows']}", json)
+
+
+def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
+    """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
+
+    Example: python -m grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        names: The fields.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
+    for name in names:
+        if name not in values:
+            raise UserError(unknown(name, values, "field"))
+    return say({name: values[name] for name in names}, lambda r: "\n".join(map(str, r.values())), json)
+
+
+def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -> str:
+    """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it goes on.
+
+    Example: launch/train.sh recipes/gemma3_270m/translation.yaml --method sft --max_steps 20
+
+    Args:
+        recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
+        check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.recipe import read_recipe
+    from grow.train import check_run
+    from grow.train import train as run
+
+    settings = read_recipe(recipe, fields)
+    if check:
+        check_run(settings)
+        return say({"run": settings.output_dir}, lambda r: r["run"], json)
+    result = run(settings)
+    return say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""
+
+
+def eval(
+    checkpoint: str, recipe: str, alpha: str = "1", samples: str = "0", limit: str = "0",
+    name: str = "", out: str = "", json: bool = False,
+) -> str:  # fmt: skip
+    """Scores a checkpoint on the recipe's test rows and on what the base knew.
+
+    Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
+
+    Args:
+        checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
+        recipe: The recipe whose task and retention rows are scored.
+        alpha: The dial of a grown checkpoint or an adapter: 0 is its base, 1 as trained.
+        samples: For how many test rows to show what the model writes.
+        limit: Score only so many test rows; 0 is all.
+        name: What to call it in a report; the folder's name unless given.
+        out: Write the result to this file, for `report`.
+        json: Print one JSON object.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe)
+    numbers = {key: number(f"--{key}", value) for key, value in (("samples", samples), ("limit", limit))}
+    dial = number("--alpha", alpha, float)
+
+    from grow.evaluate import evaluate
+
+    result = evaluate(checkpoint, settings, dial, numbers["samples"], numbers["limit"] or None)
+    result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
+    if out:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        with open(out + ".partial", "w", encoding="utf-8") as file:
+            json_module.dump(result, file, indent=2, ensure_ascii=False)
+        os.replace(out + ".partial", out)
+    return say(result, eval_text, json)
+
+
+def report(*runs: str, out: str, json: bool = False) -> str:
+    """Makes a table and a plot of runs (their curves) and of files that `eval --out` wrote (their scores).
+
+    Example: python -m grow report base.json sft.json runs/sft --out results
+
+    Args:
+        runs: Training runs, and files of scores.
+        out: The folder for report.md and report.png.
+        json: Print one JSON object.
+    """
+    from grow.report import report as run
+
+    if not runs:
+        raise UserError("report: name at least one run, or a file that `eval --out` wrote")
+    return say(run(runs, out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
