@@ -52,7 +52,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     import torch.distributed as dist
 
     from grow.callbacks import Watch
-    from grow.model import load
+    from grow.model import checkpoint_activations, load
     from grow.trainer import GrowTrainer, changed_frozen
 
     watch = Watch()
@@ -68,6 +68,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
     trainer = GrowTrainer(
         model=model,
         args=args,
