@@ -97,9 +97,11 @@ def offloaded(states: dict[str, int]) -> dict[str, int]:
 
 
 def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
-    """Bytes that a micro-batch leaves for the backward pass: an estimate, from what a gated block with fused attention
-    saves a token (12 hidden, 4 intermediate and 4 attention widths), in the layers from the lowest trained on; and
-    logits, in `width` bytes and twice in fp32, of as many labels as there are tokens.
+    """Bytes that a micro-batch leaves for the backward pass: an estimate.
+
+    A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token; all layers
+    do from the lowest trained on, or with gradient_checkpointing one of them at a time, and all their inputs. Logits
+    are there in `width` bytes and twice in fp32, of as many labels as there are tokens.
     """
     text = text_config(start.config)
     tokens = recipe.per_device_train_batch_size * recipe.max_length
@@ -113,7 +115,8 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
             widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
     layers = [_layer(name) for name in trained]
     lowest = -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
-    saved = sum(size for layer, size in widths.items() if layer >= lowest)
+    saving = [size for layer, size in widths.items() if layer >= lowest]
+    saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
     return tokens * (saved * width + int(text.get("vocab_size", 0)) * (width + 8))
 
 

@@ -118,6 +118,14 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
             mlp.alpha = alpha
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets the backward pass compute each layer's activations again, from the lowest layer that trains on."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the embeddings' output require a gradient, which frozen layers do not need without reentry: it
+    # would only carry the backward pass on to the bottom, through layers of which nothing trains.
+    model.disable_input_require_grads()
+
+
 def compute_dtype() -> torch.dtype:
     """bf16 where this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower than fp32."""
     if torch.cuda.is_available():

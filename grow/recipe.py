@@ -67,6 +67,8 @@ class Recipe:
     max_grad_norm: float = 1.0
     seed: int = 0
     dtype: str = "auto"
+    # Compute the layers' activations again in the backward pass instead of keeping them: less memory, a third slower.
+    gradient_checkpointing: bool = False
     deepspeed: str = field(kw_only=True)
 
     # What is seen and kept of it. "{method}" in output_dir is the method's name.
@@ -154,6 +156,9 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
     if value is None or (value in ("null", "none") and type(None) in kinds):
         if type(None) in kinds:
             return None
+    elif bool in kinds:
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
     elif isinstance(value, dict):
         if any(get_origin(kind) is dict for kind in kinds):
             return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}

@@ -77,7 +77,7 @@ def _trainer(recipe: Recipe, run: Path, watch: Any) -> Any:
     import deepspeed
     from transformers import AutoTokenizer, set_seed
 
-    from grow.model import load
+    from grow.model import checkpoint_activations, load
     from grow.trainer import GrowTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
@@ -97,6 +97,8 @@ def _trainer(recipe: Recipe, run: Path, watch: Any) -> Any:
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
     if args.process_index == 0:
         _write_run_file(run, recipe, str(dtype), model)
     return GrowTrainer(

@@ -79,6 +79,12 @@ def rank_here(recipe: Path, output: Path, rank: int, ranks: int, port: str) -> N
     train_here(recipe, output)
 
 
+def curve(checkpoint: Path) -> list[dict[str, float]]:
+    """What was logged of every step until a checkpoint."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
 @dataclass
 class Toy(Method):
     """All that a new method takes: this, and its line in the table."""

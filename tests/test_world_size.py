@@ -1,6 +1,5 @@
 """A run goes on with another number of ranks: the same rows, the same curve, the same weights in the end."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
-from tests.running import start
+from tests.running import curve, start
 from tests.tiny import make_base, make_recipe
 
 STEPS, LEFT = 8, 4
@@ -22,12 +21,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory, sums: Path) -> dict[str, P
     base = make_base(folder / "base", "text")
     expand(str(base), str(folder / "grown"), layers="1,2")
     return {"base": base, "grown": folder / "grown", "data": sums}
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    """What was logged of every step."""
-    history = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +61,7 @@ def test_another_number_of_ranks_goes_on(
     said = start(moved, then)
     assert said.count("{'loss'") == STEPS - LEFT, "the steps that were not done yet, and no others"
     assert not (run / "universal").exists()
-    expected, found = curve(whole), curve(run)
+    expected, found = (curve(folder / f"checkpoint-{STEPS}") for folder in (whole, run))
     assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
     for key, allowed in (("loss", 1e-3), ("learning_rate", 1e-12)):
         assert [entry[key] for entry in found] == pytest.approx([entry[key] for entry in expected], abs=allowed)
