@@ -26,7 +26,7 @@ def evaluate(
     """
     from transformers import AutoTokenizer
 
-    rows = load_rows(recipe.data, recipe.test_split, recipe.data_revision)
+    rows = load_rows(recipe.data, recipe.test_split, recipe.data_revision, recipe.data_config)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     model = load(path, compute_dtype(), alpha)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

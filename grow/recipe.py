@@ -29,6 +29,7 @@ class Recipe:
 
     # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name. The templates name its columns.
     data: str = field(kw_only=True)
+    data_config: str | None = None
     data_revision: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"

@@ -29,7 +29,7 @@ class Example:
     labels: list[int]
 
 
-def load_rows(data: str, split: str, revision: str | None = None) -> Any:
+def load_rows(data: str, split: str, revision: str | None = None, config: str | None = None) -> Any:
     """The rows of one split of a folder (JSONL, Parquet, CSV) or of a hub data set, as a datasets.Dataset.
 
     Bytes that are not UTF-8 come as U+FFFD, by which `encode` finds the rows. Raises UserError without such data.
@@ -45,7 +45,7 @@ def load_rows(data: str, split: str, revision: str | None = None) -> Any:
     try:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        return datasets.load_dataset(data, split=split, revision=revision, **decoding)
+        return datasets.load_dataset(data, config, split=split, revision=revision, **decoding)
     except Exception as error:  # the library raises many kinds, all of them about what was asked for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{data}: its split {split} cannot be loaded ({reason})") from error

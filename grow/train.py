@@ -135,7 +135,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
         )
     method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
-        recipe.template.check(load_rows(recipe.data, split, recipe.data_revision).column_names)
+        recipe.template.check(load_rows(recipe.data, split, recipe.data_revision, recipe.data_config).column_names)
     if (run / "run.json").exists():
         before = json.loads((run / "run.json").read_text())["recipe"]
         now = recipe.values()
@@ -176,7 +176,7 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 
 def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
-    rows = load_rows(recipe.data, split, recipe.data_revision)
+    rows = load_rows(recipe.data, split, recipe.data_revision, recipe.data_config)
     encoded = encode(rows, tokenizer, recipe.template, recipe.max_length)
     encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
     if not encoded.examples:
