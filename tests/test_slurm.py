@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Site:
     """A clean clone of the repository, under a path with a space, and what recipes need."""
 
+    variables = MappingProxyType(
+        {"VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5"}
+    )
+
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
         self.clone = folder / "a clone"
@@ -57,15 +62,12 @@ class Site:
         places = {"base": self.bases[kind], "grown": Path(grown or self.folder / f"{kind}-grown"), "data": self.data}
         more = {"max_steps": STEPS, "save_steps": SAVE, "eval_steps": 50, "learning_rate": 1e-3, "report_to": "none",
                 "dtype": "float32"}  # fmt: skip
-        return make_recipe(folder / "recipe.yaml", **places, stage=2, **(more | fields))
+        return make_recipe(folder / "recipe.yaml", stage=2, **(places | more | fields))
 
     def submit(self, script: str, *arguments: str | Path, options: tuple[str, ...] = (), **environment: str) -> str:
-        variables = {
-            "VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5",
-        }  # fmt: skip
         # Each job's log lands in the clone, from where it is submitted.
         command = ["sbatch", "--parsable", f"--chdir={self.clone}", *NODES, *options, script, *arguments]
-        return self.cluster.ask(*command, cwd=self.clone, **(variables | environment)).strip()
+        return self.cluster.ask(*command, cwd=self.clone, **(self.variables | environment)).strip()
 
     def log(self, job: str) -> str:
         (path,) = self.clone.glob(f"*-{job}.out")
