@@ -1,9 +1,10 @@
 """A recipe's model and data into the Hugging Face cache, on a node that has network; the others run offline then."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.hub import HUB_NAME
+from grow.checkpoint.hub import HUB_NAME, locate
 from grow.errors import UserError
 from grow.recipe import Recipe
 
@@ -43,5 +44,7 @@ def _fetch_model(name: str) -> str:
     except RepositoryNotFoundError:
         raise UserError(f"{name}: not on the hub, or private: check the name, and HF_TOKEN") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        with contextlib.suppress(UserError):
+            return str(locate(name))  # the network is gone, but it is here
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: cannot be fetched ({reason}); is there network on this node?") from None

@@ -51,7 +51,7 @@ free_port() {
 
 gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
-# What the scripts in slurm/ set for this cluster: modules to load, a container image, where the caches are.
+# What the scripts in slurm/ set for this cluster: modules to load, where the caches are.
 site_settings() {
     local file=${SITE_ENV:-$ROOT/slurm/site.env}
     # shellcheck source=/dev/null
@@ -61,24 +61,15 @@ site_settings() {
 # The address by which Slurm knows a node: its name, or what the cluster was told to use instead.
 node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'; }
 
-# srun starts these in the container that CONTAINER names, if it does: a .sif by apptainer, anything else by pyxis.
-container_of_srun() {
-    [[ -z ${CONTAINER:-} || $CONTAINER == *.sif ]] ||
-        printf '%s\0' --container-image="$CONTAINER" --container-mount-home --container-workdir="$PWD" \
-            --container-mounts="${CONTAINER_MOUNTS:-$ROOT:$ROOT,$PWD:$PWD}"
-}
-
 # step NODES TASKS_PER_NODE COMMAND…: a step of the job, one task a rank and nothing between Slurm and the rank.
 step() {
-    local nodes=$1 tasks=$2 options=()
+    local nodes=$1 tasks=$2
     shift 2
-    mapfile -d '' options < <(container_of_srun)
-    [[ ${CONTAINER:-} != *.sif ]] || set -- apptainer exec --nv --bind "$ROOT,$PWD" "$CONTAINER" "$@"
     # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
     # together, with a checkpoint, are done by then.
     srun --overlap --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --cpus-per-task="$(((${SLURM_CPUS_ON_NODE:-1} + tasks - 1) / tasks))" \
-        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "${options[@]}" "$@"
+        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "$@"
 }
 
 # How many ranks a node of this allocation has: one a GPU, unless the job says otherwise.

@@ -16,5 +16,6 @@ if [[ $# == 0 || " $* " == *" --help "* ]]; then
     help_of "$0"
     exit 0
 fi
+site_settings
 install "$ROOT/requirements.txt"
 grow fetch "$@"

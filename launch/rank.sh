@@ -8,7 +8,6 @@
 #   MASTER_ADDR   where rank 0 is (launch/train.sh sets it: the first node of the allocation)
 #   MASTER_PORT   its port (default: one that follows from the numbers of the job and its step)
 #   INTERFACE     the network interface for NCCL and gloo; "auto" is the one with this node's address (default: theirs)
-#   VENV          the virtual environment (default: .venv); in a container, what is in the image goes first
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

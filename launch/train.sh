@@ -41,7 +41,11 @@ on_hosts() {
         ${MASTER_PORT:+--master_port "$MASTER_PORT"} --module grow train "$@"
 }
 
-in_slurm() { ranks "$VENV/bin/python" -m grow train "$@"; }
+in_slurm() {
+    # The ranks answer these; this script has to see how they end.
+    trap : TERM USR1
+    ranks "$VENV/bin/python" -m grow train "$@"
+}
 
 found=$(gpus)
 if [[ -n ${SLURM_JOB_ID:-} ]]; then

@@ -14,23 +14,25 @@ need_job() {
 # One line of a job's diary.
 note() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*" >&2; }
 
-# Slurm asks to leave: USR1 before the time limit, TERM before preemption. The script must live on, so that it can
-# requeue the job; it passes the signal on to its steps, again and again, since one that comes while srun is still
-# starting a step is lost.
+# Slurm asks to leave. TERM (preemption, requeueing) has reached the steps too. USR1, before the time limit, comes to
+# this script alone, which must live on to requeue the job: it passes the signal on to its steps, again and again, since
+# one that comes while srun is still starting a step is lost.
 asked=
 interrupted=
 signaller=
-on_signal() {
+on_signal() { # on_signal USR1|TERM
     interrupted=1
     [[ -z $asked ]] || return 0
     asked=1
-    note "asked to leave"
+    note "asked to leave ($1)"
+    [[ $1 == USR1 ]] || return 0
     while :; do
         scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true
         sleep 10
     done &
     signaller=$!
 }
+stop_signalling() { [[ -z $signaller ]] || kill "$signaller" 2>/dev/null || true; }
 
 # watched COMMAND…: runs it so that a signal is answered at once; for a command in the foreground bash would wait.
 watched() {
@@ -76,6 +78,7 @@ again() {
         exit 75
     fi
     note "$1; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+    stop_signalling # or it would reach the job's next start
     trap - USR1 TERM
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this script
@@ -100,26 +103,45 @@ part() {
     ((status == 0)) || settle "$status" "$1"
 }
 
-# whole_job RECIPE [--field value …]: from the base to a stock checkpoint and its scores.
-whole_job() {
-    trap on_signal USR1 TERM
-    trap '[[ -z $signaller ]] || kill "$signaller" 2>/dev/null' EXIT
+# begin RECIPE [--field value …]: every job's start.
+begin() {
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    trap stop_signalling EXIT
     need_job
     site_settings
+    # What launch/prepare.sh fetched is in the cache; asking the hub again could hang a node that has no way out.
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     install "$ROOT/requirements.txt"
     local shown
     shown=$(grow show "$1" output_dir start "${@:2}")
     { read -r run && read -r start; } <<<"$shown"
     claim "$run"
     before=$(checkpoints "$run")
-    note "$run on $SLURM_JOB_NODELIST, $(tasks_per_node) ranks a node"
-    [[ -d $start ]] || part "expanding" step 1 1 "$ROOT/launch/expand.sh" "$@"
-    if [[ ! -f $run/COMPLETE ]]; then
-        [[ -n ${SKIP_CHECK:-} ]] ||
-            part "checking the nodes" ranks "$VENV/bin/python" "$ROOT/slurm/check_node.py" "$(dirname "$run")" "$start"
-        part "training" "$ROOT/launch/train.sh" "$@"
-    fi
-    part "consolidating and scoring" step 1 1 "$ROOT/launch/consolidate.sh" "$@"
+    note "$run on $SLURM_JOB_NODELIST"
+}
+
+expanding() { [[ -d $start ]] || part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"; }
+
+training() {
+    [[ ! -f $run/COMPLETE ]] || return 0
+    [[ -n ${SKIP_CHECK:-} ]] ||
+        part "checking the nodes" ranks "$VENV/bin/python" "$ROOT/slurm/check_node.py" "$(dirname "$run")" "$start"
+    part training "$ROOT/launch/train.sh" "$@"
+}
+
+consolidating() { part "consolidating and scoring" step 1 1 "$ROOT/launch/consolidate.sh" "$@"; }
+
+finish() {
     rm -f "$lock"
-    note "done: $run-stock"
+    note "done: $run"
+}
+
+# whole_job RECIPE [--field value …]: from the base to a stock checkpoint and its scores.
+whole_job() {
+    begin "$@"
+    expanding "$@"
+    training "$@"
+    consolidating "$@"
+    finish
 }

@@ -124,6 +124,20 @@ class Cluster:
         shown = self.ask("scontrol", "show", "job", job)
         return next(word.split("=", 1)[1] for word in shown.split() if word.startswith(name + "="))
 
+    def ranks(self, job: str) -> list[int]:
+        """The training processes of a job, all of which run on this machine."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = set((process / "environ").read_bytes().split(b"\0"))
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it is over
+            ours = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()} <= variables
+            if ours and words[1:4] == [b"-m", b"grow", b"train"] and b"RANK=" in {v[:5] for v in variables}:
+                found.append(int(process.name))
+        return found
+
     def finish(self, job: str, seconds: float = 300) -> str:
         """Waits until a job is over for good. Returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "PREEMPTED")

@@ -115,6 +115,9 @@ def test_recipes_are_sound(path: Path, method: str) -> None:
     assert method in recipe.output_dir
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("[!c]*.sh")), ids=lambda path: path.name)
+SCRIPTS = [path for path in sorted(ROOT.glob("*/*.sh")) if path.name != "common.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_have_help(script: Path) -> None:
     assert script.name in run(script, "--help").stdout

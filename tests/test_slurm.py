@@ -1,12 +1,15 @@
 """Jobs on a real Slurm of two virtual nodes with two ranks each, from a clean clone, whatever disturbs them."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -39,6 +42,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Site:
     """A clean clone of the repository, under a path with a space, and what recipes need."""
 
+    variables = MappingProxyType(
+        {"VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5"}
+    )
+
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
         self.clone = folder / "a clone"
@@ -55,15 +62,12 @@ class Site:
         places = {"base": self.bases[kind], "grown": Path(grown or self.folder / f"{kind}-grown"), "data": self.data}
         more = {"max_steps": STEPS, "save_steps": SAVE, "eval_steps": 50, "learning_rate": 1e-3, "report_to": "none",
                 "dtype": "float32"}  # fmt: skip
-        return make_recipe(folder / "recipe.yaml", **places, stage=2, **(more | fields))
+        return make_recipe(folder / "recipe.yaml", stage=2, **(places | more | fields))
 
     def submit(self, script: str, *arguments: str | Path, options: tuple[str, ...] = (), **environment: str) -> str:
-        variables = {
-            "VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5",
-        }  # fmt: skip
         # Each job's log lands in the clone, from where it is submitted.
         command = ["sbatch", "--parsable", f"--chdir={self.clone}", *NODES, *options, script, *arguments]
-        return self.cluster.ask(*command, cwd=self.clone, **(variables | environment)).strip()
+        return self.cluster.ask(*command, cwd=self.clone, **(self.variables | environment)).strip()
 
     def log(self, job: str) -> str:
         (path,) = self.clone.glob(f"*-{job}.out")
@@ -108,10 +112,85 @@ def test_a_job_ends_with_a_stock_checkpoint(site: Site, undisturbed: Path, tmp_p
     assert losses(undisturbed) == pytest.approx(losses(tmp_path / "run"), abs=1e-3)
 
 
-def test_requeued(site: Site, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
-    job = site.submit("slurm/grow_gemma4b.sh", site.recipe(tmp_path), **QUICK)
-    wait_for(lambda: site.steps(job) >= 7, 120, "step 7")
+def time_limit(cluster: Cluster, site: Site, job: str) -> None:
+    """The ranks stand still until the limit is near."""
+    for rank in cluster.ranks(job):
+        os.kill(rank, signal.SIGSTOP)
+    wait_for(lambda: "asked to leave" in site.log(job), 180, "the signal before the time limit")
+    for rank in cluster.ranks(job):
+        os.kill(rank, signal.SIGCONT)
+
+
+def signal_to_the_steps(cluster: Cluster, site: Site, job: str) -> None:
+    cluster.ask("scancel", "--signal=USR1", job)
+
+
+def requeue(cluster: Cluster, site: Site, job: str) -> None:
     cluster.ask("scontrol", "requeue", job)
+
+
+def node_down(cluster: Cluster, site: Site, job: str) -> None:
+    cluster.ask("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    wait_for(lambda: cluster.field(job, "JobState") == "PENDING", 60, "the job in the queue again")
+    cluster.ask("scontrol", "update", "nodename=node2", "state=resume")
+
+
+def killed_rank(cluster: Cluster, site: Site, job: str) -> None:
+    os.kill(cluster.ranks(job)[-1], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        requeue,
+        *(pytest.param(f, marks=pytest.mark.full) for f in (signal_to_the_steps, time_limit, node_down, killed_rank)),
+    ],
+)
+def test_disturbed_it_ends_in_the_same_bits(
+    disturb: Callable[[Cluster, Site, str], None], site: Site, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    limit = ("--time=2", "--signal=B:USR1@60") if disturb is time_limit else ()
+    job = site.submit("slurm/grow_gemma4b.sh", site.recipe(tmp_path), options=limit, **QUICK)
+    wait_for(lambda: site.steps(job) >= 7, 200, "step 7")
+    disturb(cluster, site, job)
     assert cluster.finish(job) == "COMPLETED", site.log(job)
-    assert site.steps(job) <= STEPS + SAVE
+    assert cluster.field(job, "Restarts") == "1"
+    again = 0 if disturb in (signal_to_the_steps, time_limit) else SAVE
+    assert site.steps(job) <= STEPS + again, "no more is done again than since the last checkpoint"
     assert weights(Path(f"{tmp_path}/run-stock")) == weights(Path(f"{undisturbed}-stock"))
+
+
+@pytest.mark.full
+def test_cancelled_it_stays_away_and_submitted_again_it_goes_on(
+    site: Site, cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    path = site.recipe(tmp_path)
+    job = site.submit("slurm/grow_gemma4b.sh", path, **QUICK)
+    wait_for(lambda: site.steps(job) >= 7, 200, "step 7")
+    cluster.ask("scancel", job)
+    assert cluster.finish(job) == "CANCELLED", site.log(job)
+    second = site.submit("slurm/grow_gemma4b.sh", path, options=("--no-requeue",), **QUICK)
+    wait_for(lambda: site.steps(second) >= 2, 200, "two more steps")
+    cluster.ask("scancel", "--signal=USR1", second)
+    assert cluster.finish(second) == "FAILED"
+    assert "requeueing is off" in site.log(second)
+    third = site.submit("slurm/grow_gemma4b.sh", path, **QUICK)
+    assert cluster.finish(third) == "COMPLETED", site.log(third)
+    assert site.steps(job) + site.steps(second) + site.steps(third) <= STEPS + SAVE
+    assert weights(Path(f"{tmp_path}/run-stock")) == weights(Path(f"{undisturbed}-stock"))
+
+
+@pytest.mark.full
+def test_submitted_twice_the_second_leaves_the_first_alone(site: Site, cluster: Cluster, tmp_path: Path) -> None:
+    path = site.recipe(tmp_path)
+    one_node = ("--nodes=1",)
+    first = site.submit("slurm/grow_gemma1b.sh", path, options=one_node, **QUICK)
+    wait_for(lambda: site.steps(first) >= 1, 200, "step 1")
+    second = site.submit("slurm/grow_gemma1b.sh", path, options=one_node, **QUICK)
+    assert cluster.finish(second) == "COMPLETED"
+    assert f"job {first} works on {tmp_path}/run already" in site.log(second)
+    assert cluster.finish(first) == "COMPLETED", site.log(first)
+    assert site.steps(first) == STEPS
+    third = site.submit("slurm/grow_gemma1b.sh", path, options=one_node, **QUICK)
+    assert cluster.finish(third) == "COMPLETED"
+    assert site.steps(third) == 0 and "done: " in site.log(third)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# A run as three jobs, each of which starts when the one before it has succeeded: expand and consolidate on CPU nodes,
+# train on GPU nodes. If one fails, Slurm cancels those after it (reason: DependencyNeverSatisfied).
+#
+#     slurm/pipeline.sh RECIPE [--field value …]
+#
+# Variables:
+#   GPU_SBATCH   sbatch options of the training (default: one whole node with eight GPUs, a day)
+#   CPU_SBATCH   sbatch options of the other two (default: eight cores, 32 GB, two hours)
+#   SCORES       where to score the result, which takes long without a GPU (default: none, it is not scored)
+#   SITE_ENV and others: see slurm/grow_gemma4b.sh --help
+set -euo pipefail
+# Slurm runs a copy of this file, from a folder of its own.
+for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ ! -f $ROOT/slurm/common.sh ]] || break
+done
+[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
+source "$ROOT/slurm/common.sh"
+
+if [[ $# == 0 || " $* " == *" --help "* ]]; then
+    help_of "$0"
+    exit 0
+fi
+command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
+site_settings
+read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
+read -ra cpu <<<"${CPU_SBATCH:---nodes=1 --ntasks=1 --cpus-per-task=8 --mem=32G --time=2:00:00}"
+export GROW_ROOT=$ROOT SCORES=${SCORES:-none}
+# A mistake in the recipe is found here and not in the queue.
+run=$(grow show "$1" output_dir "${@:2}")
+
+arguments=("$@")
+submit() { # submit PART AFTER OPTION…: prints the job's number
+    sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${@:3}" \
+        "$ROOT/slurm/part.sh" "$1" "${arguments[@]}" | cut -d ';' -f 1
+}
+expand=$(submit expanding "" "${cpu[@]}")
+train=$(submit training "$expand" "${gpu[@]}")
+consolidate=$(submit consolidating "$train" "${cpu[@]}")
+
+cat <<END
+$expand expanding
+$train training
+$consolidate consolidating
+run: $run
+follow: squeue --jobs=$expand,$train,$consolidate; tail -F grow-*-{$expand,$train,$consolidate}.out
+cancel: scancel $expand $train $consolidate
+END

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Every combination of recipes, methods, rates and seeds, as a job array; what is done is left out.
+#
+#     RECIPES="recipes/gemma3_1b/translation.yaml" METHODS="g_freeze sft" RATES="1e-5 5e-5" SEEDS="0 1" slurm/sweep.sh
+#
+# Arguments are fields for every run (--max_steps 200). Each run is a whole job as slurm/grow_gemma1b.sh is one; run the
+# same command again and only what is missing is submitted.
+#
+# Variables:
+#   RECIPES        files, separated by spaces (needed)
+#   METHODS        methods (default: g_freeze)
+#   RATES          learning rates (default: each recipe's own)
+#   SEEDS          seeds (default: 0)
+#   SWEEP          the folder of its runs (default: runs/sweep)
+#   PARALLEL       how many run at a time (default: 8)
+#   SWEEP_SBATCH   sbatch options (default: one node with one GPU, four hours)
+#   SITE_ENV and others: see slurm/grow_gemma1b.sh --help
+#SBATCH --job-name=grow-sweep
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.out
+set -euo pipefail
+# Slurm runs a copy of this file, from a folder of its own.
+for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ ! -f $ROOT/slurm/common.sh ]] || break
+done
+[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
+source "$ROOT/slurm/common.sh"
+
+if [[ ${1:-} == --help ]]; then
+    help_of "$0"
+    exit 0
+fi
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # as a job: the line of its number in the list, and the fields of all
+    IFS=$'\t' read -r -a words < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
+    whole_job "${words[@]}" "${@:2}"
+    exit
+fi
+
+[[ -n ${RECIPES:-} ]] || die 2 "RECIPES is not set; see slurm/sweep.sh --help"
+command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/train.sh trains one run"
+site_settings
+SWEEP=${SWEEP:-runs/sweep}
+mkdir -p "$SWEEP"
+list=$(cd "$SWEEP" && pwd)/runs-$(date +%Y%m%d-%H%M%S)-$$.tsv
+done=0
+
+add() { # add RECIPE METHOD RATE SEED FIELDS…: to the list, unless it is done
+    local name run words
+    name=$(basename "$(dirname "$1")")-$(basename "$1" .yaml)
+    run=$SWEEP/$name-$2${3:+-$3}-seed$4
+    if [[ -f $run/COMPLETE && (-f $run-scores.json || ${SCORES:-} == none) ]]; then
+        done=$((done + 1))
+        return
+    fi
+    words=("$1" --method "$2" --seed "$4" --output_dir "$run")
+    [[ -z $3 ]] || words+=(--learning_rate "$3")
+    grow show "${words[@]}" "${@:5}" # a mistake is found here and not in the queue
+    (IFS=$'\t' && echo "${words[*]}") >>"$list"
+}
+for recipe in $RECIPES; do
+    for method in ${METHODS:-g_freeze}; do
+        for rate in ${RATES:-""}; do
+            for seed in ${SEEDS:-0}; do
+                add "$recipe" "$method" "$rate" "$seed" "$@"
+            done
+        done
+    done
+done
+[[ -f $list ]] || { echo "all $done runs are done" && exit 0; }
+count=$(wc -l <"$list")
+read -ra options <<<"${SWEEP_SBATCH:---nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --time=4:00:00}"
+job=$(GROW_ROOT=$ROOT sbatch --parsable --array="0-$((count - 1))%${PARALLEL:-8}" "${options[@]}" \
+    "$ROOT/slurm/sweep.sh" "$list" "$@" | cut -d ';' -f 1)
+echo "$job: $count runs, listed in $list; $done were done already"
+echo "follow: squeue --jobs=$job; tail -F grow-sweep-${job}_*.out"
