@@ -16,8 +16,9 @@ if [[ $# == 0 || $1 == --help ]]; then
     exit 0
 fi
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-# Below the ports that systems give out by themselves; a step does not meet the sockets of the one before.
-export MASTER_PORT=${MASTER_PORT:-$((15000 + (SLURM_JOB_ID * 8 + SLURM_STEP_ID) % 15000))}
+# Below the ports that systems give out by themselves; a step does not meet the sockets of the one before, nor a job
+# those of its last start.
+export MASTER_PORT=${MASTER_PORT:-$((15000 + (SLURM_JOB_ID * 64 + ${SLURM_RESTART_COUNT:-0} * 8 + SLURM_STEP_ID) % 15000))}
 if [[ ${INTERFACE:-} == auto ]]; then
     address=$(getent ahostsv4 "$(node_address "$SLURMD_NODENAME")" | awk 'NR == 1 { print $1 }')
     INTERFACE=$(ip -oneline -4 address | awk -v address="$address" 'index($4, address "/") == 1 { print $2; exit }')
