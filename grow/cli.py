@@ -40,7 +40,6 @@ def plan(
         return _say(describe_run(read_recipe(base, fields), _number("--world-size", world_size)), memory_text, json)
     if fields:
         raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {base} is a checkpoint")
-
     from grow.checkpoint.expand import added_tensors, describe, make_plan
     from grow.checkpoint.shards import Checkpoint
 
