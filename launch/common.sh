@@ -63,12 +63,12 @@ node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^
 
 # step NODES TASKS_PER_NODE COMMAND…: a step of the job, one task a rank and nothing between Slurm and the rank.
 step() {
-    local nodes=$1 tasks=$2
+    local nodes=$1 tasks=$2 cores=${SLURM_CPUS_ON_NODE:-1}
     shift 2
     # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
     # together, with a checkpoint, are done by then.
     srun --overlap --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
-        --cpus-per-task="$(((${SLURM_CPUS_ON_NODE:-1} + tasks - 1) / tasks))" \
+        --cpus-per-task="$((cores > tasks ? cores / tasks : 1))" \
         --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "$@"
 }
 

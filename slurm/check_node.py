@@ -10,8 +10,11 @@ import os
 import shutil
 import socket
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # one line is wanted, not a stack of C++ for every retry
 
 import torch
 import torch.distributed as dist
@@ -73,18 +76,26 @@ def joint_problem(bad: bool) -> tuple[str | None, bool]:
     return (None if good_sum else f"the all-reduce of {WORLD} ones is {total[0].item():g}"), bool(found)
 
 
-def main() -> int:
-    """Checks; 0 if all is well, 2 if not."""
+def leave(problem: str | None, code: int) -> None:
+    """Says what is wrong and ends the process, without the destructors of a group whose other ranks may be gone."""
+    if problem and LOCAL_RANK == 0:  # all ranks of a node find the same
+        print(f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}: {problem}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def main() -> None:
+    """Checks and leaves: 0 if all is well, 2 if not."""
     folder, checkpoint = sys.argv[1:]
     problem = local_problem(Path(folder), checkpoint)
+    # torch tries to connect for longer than it is told to where packets are dropped without a word.
+    silent = problem or f"cannot reach the first node at {MASTER}:{PORT}, or not all ranks came"
+    watchdog = threading.Timer(TIMEOUT.seconds + 5, leave, (silent, 2))
+    watchdog.daemon = True
+    watchdog.start()
     between, found = joint_problem(problem is not None)
     problem = problem or between
-    if problem and LOCAL_RANK == 0:  # all ranks of a node find the same
-        print(f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}: {problem}", file=sys.stderr)
-    return 2 if problem or found else 0
+    leave(problem, 2 if problem or found else 0)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # without the destructors of a process group whose other ranks may be gone
+    main()

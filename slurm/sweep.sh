@@ -56,7 +56,7 @@ add() { # add RECIPE METHOD RATE SEED FIELDS…: to the list, unless it is done
     fi
     words=("$1" --method "$2" --seed "$4" --output_dir "$run")
     [[ -z $3 ]] || words+=(--learning_rate "$3")
-    grow show "${words[@]}" "${@:5}" # a mistake is found here and not in the queue
+    grow show "${words[@]}" "${@:5}" >/dev/null # a mistake is found here and not in the queue
     (IFS=$'\t' && echo "${words[*]}") >>"$list"
 }
 for recipe in $RECIPES; do
