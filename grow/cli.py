@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from grow.arguments import checked
+from grow.arguments import checked, number
 from grow.errors import Fault, Preempted, UserError, one_line, unknown
 from grow.text import Bar, eval_text, plan_text, train_text, verify_text
 
@@ -154,7 +154,7 @@ def consolidate(
     """
     from grow.checkpoint.consolidate import consolidate as run
 
-    dial = _number("--alpha", alpha, float)
+    dial = number("--alpha", alpha, float)
     with Bar("consolidating") as bar:
         result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, scores, bar.add)
     return _say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
@@ -231,8 +231,8 @@ def eval(
     from grow.recipe import read_recipe
 
     settings = read_recipe(recipe)
-    numbers = {key: _number(f"--{key}", value) for key, value in (("samples", samples), ("limit", limit))}
-    dial = _number("--alpha", alpha, float)
+    numbers = {key: number(f"--{key}", value) for key, value in (("samples", samples), ("limit", limit))}
+    dial = number("--alpha", alpha, float)
 
     from grow.evaluate import evaluate
 
@@ -292,13 +292,6 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0
-
-
-def _number(flag: str, value: str, kind: type = int) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise UserError(f"{flag} {value}: a number is needed") from None
 
 
 def _say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
