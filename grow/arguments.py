@@ -84,3 +84,11 @@ def _complete(name: str, positional: list[str], flags: dict[str, Any], parameter
         raise UserError(f"{name}: {what} is missing (see python -m grow {name} --help)")
     if len(positional) > len(places) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
         raise UserError(f"{name}: {positional[len(places)]!r} is too much; options have names (see {name} --help)")
+
+
+def number(flag: str, value: str, kind: type = int) -> Any:
+    """A flag's value as a number, or UserError."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} {value}: a number is needed") from None

@@ -4,7 +4,6 @@ import json as json_module
 from collections.abc import Callable
 from typing import Any
 
-from grow.errors import UserError
 from grow.plan import ranges
 
 
@@ -98,11 +97,3 @@ class Bar:
 def say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
     """A result as one JSON object, or as text."""
     return json_module.dumps(result) if json else text(result)
-
-
-def number(flag: str, value: str, kind: type = int) -> Any:
-    """The number that a flag gives. Raises UserError if it gives none."""
-    try:
-        return kind(value)
-    except ValueError:
-        raise UserError(f"{flag} {value}: a number is needed") from None

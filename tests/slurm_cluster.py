@@ -140,7 +140,8 @@ class Cluster:
 
     def finish(self, job: str, seconds: float = 300) -> str:
         """Waits until a job is over for good. Returns its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "PREEMPTED")
+        # Not NODE_FAIL: for some seconds that is the state of a job that Slurm is about to requeue.
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "PREEMPTED")
         wait_for(lambda: self.field(job, "JobState") in over, seconds, f"job {job}")
         return self.field(job, "JobState")
 

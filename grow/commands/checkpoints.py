@@ -3,8 +3,9 @@
 Heavy imports happen inside a command, so that --help answers at once.
 """
 
+from grow.arguments import number
 from grow.errors import UserError
-from grow.text import Bar, memory_text, number, plan_text, say, verify_text
+from grow.text import Bar, memory_text, plan_text, say, verify_text
 
 
 def plan(

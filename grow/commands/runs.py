@@ -6,8 +6,9 @@ Heavy imports happen inside a command, so that --help answers at once.
 import json as json_module
 import os
 
+from grow.arguments import number
 from grow.errors import UserError, unknown
-from grow.text import eval_text, number, say, train_text
+from grow.text import eval_text, say, train_text
 
 
 def fetch(recipe: str, json: bool = False, **fields: str) -> str:
