@@ -73,7 +73,7 @@ def test_stm_masks_what_the_base_finds_improbable(text_base: Path, sums: Path) -
 
 
 def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Path) -> None:
-    fields = {"retention_prompt": "{question}", "retention_completion": "{answer}", "max_length": 32}
+    fields = {"retention_template": Template("{question}", "{answer}"), "max_length": 32}
     trainer = stub(text_base, sums, retention=str(sums), start=str(text_base), **fields)
     method = Ewc(ewc_lambda=3.0, ewc_rows=5, ewc_split="test")
     method.begin(trainer)
