@@ -20,6 +20,13 @@ die() { # die CODE MESSAGE…: 2 is a mistake that the user can mend, 1 a fault
 # Prints a script's opening comment, which says what it does and which variables it reads.
 help_of() { awk 'NR == 1 { next } !/^#/ || /^#SBATCH/ { exit } { sub(/^# ?/, ""); print }' "$1"; }
 
+# Of a script that needs arguments: its help, and the end, without any or with --help among them.
+help_if_asked() {
+    [[ $# == 0 || " $* " == *" --help "* ]] || return 0
+    help_of "$0"
+    exit 0
+}
+
 grow() { "$VENV/bin/python" -m grow "$@"; }
 
 # Where the environment keeps what of a requirements file was installed.

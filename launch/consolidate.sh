@@ -12,10 +12,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ $# == 0 || " $* " == *" --help "* ]]; then
-    help_of "$0"
-    exit 0
-fi
+help_if_asked "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" output_dir method "${@:2}")
 { read -r run && read -r method; } <<<"$shown"

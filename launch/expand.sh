@@ -11,10 +11,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ $# == 0 || " $* " == *" --help "* ]]; then
-    help_of "$0"
-    exit 0
-fi
+help_if_asked "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" grows base grown "${@:2}")
 { read -r grows && read -r base && read -r grown; } <<<"$shown"

@@ -12,10 +12,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ $# == 0 || " $* " == *" --help "* ]]; then
-    help_of "$0"
-    exit 0
-fi
+help_if_asked "$@"
 site_settings
 install "$ROOT/requirements.txt"
 grow fetch "$@"

@@ -145,3 +145,15 @@ whole_job() {
     consolidating "$@"
     finish
 }
+
+# job_with RECIPE [ANOTHER] [--field value …]: a whole job with a recipe of its own, unless another is named.
+job_with() {
+    local recipe=$1
+    shift
+    if [[ ${1:-} == --help ]]; then
+        help_of "$0"
+        exit 0
+    fi
+    [[ ${1:---} != --* ]] || set -- "$recipe" "$@"
+    whole_job "$@"
+}

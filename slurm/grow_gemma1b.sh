@@ -35,9 +35,4 @@ done
 [[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
 source "$ROOT/slurm/common.sh"
 
-if [[ ${1:-} == --help ]]; then
-    help_of "$0"
-    exit 0
-fi
-[[ ${1:---} != --* ]] || set -- "$ROOT/recipes/gemma3_1b/translation.yaml" "$@"
-whole_job "$@"
+job_with "$ROOT/recipes/gemma3_1b/translation.yaml" "$@"

@@ -17,10 +17,7 @@ done
 [[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
 source "$ROOT/slurm/common.sh"
 
-if [[ $# == 0 || " $* " == *" --help "* ]]; then
-    help_of "$0"
-    exit 0
-fi
+help_if_asked "$@"
 command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
 site_settings
 read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
