@@ -11,7 +11,7 @@ from grow.errors import UserError
 from grow.loss import token_scores
 from grow.model import compute_dtype, load
 from grow.recipe import Recipe
-from grow.tasks import Example, PackedDataset, collate, encode, load_rows
+from grow.tasks import Example, PackedDataset, collate, encode
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     result: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(model.dtype)}
     result["task"] = score(model, examples, recipe, tokenizer.pad_token_id, "task")
     if recipe.retention:
-        known = load_rows(recipe.retention, "test")
+        known = recipe.retention_rows()
         # No end token: the question is whether the answer comes, not whether the text ends there.
         examples = encode(known, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples
         result["retention"] = score(model, examples, recipe, tokenizer.pad_token_id, "retention")

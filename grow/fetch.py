@@ -22,9 +22,7 @@ def fetch(recipe: Recipe) -> dict[str, Any]:
         split: len(recipe.rows(split)) for split in (recipe.train_split, recipe.validation_split, recipe.test_split)
     }
     if recipe.retention:
-        from grow.tasks import load_rows
-
-        rows["retention"] = len(load_rows(recipe.retention, "test"))
+        rows["retention"] = len(recipe.retention_rows())
     return {"base": base, "data": recipe.data, "rows": rows}
 
 

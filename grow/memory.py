@@ -5,9 +5,7 @@ accounting is that of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3
 only T of P parameters train: c bytes a weight and a gradient, 12 a trained parameter for master, mean and variance.
 """
 
-import json
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.shards import Checkpoint
@@ -37,7 +35,7 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     shapes = model_shapes(start)
     shapes |= method.adds(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
-    zero = json.loads(Path(recipe.deepspeed).read_text()).get("zero_optimization", {})
+    zero = recipe.zero
     # Beside the optimizer's part ZeRO-1 and 2 save the weights; in ZeRO-3 no rank has them.
     checkpoint = count(trained) * (12 if zero.get("stage") == 3 else 12 + width)
     persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))

@@ -5,6 +5,7 @@ variables (`${GROW_CACHE}`) are expanded in strings. On the command line any fie
 """
 
 import dataclasses
+import json
 import os
 import types
 from dataclasses import dataclass, field
@@ -87,6 +88,17 @@ class Recipe:
         from grow.tasks import load_rows
 
         return load_rows(self.data, split, self.data_revision, self.data_dir)
+
+    def retention_rows(self, split: str = "test") -> Any:
+        """Rows of old knowledge, likewise."""
+        from grow.tasks import load_rows
+
+        return load_rows(str(self.retention), split)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """What its DeepSpeed JSON says of ZeRO."""
+        return json.loads(Path(self.deepspeed).read_text()).get("zero_optimization", {})
 
     @property
     def template(self) -> Template:

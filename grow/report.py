@@ -1,10 +1,9 @@
 """Runs and scores → one table (Markdown) and one picture (PNG)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.run_folder import last_checkpoint
+from grow.checkpoint.run_folder import last_checkpoint, validation_losses
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
@@ -22,7 +21,7 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
     for source in sources:
         path = Path(source)
         if (path / "run.json").exists():
-            curves[_method(path)] = curve(path)
+            curves[_method(path)] = validation_losses(last_checkpoint(path))
         elif path.is_file():
             scores.append(read_json(path))
             if "task" not in scores[-1]:
@@ -39,12 +38,6 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
 
 def _method(run: Path) -> str:
     return str(read_json(run / "run.json")["recipe"]["method"])
-
-
-def curve(run: Path) -> list[tuple[int, float]]:
-    """Validation loss over steps, from the run's last complete checkpoint."""
-    history = json.loads((last_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
 def table(scores: list[dict[str, Any]]) -> str:

@@ -150,7 +150,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, examples: list[Example], max_length: int, pad_token_id: int, seed: int = 0):
         self.examples, self.max_length, self.pad_token_id = examples, max_length, pad_token_id
-        self.packed, self.too_long = pack(examples, max_length, seed)
+        self.packed, _ = pack(examples, max_length, seed)
 
     def __len__(self) -> int:
         return len(self.packed)

@@ -26,7 +26,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, encode, load_rows
+from grow.tasks import Epochs, PackedDataset, encode
 
 # Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
 _FREE = {
@@ -214,7 +214,7 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
 
     if not recipe.retention or not recipe.probe_rows:
         return None
-    rows = load_rows(recipe.retention, "test")
+    rows = recipe.retention_rows()
     rows = rows.select(range(min(recipe.probe_rows, len(rows))))
     encoded = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False)
     encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +14,14 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from grow.checkpoint.run_folder import validation_losses
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.cli import main
 from grow.loss import token_scores
 from grow.methods import METHODS, Method
 from grow.tasks import Example, encode, load_rows
 from grow.template import Template
-from tests.tiny import file_checksum, folder_checksums, run, tokens
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(), use_cache=False).logits
-
+from tests.tiny import file_checksum, folder_checksums, free_ports, run
 
 # Processes that are forked from one with the imports done: a run takes two seconds instead of ten.
 FORKED = multiprocessing.get_context("forkserver")
@@ -57,12 +51,10 @@ def train_here(recipe: Path, output: Path) -> None:
 
 def start(recipe: Path, ranks: int, rank: Callable[..., None] | None = None) -> str:
     """Trains on so many ranks, forked, without a launcher. Returns what the first said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    (port,) = free_ports(1)
     outputs = [recipe.with_suffix(f".{rank}.out") for rank in range(ranks)]
     processes = [
-        FORKED.Process(target=rank or rank_here, args=(recipe, output, number, ranks, port))
+        FORKED.Process(target=rank or rank_here, args=(recipe, output, number, ranks, str(port)))
         for number, output in enumerate(outputs)
     ]
     for process in processes:
@@ -106,8 +98,7 @@ def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
     """Trains, trains again from the middle, and compares; returns what trained, fp32."""
     folder = Path(yaml.safe_load(recipe.read_text())["output_dir"])
     train(recipe, ranks)
-    history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    losses = [loss for _, loss in validation_losses(folder / "checkpoint-4")]
     assert losses[-1] < losses[0] - 0.1, "it learns"
     first = {name: value.load() for name, value in ZeroCheckpoint(folder / "checkpoint-4").trained.items()}
     result = folder_checksums(folder / "result") if (folder / "result").exists() else {}

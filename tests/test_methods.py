@@ -23,8 +23,8 @@ from grow.methods.g_train import GTrain
 from grow.model import grown_mlps, load
 from grow.recipe import read_recipe
 from grow.tasks import IGNORED
-from tests.running import Toy, alone, logits, rows_of, train, train_and_resume
-from tests.tiny import folder_checksums, make_base, make_recipe
+from tests.running import Toy, alone, rows_of, train, train_and_resume
+from tests.tiny import folder_checksums, logits, make_base, make_recipe
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,7 @@ import transformers
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.model import load
-from tests.tiny import file_checksum, grow, make_data, make_recipe, run, tokens
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(), use_cache=False).logits
+from tests.tiny import file_checksum, grow, logits, make_data, make_recipe, run
 
 
 @pytest.mark.parametrize("stage", [2, 3])

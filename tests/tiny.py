@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,19 @@ def grow(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[s
 def tokens(count: int = 40, seed: int = 1) -> torch.Tensor:
     """Random text tokens, [1, count]."""
     return torch.randint(0, 256, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
+    """Of some text, or of other inputs."""
+    with torch.no_grad():
+        return model(**({"input_ids": tokens()} | inputs), use_cache=False).logits
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

@@ -15,7 +15,7 @@ from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.source import Source, open_source
-from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
@@ -147,8 +147,7 @@ def _write_stock(
         for file in side_files(start.path):
             folder.copy(file)
         if len(shards) > 1:
-            files = {name: file for file, part in shards.items() for name in part}
-            folder.write_index(files, {name: tensor.nbytes for name, tensor in tensors.items()})
+            folder.write_index(files_of(shards), {name: tensor.nbytes for name, tensor in tensors.items()})
         folder.write_text("README.md", stock_card(source.base_facts(), growth, source.facts, source.scores, alpha))
         folder.write_json("config.json", config)
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -182,7 +181,7 @@ def write_grown(source: Source, out: str, max_shard_size: int, progress: Progres
         for file in sorted((start.path / BASE_FOLDER).iterdir()):
             folder.copy(file, f"{BASE_FOLDER}/{file.name}")
         weight_map = {name: info.file.name for name, info in start.tensors.items() if not is_growth(name)}
-        weight_map |= {name: file for file, part in shards.items() for name in part}
+        weight_map |= files_of(shards)
         sizes = {name: info.nbytes for name, info in start.tensors.items()}
         folder.write_index(weight_map, sizes | {name: tensor.nbytes for name, tensor in added.items()})
         write_metadata(folder, known | source.growth_facts() | {"tensors": checksums}, start.config)

@@ -16,7 +16,7 @@ from grow.checkpoint.lazy import Lazy, below
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
-from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import (
     FORMAT_VERSION,
@@ -203,7 +203,7 @@ def expand(
             "base": {**base_facts(base), "files": files},
         }
         weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
-        weight_map |= {name: file for file, tensors in shards.items() for name in tensors}
+        weight_map |= files_of(shards)
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
         folder.write_index(weight_map, sizes)
         write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from grow.checkpoint.journal import Journal
 from grow.checkpoint.lazy import Lazy
-from grow.checkpoint.shards import INDEX_NAME, plain_name
+from grow.checkpoint.shards import INDEX_NAME, plain_name, refuse_devices
 from grow.checkpoint.writer import file_checksums, write_shard
 from grow.errors import UserError
 
@@ -162,8 +162,7 @@ class OutputFolder:
     # New files only, here and in write_shard: a name that is taken may be a link to the base's own file.
 
     def _copy(self, source: Path, target: Path) -> None:
-        if source.exists() and not source.is_file():
-            raise UserError(f"{source}: not a file")
+        refuse_devices(source)
         with source.open("rb") as original, target.open("xb") as file:
             shutil.copyfileobj(original, file, 2**20)
             file.flush()

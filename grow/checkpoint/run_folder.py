@@ -37,6 +37,12 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
+    """Step and validation loss, as often as it was measured until a checkpoint of a run."""
+    history = read_json(checkpoint / "trainer_state.json")["log_history"]
+    return [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+
+
 def settle(checkpoint: Path, rank: int) -> dict[str, list[int | str]]:
     """Makes the files that a rank wrote durable. Returns their bytes and checksums, by name.
 

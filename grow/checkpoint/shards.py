@@ -8,7 +8,7 @@ or a server that goes away is then an error with a name, not a signal that kills
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -44,7 +44,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads and checks the header of one safetensors file. Raises UserError if the file is not sound."""
     try:
-        _refuse_devices(path)
+        refuse_devices(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -59,8 +59,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path}: its safetensors header is broken (fetch the file again)") from error
 
 
-def _refuse_devices(path: Path) -> None:
-    """A pipe would be waited for, and a device read, for ever."""
+def refuse_devices(path: Path) -> None:
+    """Raises UserError for a pipe, which would be waited for, and a device, which would be read, for ever."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a file")
 
@@ -124,8 +124,8 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {key} is not in {file}, where the index says it is (fetch it again)")
 
     def identity(self) -> list[Any]:
-        """What tells these files from others without reading them: path, bytes and time of change of each shard."""
-        return [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in self.shards]
+        """What tells its shards from others."""
+        return identity(self.shards)
 
     def lazy(self, key: str) -> Lazy:
         """The tensor, to be read by rows."""
@@ -154,6 +154,11 @@ class Checkpoint:
             os.close(descriptor)
 
 
+def identity(files: Iterable[Path]) -> list[Any]:
+    """What tells files from others without reading them: path, bytes and time of change of each."""
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def read_exactly(descriptor: int, into: memoryview, place: int, file: Path) -> None:
     """Fills a buffer from `place` on. Raises UserError if the file has become too short."""
     done = 0
@@ -167,7 +172,7 @@ def read_exactly(descriptor: int, into: memoryview, place: int, file: Path) -> N
 def read_json(path: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if it is missing or not one."""
     try:
-        _refuse_devices(path)
+        refuse_devices(path)
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} a checkpoint?") from None

@@ -9,9 +9,9 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy
 from grow.checkpoint.metadata import check_growth
-from grow.checkpoint.run_folder import MARKER, last_checkpoint, step_of
+from grow.checkpoint.run_folder import MARKER, last_checkpoint, step_of, validation_losses
 from grow.checkpoint.shards import Checkpoint, read_json
-from grow.checkpoint.writer import checksum, equal
+from grow.checkpoint.writer import equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
 from grow.methods import METHODS
@@ -101,12 +101,12 @@ def _check_grown(checkpoint: Checkpoint) -> None:
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     try:
         run_facts, step = read_json(run / "run.json"), step_of(zero_path)
-        recipe, history = run_facts["recipe"], read_json(zero_path / "trainer_state.json")["log_history"]
+        recipe = run_facts["recipe"]
         facts = {key: recipe[key] for key in ("method", "data")} | {
             "steps": step,
             "learning_rate": recipe["learning_rate"],
             "seed": recipe["seed"],
-            "validation_loss": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+            "validation_loss": [loss for _, loss in validation_losses(zero_path)],
         }
         method, dtype = METHODS[recipe["method"]].of(recipe), run_facts["dtype"]
         start = start or str(run_facts["start"])
@@ -125,7 +125,7 @@ def _open_deepspeed(path: Path, start: Checkpoint, tag: str, merge: Callable[...
     on_disk = {canonical(name): name for name in start.tensors}
     for name, tensor in zero.frozen.items():
         key = on_disk.get(canonical(name))
-        if key and checksum(tensor.to(start.tensors[key].dtype)) != checksum(start.lazy(key)):
+        if key and _differs(start, key, tensor):
             raise UserError(f"{path}: {name} was frozen, and is not that of {start.path}: training started elsewhere")
     return source
 
@@ -163,4 +163,4 @@ def _own(name: str) -> str:
 
 def _differs(start: Checkpoint, key: str, tensor: Lazy) -> bool:
     own = start.lazy(key)
-    return not equal(own, tensor.to(own.dtype))
+    return own.shape != tensor.shape or not equal(own, tensor.to(own.dtype))

@@ -62,6 +62,11 @@ def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: st
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
+def files_of(shards: Mapping[str, Mapping[str, Lazy]]) -> dict[str, str]:
+    """The file of each tensor."""
+    return {name: file for file, tensors in shards.items() for name in tensors}
+
+
 def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object]) -> dict[str, str]:
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 

@@ -16,6 +16,7 @@ from typing import Any
 from grow.checkpoint import lazy
 from grow.checkpoint.dtypes import Rows
 from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.shards import identity
 from grow.errors import UserError
 
 
@@ -79,9 +80,8 @@ class ZeroCheckpoint:
             raise UserError(f"{folder}: no trained parameter in it")
 
     def identity(self) -> list[Any]:
-        """What tells these files from others without reading them: path, bytes and time of change of each."""
-        files = sorted(self.path.rglob("*.pt"))
-        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        """What tells its files from others."""
+        return identity(sorted(self.path.rglob("*.pt")))
 
     def _read_universal(self) -> None:
         root = self.path / "zero"

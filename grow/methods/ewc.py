@@ -40,9 +40,9 @@ class Ewc(Method):
     def _examples(self, recipe: Any) -> list[Any]:
         from transformers import AutoTokenizer
 
-        from grow.tasks import encode, load_rows
+        from grow.tasks import encode
 
-        rows = load_rows(recipe.retention, self.ewc_split)
+        rows = recipe.retention_rows(self.ewc_split)
         tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
         rows = rows.select(range(min(self.ewc_rows, len(rows))))
         examples = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples

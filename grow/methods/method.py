@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from grow.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from grow.checkpoint.lazy import Lazy
@@ -35,7 +35,7 @@ class Method:
 
     def check(self, recipe: Any) -> None:
         """What can be said before anything heavy is loaded. Raises UserError for a recipe that it cannot follow."""
-        stage = json.loads(Path(recipe.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0)
+        stage = recipe.zero.get("stage", 0)
         if stage not in self.stages:
             raise UserError(
                 f"{recipe.deepspeed}: {recipe.method} does not work with ZeRO-{stage}; "
