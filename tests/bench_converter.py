@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 
 from tests.bench_shapes import make_base, noise, shapes, write_zero3
-from tests.tiny import ROOT, run
+from tests.tiny import ROOT
 from tests.tiny import make_base as make_tiny
+from tests.zero_writer import launch
 
 LIBRARY = """
 import sys, torch, transformers
@@ -156,10 +157,7 @@ def zero3(work: Path, repeat: int) -> None:
     """ZeRO-3 of four ranks at the 1B's shape → fp32 safetensors, against DeepSpeed's own converter."""
     small, base = work / "small", work / "1B"
     if not small.exists():
-        make_tiny(work / "tiny", "text")
-        launcher = Path(sys.executable).parent / "deepspeed"
-        run(launcher, "--no_local_rank", "--num_accelerators", "4", "--module", "tests.zero_writer",
-            work / "tiny", small, PATH=f"{launcher.parent}:/usr/bin:/bin")  # fmt: skip
+        launch(make_tiny(work / "tiny", "text"), small, 4)
     like = small / "zero3-bf16-trained" / "second"
     prove(like, work)
     if not (work / "zero").exists():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.tiny import ROOT
+from tests.tiny import ROOT, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
@@ -70,7 +70,7 @@ class Cluster:
     def start(self) -> None:
         host = socket.gethostname().split(".")[0]
         (self.folder / "state").mkdir()
-        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=self.folder, ports=_free_ports(3)))
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=self.folder, ports=free_ports(3)))
         for number in (0, 1):  # Slurm wants devices; nothing opens these
             os.mknod(self.folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(
@@ -161,13 +161,3 @@ def wait_for(true: Callable[[], object], seconds: float, what: str) -> None:
 
 def _path() -> str:
     return os.environ["PATH"] + ":/usr/sbin:/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -17,6 +17,7 @@ from grow.checkpoint.package import base
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
 from grow.model import load
+from tests import tiny
 from tests.tiny import TEXT_CONFIG, folder_checksums, make_base, tokens
 
 SMALL: dict[str, Any] = {
@@ -45,8 +46,7 @@ def make(path: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **config: A
 
 
 def logits(path: Path, dtype: torch.dtype = torch.float32, **inputs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return load(path, dtype)(**({"input_ids": tokens()} | inputs), use_cache=False).logits
+    return tiny.logits(load(path, dtype), **inputs)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -16,12 +16,12 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
 from grow.model import load
-from tests.tiny import folder_checksums, make_base, tokens
+from tests import tiny
+from tests.tiny import folder_checksums, make_base
 
 
 def logits(path: Path, alpha: float = 1.0) -> torch.Tensor:
-    with torch.no_grad():
-        return load(path, torch.float32, alpha)(input_ids=tokens(), use_cache=False).logits
+    return tiny.logits(load(path, torch.float32, alpha))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from tests.tiny import ROOT, file_checksum, grow, make_data, make_recipe
+from tests.tiny import ROOT, file_checksum, free_ports, grow, make_data, make_recipe
 
 STEPS, EPOCH = 16, 10  # the rows fill about ten steps, so that step 13 lies in the second epoch
 
@@ -38,12 +37,10 @@ def recipe(setting: dict[str, Path], folder: Path, **fields: Any) -> Path:
 
 def start(path: Path, ranks: int = 1) -> list[subprocess.Popen[str]]:
     """The ranks of a run, each a process of its own, as srun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    (port,) = free_ports(1)
     common = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     return [
         subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
-from tests.tiny import make_base, run
-from tests.zero_writer import CASES, name_of
+from tests.tiny import make_base
+from tests.zero_writer import CASES, launch, name_of
 
 WORLD_SIZES = [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4))]
 
@@ -24,12 +23,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A base, the folder of DeepSpeed checkpoints, the world size."""
     folder = tmp_path_factory.mktemp("zero")
     base = make_base(folder / "base", "text")
-    launcher = Path(sys.prefix) / "bin" / "deepspeed"
-    run(
-        launcher, "--no_local_rank", "--num_accelerators", str(request.param), "--master_port", "29755",
-        "--module", "tests.zero_writer", base, folder,
-        PATH=f"{Path(sys.prefix) / 'bin'}:/usr/bin:/bin",
-    )  # fmt: skip
+    launch(base, folder, request.param)
     return base, folder, request.param
 
 

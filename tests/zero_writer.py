@@ -17,7 +17,7 @@ import transformers
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
-from tests.tiny import tokens
+from tests.tiny import free_ports, run, tokens
 
 CASES = list(itertools.product((0, 1, 2, 3), ("bf16", "fp32"), (True, False)))
 
@@ -70,6 +70,15 @@ def main(base: str, out: str) -> None:
         write(base, Path(out), *case)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def launch(base: Path, out: Path, ranks: int) -> None:
+    """Writes OUT, on so many ranks."""
+    launcher, (port,) = Path(sys.prefix) / "bin" / "deepspeed", free_ports(1)
+    run(
+        launcher, "--no_local_rank", "--num_accelerators", str(ranks), "--master_port", str(port),
+        "--module", "tests.zero_writer", base, out, PATH=f"{launcher.parent}:/usr/bin:/bin",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
