@@ -122,12 +122,17 @@ def duel(
     print(f"| {what} | {cells[0]} | {cells[1]} | {ratio:.2f} | {share:.3f} |", flush=True)
 
 
+def words(given: str | tuple[str, ...]) -> list[str]:
+    """Fire makes a tuple of a list with commas."""
+    return given.split(",") if isinstance(given, str) else list(given)
+
+
 def bench(folder: str, only: str = "expand,consolidate,library,zero", sizes: str = "1B,4B", repeat: int = 3) -> None:
     """Prints the table."""
-    work, parts = Path(folder).resolve(), str(only).replace("(", "").split(",")
+    work, parts = Path(folder).resolve(), words(only)
     work.mkdir(parents=True, exist_ok=True)
     print("| | ours: min / median / max, peak | the other | time ratio | memory ratio |\n|---|---|---|---|---|")
-    for size in sizes.split(","):
+    for size in words(sizes):
         base = work / size if (work / size).exists() else make_base(work / size, size)
         grown, stock, copy = work / f"{size}-grown", work / f"{size}-stock", work / "copy"
         library = work / "library"
