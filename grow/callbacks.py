@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grow.errors import Fault
+from grow.flops import StepFlops, peak
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -60,15 +61,21 @@ class Watch(TrainerCallback):
 
 class Pace:
     """How fast a run goes, since it was last asked: tokens of text and labels a second over all ranks, and the share of
-    the time in which rank 0 waited for data."""
+    the time in which rank 0 waited for data; and of what its devices could do, where that is known (grow.flops)."""
 
-    def __init__(self) -> None:
+    def __init__(self, flops: StepFlops, devices: int) -> None:
+        self.flops, self.devices, self.peak = flops, devices, peak()
         self.counts: torch.Tensor | None = None
-        self.waited, self.since = 0.0, time.monotonic()
+        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
 
     def step(self, counts: torch.Tensor) -> None:
         """Of every step: labels and tokens, [2], which stay on the device until asked for."""
         self.counts = counts if self.counts is None else self.counts + counts
+        self.steps += 1
+
+    def aside(self, seconds: float) -> None:
+        """Time that was spent on something other than training."""
+        self.since += seconds
 
     def take(self) -> dict[str, float]:
         """The figures, to be logged."""
@@ -78,7 +85,10 @@ class Pace:
         found = {
             "tokens_per_second": round(tokens / passed, 1),
             "labels_per_second": round(labels / passed, 1),
+            "seconds_per_step": round(passed / max(1, self.steps), 4),
             "data_share": round(self.waited / passed, 4),
         }
-        self.counts, self.waited, self.since = None, 0.0, now
+        if self.peak:
+            found["mfu"] = round(self.flops.of(tokens, labels) / passed / (self.peak * self.devices), 4)
+        self.counts, self.steps, self.waited, self.since = None, 0, 0.0, now
         return found

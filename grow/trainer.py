@@ -23,6 +23,7 @@ from grow.callbacks import Pace, Watch
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
+from grow.flops import StepFlops
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method
 from grow.plan import canonical
@@ -49,7 +50,8 @@ class GrowTrainer(transformers.Trainer):
         super().__init__(
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
         )
-        self.watch, self.probe, self.pace = watch, probe, Pace()
+        self.watch, self.probe = watch, probe
+        self.pace = Pace(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
         self.model.register_state_dict_post_hook(drop_frozen)
@@ -91,16 +93,18 @@ class GrowTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean loss per label over the validation rows."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        """Over the validation rows' labels: the mean loss, and the share that are the likeliest token."""
+        start = time.monotonic()
+        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
             with self.compute_loss_context_manager():
-                logits, labels = labelled_logits(self.model_wrapped, batch)
-            total += torch.stack([loss_sum(logits, labels).double(), labels.new_tensor(len(labels)).double()])
-        loss, count = self.accelerator.reduce(total, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / count}
+                logprobs, hits, _ = token_scores(self.model_wrapped, batch)
+            total += torch.stack([-logprobs.double().sum(), hits.double().sum(), total.new_tensor(len(hits))])
+        loss, right, count = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / count, f"{metric_key_prefix}_accuracy": right / count}
         if self.probe is not None:
             metrics |= self.probe.measure(self)
+        self.pace.aside(time.monotonic() - start)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

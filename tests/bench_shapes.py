@@ -1,6 +1,7 @@
 """Checkpoints of the true shapes of Gemma 3 1B and 4B with random weights, and ZeRO-3 shards of the 1B's size."""
 
 from collections import OrderedDict
+from functools import cache
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,20 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-_POOL = np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02)
+
+@cache
+def pool(dtype: str) -> Rows:
+    """Random values, once for all tensors of a dtype."""
+    return convert(np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02), "F32", dtype)
 
 
 def noise(shape: tuple[int, ...], dtype: str, seed: int) -> Lazy:
     """Values that look random, at the speed of copying: windows of one pool."""
-    width, pool = prod(shape[1:]), convert(_POOL, "F32", dtype)
+    width = prod(shape[1:])
 
     def rows(begin: int, end: int) -> Rows:
         count, start = (end - begin) * width, (seed * 7919 + begin * 104729) % 2**20
-        return np.resize(pool[start:], count).reshape(end - begin, *shape[1:])
+        return np.resize(pool(dtype)[start:], count).reshape(end - begin, *shape[1:])
 
     return Lazy(shape, dtype, rows)
 
@@ -97,7 +102,8 @@ def write_zero3(like: Path, out: Path, values: dict[str, Lazy], world_size: int)
         parts = []
         for value in values.values():
             length = ceil(value.numel / world_size)
-            part = value.load().view(-1)[rank * length : (rank + 1) * length]
+            # A copy, so that the whole tensor does not stay in memory behind it.
+            part = value.load().view(-1)[rank * length : (rank + 1) * length].clone()
             parts.append(torch.nn.functional.pad(part, (0, length - len(part))))
         optimizer["optimizer_state_dict"]["fp32_flat_groups"] = [torch.cat(parts)]
         optimizer["optimizer_state_dict"].pop("optimizer_state_dict", None)

@@ -1,0 +1,58 @@
+"""How much arithmetic a step takes, and how much of it a device could do: model FLOPs utilisation (MFU).
+
+Counted is what the method asks for, whether or not a run does more of it (activation checkpoints compute again). The
+attention's products of queries and keys are left out: a few percent at the lengths of packed rows.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from grow.methods.method import of_language_model
+from grow.model import grown_mlps
+
+# Dense bf16 FLOP/s of the makers' data sheets, by what torch calls the device.
+_PEAK = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "A40": 150e12, "A10": 125e12, "L4": 121e12, "RTX 4090": 165e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+def peak() -> float | None:
+    """bf16 FLOP/s of this process's GPU at most; None for a device that is not in the table, such as a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_name()
+    return next((rate for name, rate in _PEAK.items() if re.search(rf"\b{re.escape(name)}\b", device)), None)
+
+
+class StepFlops:
+    """FLOPs of a training step, from the shapes of the model's linear layers, before ZeRO partitions them or after.
+
+    A product of [N, in] and [in, out] is 2·N·in·out. A layer's forward pass is one; its weight's gradient, if that
+    trains, another; and the gradient of its input one more, if anything below it trains (Kaplan et al. 2020, arXiv
+    2001.08361, section 2.1, for the case that all trains). The head works at labels, all else at tokens.
+    """
+
+    def __init__(self, model: nn.Module):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self.per_token = self.per_label = 0
+        # A trained up-projection takes the place of the base's own, which is not computed then (grow.mlp).
+        idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in (mlp.gate_proj, mlp.up_proj)}
+        reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in name)
+        for name, module in model.named_modules():
+            weight: Any = getattr(module, "weight", None)
+            trains = weight is not None and weight.requires_grad
+            if isinstance(module, nn.Linear) and of_language_model(name) and module not in idle:
+                flops = 2 * module.in_features * module.out_features * (1 + trains + reached)
+                if module is head:
+                    self.per_label += flops
+                else:
+                    self.per_token += flops
+            reached = reached or trains
+
+    def of(self, tokens: float, labels: float) -> float:
+        """FLOPs for so many tokens of text, among them so many with a label."""
+        return tokens * self.per_token + labels * self.per_label
