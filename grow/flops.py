@@ -33,7 +33,8 @@ class StepFlops:
 
     A product of [N, in] and [in, out] is 2·N·in·out. A layer's forward pass is one; its weight's gradient, if that
     trains, another; and the gradient of its input one more, if anything below it trains (Kaplan et al. 2020, arXiv
-    2001.08361, section 2.1, for the case that all trains). The head works at labels, all else at tokens.
+    2001.08361, section 2.1, for the case that all trains). The head works at labels, all else at tokens. Exact, but for
+    a few products of the lowest layer that trains, whose modules share an input.
     """
 
     def __init__(self, model: nn.Module):

@@ -13,9 +13,7 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
+from grow.run_file import check_recipe, write_run_file
 from grow.tasks import Epochs, PackedDataset, encode
-
-# Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
-_FREE = {
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "per_device_eval_batch_size",
-    "probe_rows",
-}
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -56,7 +44,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     from grow.callbacks import Watch
 
     watch = Watch()
-    trainer = _trainer(recipe, run, watch)
+    trainer = _trainer(recipe, run, start, watch)
     checkpoint = _sound_checkpoint(run)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not watch.leaving:
@@ -72,7 +60,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return {"run": str(run), "status": "done", **result}
 
 
-def _trainer(recipe: Recipe, run: Path, watch: Any) -> Any:
+def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
     import deepspeed
     from transformers import AutoTokenizer, set_seed
@@ -99,8 +87,7 @@ def _trainer(recipe: Recipe, run: Path, watch: Any) -> Any:
     method.prepare(model)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    if args.process_index == 0:
-        _write_run_file(run, recipe, str(dtype), model)
+    write_run_file(run, recipe, start, {"train": sequences, "validation": validation}, str(dtype), model)
     return GrowTrainer(
         model=model,
         args=args,
@@ -160,16 +147,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
     method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)
-    if (run / "run.json").exists():
-        before = json.loads((run / "run.json").read_text())["recipe"]
-        now = recipe.values()
-        different = [name for name in now if name not in _FREE and now[name] != before.get(name)]
-        if different:
-            name = different[0]
-            raise UserError(
-                f"{run}: holds a run with {name} {before.get(name)!r}, not {now[name]!r}; "
-                "give another --output_dir or remove it"
-            )
+    check_recipe(run, recipe)
     return start
 
 
@@ -267,24 +245,3 @@ def _arguments(recipe: Recipe, steps: int, dtype: Any) -> Any:
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
     )
-
-
-def _write_run_file(run: Path, recipe: Recipe, dtype: str, model: Any) -> None:
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    facts = {
-        "recipe": recipe.values(),
-        "start": str(locate(recipe.start).resolve()),
-        "growth": recipe.make_method().grows,
-        "world_size": _world_size(),
-        "dtype": dtype,
-        "trained_parameters": sum(
-            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
-        ),
-        "git_commit": commit or None,
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "accelerate")},
-    }  # fmt: skip
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "run.json.partial").write_text(json.dumps(facts, indent=2) + "\n")
-    (run / "run.json.partial").rename(run / "run.json")

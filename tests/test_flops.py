@@ -40,4 +40,6 @@ def test_a_steps_flops_are_those_that_torch_counts(
     model = load(start, torch.float32)
     METHODS[method]().prepare(model)
     expected = StepFlops(model).of(tokens=40, labels=10)
-    assert expected == pytest.approx(counted(model.train(), labels=10, length=40), rel=0.03)
+    assert expected == pytest.approx(
+        counted(model.train(), labels=10, length=40), rel=0.04
+    )  # four layers: the lowest is a quarter of them

@@ -174,3 +174,18 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(setting: dict[str, Path], t
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"seed": 1}}))
     _, said = finish(path, code=2)
     assert "holds a run with" in said
+
+
+def test_a_run_does_not_go_on_with_other_rows(setting: dict[str, Path], tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    path = recipe(setting | {"data": data}, tmp_path, max_steps=4)
+    (process,) = start(path)
+    for _ in losses(process, []):
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(rows.replace('"answer": "4"', '"answer": "5"'))
+    _, said = finish(path, code=2)
+    assert "began with other contents of train (data_checksums)" in said and "Traceback" not in said
+    (data / "train.jsonl").write_text(rows)
+    finish(path)

@@ -1,0 +1,95 @@
+"""RUN/run.json: what a run is. Its recipe with every default, the checksums of what it starts from and learns from,
+versions. A run that goes on must be the same run."""
+
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from xxhash import xxh3_128
+
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.writer import file_checksums
+from grow.errors import UserError
+from grow.recipe import Recipe
+from grow.tasks import PackedDataset
+
+NAME = "run.json"
+
+# Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
+_FREE = {
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
+    "probe_rows",
+}  # fmt: skip
+_LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
+
+
+def check_recipe(run: Path, recipe: Recipe) -> None:
+    """Raises UserError if the folder holds a run by another recipe."""
+    if not (run / NAME).exists():
+        return
+    before, now = read_json(run / NAME)["recipe"], recipe.values()
+    for name in now:
+        if name not in _FREE and now[name] != before.get(name):
+            raise UserError(
+                f"{run}: holds a run with {name} {before.get(name)!r}, not {now[name]!r}; "
+                "give another --output_dir or remove it"
+            )
+
+
+def write_run_file(
+    run: Path, recipe: Recipe, start: Checkpoint, data: dict[str, PackedDataset], dtype: str, model: nn.Module
+) -> None:
+    """Writes it, on rank 0; every rank calls it. `data` are the sequences of each split.
+
+    Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
+    """
+    facts = {
+        "recipe": recipe.values(),
+        "start": str(start.path.resolve()),
+        "start_checksums": _from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
+        "data_checksums": {split: rows_checksum(sequences) for split, sequences in data.items()},
+        "growth": recipe.make_method().grows,
+        "world_size": dist.get_world_size(),
+        "dtype": dtype,
+        "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
+        "git_commit": _commit(),
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+    before = _from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
+    for what in ("start_checksums", "data_checksums"):
+        for name, checksum in before.get(what, {}).items():
+            if facts[what].get(name) != checksum:
+                raise UserError(
+                    f"{run}: holds a run that began with other contents of {name} ({what}); "
+                    "put them back, or give another --output_dir"
+                )
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / f"{NAME}.partial").write_text(json.dumps(facts, indent=2) + "\n")
+        (run / f"{NAME}.partial").rename(run / NAME)
+
+
+def rows_checksum(sequences: PackedDataset) -> str:
+    """XXH3-128 of the tokens and labels of all rows, in their order."""
+    digest = xxh3_128()
+    for example in sequences.examples:
+        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+    return digest.hexdigest()
+
+
+def _from_rank_0(make: Any) -> Any:
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git, as in a container
+        return None
