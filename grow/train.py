@@ -18,6 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from grow.allocator import keep_memory
 from grow.checkpoint.hub import locate
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
@@ -38,6 +39,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if (run / MARKER).exists():
         return {"run": str(run), "status": "was done already", **json.loads((run / MARKER).read_text())}
     _single_process_defaults()
+    keep_memory()
 
     import torch.distributed as dist
 

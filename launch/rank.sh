@@ -27,7 +27,7 @@ if [[ -n ${INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
 if (($(gpus) == 0)); then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 fi
 export TQDM_DISABLE=${TQDM_DISABLE:-1} # a log has no use for progress bars
 exec "$@"

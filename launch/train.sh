@@ -27,8 +27,6 @@ on_this_machine() {
         local cores
         cores=$(nproc)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
-        # With more arenas glibc's allocator keeps what it was given, and memory creeps up step by step.
-        export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
     fi
     deepspeed --no_local_rank --num_accelerators "$NPROC" --master_port "$MASTER_PORT" --module grow train "$@"
 }

@@ -70,7 +70,7 @@ def trl(base: str, rows: Dataset, out: str, lora: bool, checkpoints: bool) -> SF
 
 def main(name: str, base: str, data: str, out: str) -> None:
     rows = texts(load_dataset(data, split="train"))
-    if name == "trainer":
+    if name.startswith("trainer"):
         running: Any = trainer(base, rows, out)
     else:
         running = trl(base, rows, out, "lora" in name, "fast" not in name)

@@ -28,17 +28,20 @@ from grow.tasks import encode
 from tests.bench_converter import words
 from tests.tiny import ROOT
 
-ROWS, PER_STEP, LENGTH, WARMUP = 96, 8, 224, 3
+ROWS, PER_STEP, LENGTH, WARMUP = 96, 8, 256, 3
 """LENGTH tokens hold about PER_STEP rows; the first WARMUP steps are not timed."""
 CHECKSUM = "59d45c7addadfc79b6d8de5ab942293535af72dee3344a6893e75a2c4bb95a30"
 """SHA-256 of the rows' tokens and labels: everyone who runs this runs the same."""
 RECIPE = ROOT / "recipes/gemma3_270m/translation.yaml"
 CACHE = Path(os.environ.get("GROW_CACHE", "~/.cache/grow")).expanduser()
 
+KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
+"""What grow.allocator asks of glibc, from outside."""
 PARTS = {"all": (0, 1), "first": (0, 1 / 3), "last": (2 / 3, 1)}
 """The layers that grow, from and to, as shares of the depth."""
 RIVALS = {
     "trainer": "transformers.Trainer, SFT",
+    "trainer_kept": "the same, with memory kept as ours keeps it (grow/allocator.py)",
     "trl_sft": "TRL SFTTrainer, its defaults",
     "trl_sft_fast": "TRL SFTTrainer, no activation checkpoints",
     "trl_lora": "TRL LoRA r16, all linear layers",
@@ -123,9 +126,9 @@ def checksum(rows: Any, recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, **variables: str) -> None:
     """Runs a command, on as many threads as there are cores; its last words if it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -135,7 +138,7 @@ def run(*command: str | Path) -> None:
 def rival(name: str, base: Path, work: Path, out: Path) -> dict[str, Any]:
     """Seconds, tokens and labels of the timed steps of one of tests/bench_rivals.py."""
     out.mkdir()
-    run(sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out)
+    run(sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out, **(KEPT if "kept" in name else {}))
     return json.loads((out / "result.json").read_text())
 
 
