@@ -1,0 +1,183 @@
+"""Runs a grid of training runs and scores, one after the other on this machine; goes on where it was stopped.
+
+    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--work FOLDER] [--seeds 0,1,2]
+
+GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
+dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed.
+A cell that has a line there is not run again. Stopped in the middle of a cell, it goes on from its last checkpoint.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fire
+import yaml
+
+from grow.errors import UserError
+from grow.recipe import read_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a grid. `layers` is empty for methods that grow none."""
+
+    label: str
+    method: str
+    layers: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What `--only` calls it."""
+        return f"{self.label} {self.learning_rate:g} seed {self.seed}"
+
+
+def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
+    """All of a grid, one seed after the other."""
+    for seed in seeds:
+        for label, method in grid["methods"].items():
+            for rate in method["learning_rate"]:
+                yield Cell(label, method["method"], str(method.get("layers", "")), float(rate), seed)
+
+
+class Study:
+    """A grid, where its results are, and where it works."""
+
+    def __init__(self, path: Path, work: Path):
+        self.path, self.work = path, work
+        self.grid: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.recipe = str((path.parent / self.grid["recipe"]).resolve())
+        self.results = path.parent / "results.jsonl"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.base = read_recipe(self.recipe).base
+
+    def done(self) -> set[str]:
+        """The names of the cells that have a result."""
+        if not self.results.exists():
+            return set()
+        lines = [json.loads(line) for line in self.results.read_text().splitlines()]
+        return {line["cell"] for line in lines if line["grid"] == self.path.name}
+
+    def fields(self) -> list[str]:
+        """The grid's fields, as arguments."""
+        return [
+            f"--{name}={json.dumps(value) if isinstance(value, list) else value}"
+            for name, value in self.grid["fields"].items()
+        ]
+
+    def base_scores(self) -> Path:
+        """The base's scores, made once."""
+        out = self.work / "base.json"
+        if not out.exists():
+            self.score(self.base, out)
+        return out
+
+    def score(self, checkpoint: str | Path, out: Path, *more: str) -> None:
+        """Runs `eval`."""
+        grow(
+            "eval", checkpoint, "--recipe", self.recipe, "--out", out, f"--limit={self.grid['limit']}",
+            f"--retention-limit={self.grid['retention_limit']}", *self.fields(), *more,
+        )  # fmt: skip
+
+    def start(self, cell: Cell) -> Path:
+        """What the cell's training starts from: the base, or the base grown."""
+        if not cell.layers:
+            return Path(self.base)
+        grown = self.work / f"grown-{cell.layers.replace('/', '_')}"
+        if not grown.exists():
+            grow("expand", self.base, grown, "--layers", cell.layers)
+        return grown
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Trains and scores one cell."""
+        against, start = self.base_scores(), self.start(cell)
+        run, trained, out = (self.work / f"{cell.name}{end}".replace(" ", "-") for end in ("", "-trained", "-scores"))
+        grow(
+            "train", self.recipe, *self.fields(), f"--method={cell.method}", f"--learning_rate={cell.learning_rate}",
+            f"--seed={cell.seed}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
+        )  # fmt: skip
+        if not trained.exists():
+            grow("consolidate", run, trained, "--format", "grown" if cell.layers else "stock", "--dtype", "float32")
+        alphas = ",".join(map(str, self.grid["alphas"]))
+        dial = [f"--alpha={alphas}", "--against", str(against)]
+        self.score(trained, out, *dial, *(() if cell.layers else ("--start", self.base)))
+        result = json.loads(out.read_text())
+        facts = json.loads((run / "run.json").read_text())
+        line = {
+            "grid": self.path.name,
+            "cell": cell.name,
+            "label": cell.label,
+            "method": cell.method,
+            "layers": cell.layers,
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "max_steps": self.grid["fields"]["max_steps"],
+            "trained_parameters": facts["trained_parameters"],
+            "git_commit": facts["git_commit"],
+            "dtype": facts["dtype"],
+            "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}"',
+            "base": point(json.loads(against.read_text())),
+            "dial": [point(scores) for scores in result.get("dial", [result])],
+        }
+        for left in (run, trained):
+            shutil.rmtree(left)
+        return line
+
+
+def point(scores: dict[str, Any]) -> dict[str, Any]:
+    """What a line keeps of the scores at one place of the dial: no single rows."""
+    sets = {"capitals": scores["retention"], **scores.get("retention_sets", {})}
+    kept = {
+        name: {
+            key: value for key, value in known.items() if key in ("log_likelihood", "rows", "from_base", "exact_match")
+        }
+        for name, known in sets.items()
+    }
+    task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
+    return {"alpha": scores["alpha"], "task": task, "retention": kept}
+
+
+def grow(*arguments: str | Path) -> None:
+    """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0."""
+    command = [sys.executable, "-m", "grow", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def main(grid: str, only: str = "", work: str = "", seeds: str = "") -> None:
+    """Runs what is missing of a grid; see the top of this file."""
+    cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
+    path = Path(grid).resolve()
+    study = Study(path, Path(work) if work else cache / "study" / path.stem)
+    chosen = [int(seed) for seed in str(seeds).strip("()").split(",") if seed.strip()] or study.grid["seeds"]
+    wanted = [cell for cell in cells(study.grid, chosen) if only in ("", cell.name)]
+    if not wanted:
+        raise UserError(f"{grid}: has no cell {only!r}")
+    done = study.done()
+    for number, cell in enumerate(wanted, 1):
+        if cell.name in done and not only:
+            continue
+        print(f"== {number} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
+        line = study.run(cell)
+        with study.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except UserError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2)
