@@ -142,18 +142,23 @@ def rival(name: str, base: Path, work: Path, out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
 
-def ours(name: str, base: Path, work: Path, out: Path, stage: int) -> dict[str, Any]:
-    """Likewise, of a run of ours, from what it logged of each step."""
+def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, max_steps: int = ROWS // PER_STEP) -> Path:
+    """The recipe of one of OURS."""
     method, part, _ = OURS[name]
     values = yaml.safe_load(RECIPE.read_text()) | {
         "base": str(base), "grown": str(work / f"{base.name}-{part}"), "method": method, "data": str(work / "data"),
-        "retention": None, "max_length": LENGTH, "train_batch_size": 1, "max_steps": ROWS // PER_STEP,
+        "retention": None, "max_length": LENGTH, "train_batch_size": 1, "max_steps": max_steps,
         "logging_steps": 1, "eval_steps": 1000, "save_steps": 1000, "output_dir": str(out),
         "deepspeed": str(ROOT / f"recipes/deepspeed/zero{stage}.json"),
     }  # fmt: skip
     recipe = work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
-    run(sys.executable, "-m", "grow", "train", recipe)
+    return recipe
+
+
+def ours(name: str, base: Path, work: Path, out: Path, stage: int) -> dict[str, Any]:
+    """Likewise, of a run of ours, from what it logged of each step."""
+    run(sys.executable, "-m", "grow", "train", ours_recipe(name, base, work, out, stage))
     history = json.loads((last_checkpoint(out) / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "seconds_per_step" in entry][WARMUP:]
     seconds = sum(step["seconds_per_step"] for step in steps)

@@ -1,0 +1,70 @@
+"""How long a run takes to leave when it is asked to (SIGTERM), beside `cp` and `sync` of its checkpoint's bytes.
+
+    python -m tests.bench_leaving FOLDER [--method g_freeze] [--repeat 3]
+
+On the real 270M in one process. Prints a table; tests nothing. FOLDER is that of tests/bench_training.py.
+"""
+
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+
+from tests.bench_training import ours_recipe, prepare
+from tests.tiny import ROOT
+
+STEPS = 5
+"""It is asked in the middle of the one after so many."""
+
+
+def leave(recipe: Path, out: Path) -> tuple[float, float, int, float]:
+    """Seconds from signal to exit, seconds a step, the checkpoint's bytes, seconds of `cp` and `sync` of as many."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grow", "train", str(recipe)],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    steps = []
+    for line in process.stdout:
+        if found := re.search(r"'seconds_per_step': '?([\d.]+)", line):
+            steps.append(float(found[1]))
+        if len(steps) == STEPS:
+            break
+    time.sleep(steps[-1] / 2)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    if process.wait() != 75:
+        raise SystemExit(f"exit {process.returncode}")
+    left = time.monotonic() - asked
+    (checkpoint,) = out.glob("checkpoint-*")
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    os.sync()
+    begun = time.monotonic()
+    subprocess.run(["cp", "-r", checkpoint, out / "copy"], check=True)
+    os.sync()
+    return left, statistics.median(steps), size, time.monotonic() - begun
+
+
+def bench(folder: str, method: str = "g_freeze", repeat: int = 3) -> None:
+    """Prints the table."""
+    work = Path(folder).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = ours_recipe(method, prepare(work, "270M"), work, work / "leaving", stage=2, max_steps=1000)
+    print("| signal to exit | one step | checkpoint | cp + sync | (exit − step) ÷ cp |\n|---|---|---|---|---|")
+    for _ in range(repeat):
+        left, step, size, copied = leave(recipe, work / "leaving")
+        print(f"| {left:.2f} s | {step:.2f} s | {size / 1e6:.0f} MB | {copied:.2f} s | {(left - step) / copied:.2f} |")
+
+
+if __name__ == "__main__":
+    fire.Fire(bench)
