@@ -124,7 +124,7 @@ def _plot(rows: list[dict[str, Any]], label: str, path: Path) -> None:
     figure, axes = new_figure(max(6.0, 0.35 * len(rows)), 3.6)
     axes.bar(
         [row["layer"] for row in rows], [row["score"]["mean"] for row in rows],
-        yerr=[row["score"]["spread"] for row in rows], capsize=2,
+        yerr=[row["score"]["spread"] or float("nan") for row in rows], capsize=2,
     )  # fmt: skip
     for place, row in enumerate(rows, 1):
         axes.annotate(str(place), (row["layer"], 0), xytext=(0, 3), textcoords="offset points", ha="center", color="w")

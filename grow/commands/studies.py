@@ -7,7 +7,7 @@ from typing import Any
 
 from grow.arguments import number
 from grow.errors import UserError, unknown
-from grow.text import say
+from grow.text import dial_text, say
 
 
 def rank(
@@ -80,3 +80,28 @@ def effective_rank(run: str, out: str, start: str = "", tag: str = "", json: boo
 
     result = write_ranks(effective_ranks(run, start, tag), out, run)
     return say(result, lambda r: f"{r['text']}\nwritten: {r['out']}/effective_rank.md", json)
+
+
+def dial(
+    checkpoint: str, max_kl: str = "0.01", text: str = "", passages: str = "64", start: str = "", json: bool = False
+) -> str:
+    """Finds the largest α that keeps a trained model within a bound of its base, by KL on general text.
+
+    KL(base ‖ model) of the next token, nats, the mean over all positions of the text. Bisection: a few passes over it.
+
+    Example: python -m grow dial ~/models/gemma-3-270m-french-grown --max-kl 0.01 --text prose.txt
+
+    Args:
+        checkpoint: A grown checkpoint, or what a run by `adapter` ends in; or, with --start, a stock one.
+        max_kl: The bound, in nats a token.
+        text: FILE.txt, whose paragraphs are the passages, or FILE.jsonl with a column text; English fiction unless
+            given, which recipes/gemma3_270m/fetch.py prose brings.
+        passages: How many passages, of 256 tokens at most.
+        start: What a stock checkpoint was trained from; its weights are interpolated.
+        json: Print one JSON object.
+    """
+    bound, count = number("--max-kl", max_kl, float), number("--passages", passages)
+
+    from grow.divergence import find_alpha
+
+    return say(find_alpha(checkpoint, start, text, count, bound), dial_text, json)
