@@ -123,11 +123,9 @@ def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> 
 
 def find_alpha(path: str, start: str, text: str, passages: int, bound: float) -> dict[str, Any]:
     """What `dial` says of a checkpoint; `next` is the command to go on with. Raises UserError for a checkpoint without
-    its base, and for a bound or a text that is none."""
+    its base, and for a text that is none."""
     from transformers import AutoTokenizer
 
-    if bound <= 0 or passages < 1:
-        raise UserError(f"--max-kl {bound:g} and --passages {passages}: both are more than 0")
     text = text or os.path.join(os.environ.get("GROW_CACHE") or os.path.expanduser("~/.cache/grow"), PROSE)
     check_dial(path, start, (0.0,))
     examples = read_passages(text, AutoTokenizer.from_pretrained(path, local_files_only=True), passages)

@@ -83,7 +83,7 @@ def effective_rank(run: str, out: str, start: str = "", tag: str = "", json: boo
 
 
 def dial(
-    checkpoint: str, max_kl: str = "0.01", text: str = "", passages: str = "64", start: str = "", json: bool = False
+    checkpoint: str, max_kl: str = "0.01", text: str = "", passages: str = "32", start: str = "", json: bool = False
 ) -> str:
     """Finds the largest α that keeps a trained model within a bound of its base, by KL on general text.
 
@@ -101,6 +101,9 @@ def dial(
         json: Print one JSON object.
     """
     bound, count = number("--max-kl", max_kl, float), number("--passages", passages)
+
+    if not bound > 0 or count < 1:
+        raise UserError(f"dial: --max-kl {max_kl} and --passages {passages}: both are more than 0")
 
     from grow.divergence import find_alpha
 
