@@ -56,7 +56,8 @@ def translation_scores(outputs: list[str], references: list[str]) -> dict[str, A
     found: dict[str, Any] = {"intervals": {}}
     for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
         figure = metric.corpus_score(outputs, [references], n_bootstrap=_DRAWS)
-        found[name] = figure.score
-        found["intervals"][name] = (figure._mean - figure._ci, figure._mean + figure._ci)
+        found[name] = float(figure.score)
+        middle, half = float(figure._mean), float(figure._ci)
+        found["intervals"][name] = (middle - half, middle + half)
         found[f"{name}_signature"] = str(metric.get_signature())
     return found

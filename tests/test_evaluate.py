@@ -120,20 +120,21 @@ def last_logits(model: Any, tokenizer: Any, text: str) -> torch.Tensor:
         return model(input_ids=ids).logits[0, -1]
 
 
-def test_accuracy_among_the_options(trained: Path, recipe: Path, capsys: Any) -> None:
-    """The answers of sums are 4 to 38; here one digit, so that all of them can be listed."""
-    settings = read_recipe(
-        str(recipe), {"completion": "{answer[0]}", "metric": "accuracy", "options": "1,2,3,4,5,6,7,8,9"}
-    )
-    found = evaluate(str(trained), settings)["task"]
+def test_accuracy_among_the_options(trained: Path, recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    """Three of four rows have the digit that the model likes best for their answer, the fourth that it likes least."""
     tokenizer, model = AutoTokenizer.from_pretrained(trained), load(trained, compute_dtype())
-    right = 0
-    rows = list(settings.rows("test"))
-    for row in rows:
-        logits = last_logits(model, tokenizer, "<bos>" + row["question"])
-        right += max("123456789", key=lambda digit: logits[tokenizer.convert_tokens_to_ids(digit)]) == row["answer"][0]
-    assert found["accuracy"] == pytest.approx(right / len(rows), abs=0.03) and found["accuracy_rows"] == len(rows)
-    assert found["intervals"]["accuracy"][0] <= found["accuracy"] <= found["intervals"]["accuracy"][1]
+    rows = []
+    for index in range(20):
+        logits = last_logits(model, tokenizer, f"<bos>No. {index * index}:")
+        liked = sorted("123456789", key=lambda digit: logits[tokenizer.convert_tokens_to_ids(digit)])
+        rows.append({"question": f"No. {index * index}:", "answer": liked[-1] if index % 4 else liked[0]})
+    data = make_data(tmp_path / "data")
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"data": str(data), "metric": "accuracy", "options": "1,2,3,4,5,6,7,8,9"}
+    found = evaluate(str(trained), read_recipe(str(recipe), asked))["task"]
+    # A tie within bf16's rounding may fall differently in a packed row.
+    assert found["accuracy"] == pytest.approx(0.75, abs=0.06) and found["accuracy_rows"] == 20
+    assert 0.4 < found["intervals"]["accuracy"][0] < found["accuracy"] < found["intervals"]["accuracy"][1]
     options = ("--metric", "accuracy", "--options", "1,2")
     assert "is not among" in here(capsys, "eval", trained, "--recipe", recipe, *options, code=2)
 
@@ -141,15 +142,12 @@ def test_accuracy_among_the_options(trained: Path, recipe: Path, capsys: Any) ->
 def test_translations_are_written_and_scored(trained: Path, recipe: Path) -> None:
     french = ["Le chat est sur la table.", "Il fait beau aujourd'hui.", "Je ne sais pas."]
     same = translation_scores(french, french)
-    assert (
-        same["chrf"] == pytest.approx(100)
-        and same["bleu"] == pytest.approx(100)
-        and "nrefs:1" in same["bleu_signature"]
-    )
+    assert (same["chrf"], same["bleu"]) == (pytest.approx(100), pytest.approx(100))
+    assert "nrefs:1" in same["bleu_signature"]
     other = translation_scores(["Le chien est sur la chaise.", "Il fait froid.", "Je sais."], french)
     assert 10 < other["chrf"] < 90 and other["intervals"]["chrf"][0] < other["chrf"] < other["intervals"]["chrf"][1]
     settings = read_recipe(str(recipe), {"metric": "chrf"})
-    found = evaluate(str(trained), settings, limit=20, samples=2)
+    found = json.loads(json.dumps(evaluate(str(trained), settings, limit=20, samples=2)))
     assert 0 <= found["task"]["chrf"] <= 100 and len(found["samples"]) == 2
 
 
