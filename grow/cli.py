@@ -5,14 +5,15 @@ import sys
 from collections.abc import Callable
 
 from grow.arguments import checked
-from grow.commands import checkpoints, runs
+from grow.commands import checkpoints, runs, studies
 from grow.errors import Fault, Preempted, UserError, one_line
 
 COMMANDS: dict[str, Callable[..., str]] = {
-    command.__name__: command
+    command.__name__.replace("_", "-"): command
     for command in (
         checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.show, runs.train,
         checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach, runs.eval, runs.report,
+        studies.rank, studies.effective_rank, studies.dial,
     )
 }  # fmt: skip
 

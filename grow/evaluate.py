@@ -1,92 +1,175 @@
-"""How well a checkpoint does the recipe's task, and what it still knows: one forward pass over held-out rows."""
+"""How well a checkpoint does the recipe's task, and what it still knows: held-out rows, over the dial.
 
-import math
-from collections import defaultdict
+Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Rows that training rows give
+away (grow.overlap) are counted and left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from tqdm import tqdm
+from xxhash import xxh3_64_hexdigest
 
+from grow.bootstrap import interval
+from grow.dial import Dial, check_dial
 from grow.errors import UserError
-from grow.loss import token_scores
-from grow.model import compute_dtype, load
+from grow.overlap import overlapping
 from grow.recipe import Recipe
-from grow.tasks import Example, PackedDataset, collate, encode
+from grow.scoring import choices, right_options, score
+from grow.tasks import Example, encode
+from grow.template import Template
+from grow.writing import translation_scores, write
+
+
+@dataclass
+class Items:
+    """Rows that are scored as one set: `rows` as a datasets.Dataset, `examples` of the same in tokens."""
+
+    name: str
+    rows: Any
+    template: Template
+    examples: list[Example]
+    overlapping: int
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells them from other rows."""
+        return xxh3_64_hexdigest(repr([(example.input_ids, example.labels) for example in self.examples]).encode())
 
 
 def evaluate(
-    path: str, recipe: Recipe, alpha: float = 1.0, samples: int = 0, limit: int | None = None
+    path: str,
+    recipe: Recipe | None,
+    alphas: tuple[float, ...] = (1.0,),
+    samples: int = 0,
+    limit: int | None = None,
+    retention_limit: int | None = None,
+    start: str = "",
+    against: dict[str, Any] | None = None,
+    harness: Callable[[Any, Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Scores one checkpoint, stock, grown or an adapter's folder.
+    """Scores one checkpoint, stock, grown or an adapter's folder, at each α of the dial.
 
-    Returns, under "task" (test rows) and "retention" (rows of old knowledge): `loss`, nats per labelled token;
-    `token_accuracy`, the share of labelled tokens that are the likeliest; `exact_match`, the share of rows where all
-    are, which is what greedy decoding would give; `log_likelihood`, nats per row, the mean over rows; `rows`.
-    Under "samples" what the model writes for the first test rows. `alpha` is the dial of a grown model.
+    Returns, under "task" (test rows), "retention" (rows of old knowledge) and "retention_sets" (more of these, by
+    name): `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the likeliest;
+    `exact_match`, the share of rows where all are, which is what greedy decoding would give; `log_likelihood`, nats per
+    row, the mean over rows; `rows`; `overlapping`, how many were left out; `intervals` of the figures; `items`, each
+    row's log-likelihood. The task also has what the recipe's `metric` asks for. Under "samples" what the model writes
+    for the first test rows. Of several α, "dial" has all that for each, and the rest is that of the largest.
+
+    `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
+    retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`).
+    `harness` is given model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
     """
     from transformers import AutoTokenizer
 
-    rows = recipe.rows(recipe.test_split)
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
-    model = load(path, compute_dtype(), alpha)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_dial(path, start, alphas)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    examples = encode(rows, tokenizer, recipe.template, recipe.max_length).examples
-    result: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(model.dtype)}
-    result["task"] = score(model, examples, recipe, tokenizer.pad_token_id, "task")
+    sets = _items(recipe, tokenizer, limit, retention_limit) if recipe else []
+    if recipe and recipe.options:
+        right_options(sets[0].rows, recipe)  # a mistake in them is found before anything is loaded
+    if against:
+        against = against["dial"][0] if "dial" in against else against
+        _check_base(against, sets)
+    dial = Dial(path, start)
+    points: list[dict[str, Any]] = []
+    for alpha in sorted(set(alphas)):
+        dial.set(alpha)
+        point: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(dial.model.dtype)}
+        if recipe:
+            point |= _scores(dial, recipe, tokenizer, sets, samples)
+        if harness:
+            point["lm_eval"] = harness(dial.model, tokenizer)
+        points.append(point)
+        base = points[0] if points[0]["alpha"] == 0 else against
+        if base is not None:
+            _compare(point, base)
+    return points[-1] | ({"dial": points} if len(points) > 1 else {})
+
+
+def _scores(dial: Dial, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> dict[str, Any]:
+    task, *known = sets
+    found = {"task": _summary(dial, task, recipe, tokenizer)}
+    scores = {items.name: _summary(dial, items, recipe, tokenizer) for items in known}
     if recipe.retention:
-        known = recipe.retention_rows()
-        # No end token: the question is whether the answer comes, not whether the text ends there.
-        examples = encode(known, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples
-        result["retention"] = score(model, examples, recipe, tokenizer.pad_token_id, "retention")
-    result["samples"] = _write(model, tokenizer, recipe, rows.select(range(min(samples, len(rows)))))
-    return result
+        found["retention"] = scores.pop("retention")
+    first = task.rows.select(range(min(samples, len(task.rows))))
+    written = write(dial.model, tokenizer, task.template, first)
+    return found | ({"retention_sets": scores} if scores else {}) | {"samples": written}
 
 
-def score(model: Any, examples: list[Example], recipe: Recipe, pad_token_id: int | None, what: str) -> dict[str, Any]:
-    """Scores of tokenised rows (see evaluate); rows longer than a sequence are left out and not counted."""
-    sequences = PackedDataset(examples, recipe.max_length, pad_token_id or 0)
-    if not len(sequences):
-        raise UserError(f"no row to score for {what}: all are longer than max_length {recipe.max_length} tokens")
-    logprob: dict[int, float] = defaultdict(float)
-    hits: dict[int, list[bool]] = defaultdict(list)
-    size = recipe.per_device_eval_batch_size
-    for start in tqdm(range(0, len(sequences), size), desc=what, leave=False, disable=None):
-        batch = collate([sequences[i] for i in range(start, min(start + size, len(sequences)))])
-        scores = token_scores(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-        for value, hit, row in zip(*(tensor.tolist() for tensor in scores), strict=True):
-            logprob[row] += value
-            hits[row].append(hit)
-    tokens = sum(len(row) for row in hits.values())
-    return {
-        "loss": -math.fsum(logprob.values()) / tokens,
-        "token_accuracy": sum(sum(row) for row in hits.values()) / tokens,
-        "exact_match": sum(all(row) for row in hits.values()) / len(hits),
-        "log_likelihood": math.fsum(logprob.values()) / len(hits),
-        "rows": len(hits),
-    }
+def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:
+    """The task's rows first, then those of old knowledge."""
+    sets = [("task", recipe.rows(recipe.test_split), recipe.template, limit)]
+    if recipe.retention:
+        sets.append(("retention", recipe.retention_rows(), recipe.retention_template, retention_limit))
+    for folder in recipe.retention_sets:
+        rows = recipe.retention_rows(folder=folder)
+        template = Template("", "{text}") if "text" in rows.column_names else Template("{prompt}", "{completion}")
+        sets.append((folder.rstrip("/").rpartition("/")[2], rows, template, retention_limit))
+    if len({name for name, *_ in sets}) < len(sets):
+        raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")
+    training = recipe.rows(recipe.train_split)
+    shared = overlapping([(rows, template) for _, rows, template, _ in sets], (training, recipe.template))
+    found = []
+    for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
+        kept = rows.select([i for i in range(len(rows)) if i not in given_away][:most])
+        # Of old knowledge no end token: the question is whether the answer comes, not whether the text ends there.
+        encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
+        bad = {row for some in encoded.bad.values() for row in some}
+        if not encoded.examples:
+            raise UserError(
+                f"no row to score for {name}: {len(given_away)} of {len(rows)} overlap with training rows, and all "
+                f"others are unusable or longer than max_length {recipe.max_length} tokens"
+            )
+        kept = kept.select([i for i in range(len(kept)) if i not in bad])
+        found.append(Items(name, kept, template, encoded.examples, len(given_away)))
+    return found
 
 
-def _write(model: Any, tokenizer: Any, recipe: Recipe, rows: Any) -> list[dict[str, str]]:
-    """What the model writes, greedily, after each row's prompt, up to the end of the line."""
-    if not len(rows):
-        return []
-    pieces = [recipe.template.pieces(row, tokenizer) for row in rows]
-    prompts, wanted = ["".join(text for text, _ in row[:-1]) for row in pieces], [row[-1][0] for row in pieces]
-    inputs = tokenizer(
-        prompts,
-        add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
-    ).to(model.device)  # fmt: skip
-    longest = 2 * max(len(ids) for ids in tokenizer(wanted).input_ids)
-    written = model.generate(
-        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=longest, do_sample=False
-    )
-    texts = tokenizer.batch_decode(written[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [
-        {
-            "prompt": prompt.removeprefix(tokenizer.bos_token or ""),
-            "reference": reference.strip(),
-            "output": (text.strip() or "–").split("\n")[0],
-        }
-        for prompt, reference, text in zip(prompts, wanted, texts, strict=True)
-    ]
+def _summary(dial: Dial, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    scores = score(dial.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
+    scores |= {"overlapping": items.overlapping, "fingerprint": items.fingerprint}
+    if items.name == "task":
+        more = _metric(dial, items, recipe, tokenizer)
+        scores |= more | {"intervals": scores["intervals"] | more.get("intervals", {})}
+    return scores
+
+
+def _metric(dial: Dial, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """What the recipe's metric asks for beyond the loss: figures, and their `intervals`."""
+    if recipe.metric == "accuracy":
+        return choices(dial.model, task.rows, recipe, tokenizer)
+    if recipe.metric == "chrf":
+        written = write(dial.model, tokenizer, recipe.template, task.rows)
+        return translation_scores([row["output"] for row in written], [row["reference"] for row in written])
+    return {}
+
+
+def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sets of old knowledge in a result, by name."""
+    first = {"retention": scores["retention"]} if "retention" in scores else {}
+    return first | scores.get("retention_sets", {})
+
+
+def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
+    """Raises UserError, before anything is scored, if an earlier result is of other rows of old knowledge."""
+    known = _known(base)
+    for items in sets[1:]:
+        if items.name in known and known[items.name].get("fingerprint") != items.fingerprint:
+            raise UserError(
+                f"--against: {items.name} was scored on other rows; score the base with the same recipe and limits"
+            )
+
+
+def _compare(point: dict[str, Any], base: dict[str, Any]) -> None:
+    """Adds to each set of old knowledge how the log-likelihood of a row differs from the base's, row by row."""
+    before = _known(base)
+    for name, own in _known(point).items():
+        if name in before:
+            differences = [now - then for now, then in zip(own["items"], before[name]["items"], strict=True)]
+            own["from_base"] = {
+                "log_likelihood": sum(differences) / len(differences),
+                "interval": interval(differences),
+                "rows": len(differences),
+            }

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.divergence import compare
 from grow.loss import labelled_logits
 from grow.model import grown_mlps, set_alpha
 from grow.tasks import PackedDataset
-
-_AT_A_TIME = 256
-"""Positions whose distributions over the vocabulary are in memory at once, in fp32."""
 
 
 class Probe:
@@ -63,7 +61,7 @@ class Probe:
 def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
     """Sums over a batch's labels: log-likelihood, KL from the base, their count; [3] fp64."""
     logits, labels = labelled_logits(model, batch)
-    base = logits
+    base = None
     if grown:
         inside = getattr(model, "module", model)
         set_alpha(inside, 0)
@@ -72,14 +70,8 @@ def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
         finally:
             set_alpha(inside, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    for first in range(0, len(labels), _AT_A_TIME):
-        part = slice(first, first + _AT_A_TIME)
-        now = logits[part].float().log_softmax(-1)
-        sums[0] += now.gather(1, labels[part, None]).sum()
-        if grown:
-            before = base[part].float().log_softmax(-1)
-            sums[1] += (before.exp() * (before - now)).sum()
-    sums[2] = len(labels)
+    likelihoods, divergences = compare(logits, base, labels)
+    sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)
     return sums
 
 

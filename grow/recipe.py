@@ -18,6 +18,8 @@ from grow.errors import UserError, unknown
 from grow.methods import METHODS, Method
 from grow.template import Template
 
+METRICS = ("loss", "chrf", "accuracy")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,6 +41,10 @@ class Recipe:
     completion: str = ""
     # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template.
     messages: str = ""
+    # What `eval` measures beside the loss: "chrf" (and BLEU) of what the model writes; "accuracy" among the options,
+    # which are all completions that there are.
+    metric: str = "loss"
+    options: list[str] = field(default_factory=list)
     # Rows that cannot be used (empty, too long, not UTF-8) are named and left out; more than this share ends the run.
     max_bad_rows: float = 0.01
 
@@ -46,7 +52,9 @@ class Recipe:
     retention: str | None = None
     retention_prompt: str = "{prompt}"
     retention_completion: str = "{completion}"
-    # So many of these rows are scored whenever the validation loss is, in training; 0: none.
+    # More of them, for `eval` alone: folders whose rows have a text, or a prompt and a completion.
+    retention_sets: list[str] = field(default_factory=list)
+    # So many of the rows of `retention` are scored whenever the validation loss is, in training; 0: none.
     probe_rows: int = 64
 
     # Rows are packed into sequences of max_length tokens; the batch sizes count such sequences.
@@ -89,11 +97,11 @@ class Recipe:
 
         return load_rows(self.data, split, self.data_revision, self.data_dir)
 
-    def retention_rows(self, split: str = "test") -> Any:
-        """Rows of old knowledge, likewise."""
+    def retention_rows(self, split: str = "test", folder: str = "") -> Any:
+        """Rows of old knowledge, likewise; of `retention` or of another folder."""
         from grow.tasks import load_rows
 
-        return load_rows(str(self.retention), split)
+        return load_rows(folder or str(self.retention), split)
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -174,6 +182,9 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
     elif isinstance(value, dict):
         if any(get_origin(kind) is dict for kind in kinds):
             return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
+    elif get_origin(wanted) is list:
+        items = value if isinstance(value, list) else str(value).split(",")
+        return [_coerce(f"{name}[{index}]", item, str) for index, item in enumerate(items)]
     elif not isinstance(value, (list, bool)):
         try:
             if float in kinds:
@@ -203,6 +214,12 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
             raise UserError(f"{path}: {name} must be at least 1")
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
+    if recipe.metric not in METRICS:
+        raise UserError(f"{path}: metric: {unknown(recipe.metric, METRICS, 'metric')}")
+    if (recipe.metric == "accuracy") != bool(recipe.options) or (recipe.options and not recipe.completion):
+        raise UserError(
+            f"{path}: metric: accuracy, options (all completions that there are) and completion go together"
+        )
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
     deepspeed = Path(recipe.deepspeed)

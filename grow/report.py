@@ -13,6 +13,12 @@ COLUMNS = (
     ("old knowledge, exact", "retention", "exact_match", "{:.1%}"),
     ("old knowledge, log-likelihood", "retention", "log_likelihood", "{:.2f}"),
 )
+METRICS = (
+    ("accuracy", "task", "accuracy", "{:.1%}"),
+    ("chrF", "task", "chrf", "{:.1f}"),
+    ("BLEU", "task", "bleu", "{:.1f}"),
+)
+"""Columns that a table has if a recipe asked for them."""
 
 
 def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
@@ -23,9 +29,9 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
         if (path / "run.json").exists():
             curves[_method(path)] = validation_losses(last_checkpoint(path))
         elif path.is_file():
-            scores.append(read_json(path))
-            if "task" not in scores[-1]:
-                raise UserError(f"{path}: not a file that `python -m grow eval --out` wrote")
+            scores += _points(read_json(path))
+            if not all("task" in point for point in scores):
+                raise UserError(f"{path}: not a file that `python -m grow eval --recipe … --out` wrote")
         else:
             raise UserError(f"{path}: neither a training run nor a file that `python -m grow eval --out` wrote")
     folder = Path(out)
@@ -36,6 +42,13 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
     return {"table": str(folder / "report.md"), "plot": str(folder / "report.png"), "text": text}
 
 
+def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each place of the dial that was scored."""
+    if "dial" not in scores:
+        return [scores]
+    return [point | {"name": f"{scores['name']}, α = {point['alpha']:g}"} for point in scores["dial"]]
+
+
 def _method(run: Path) -> str:
     return str(read_json(run / "run.json")["recipe"]["method"])
 
@@ -44,9 +57,10 @@ def table(scores: list[dict[str, Any]]) -> str:
     """One row for each scored checkpoint, as Markdown."""
     if not scores:
         return ""
-    lines = ["| | " + " | ".join(name for name, *_ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    columns = [*COLUMNS, *(c for c in METRICS if any(c[2] in row[c[1]] for row in scores))]
+    lines = ["| | " + " | ".join(name for name, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in scores:
-        cells = [form.format(row[part][key]) if part in row else "–" for _, part, key, form in COLUMNS]
+        cells = [form.format(row[part][key]) if key in row.get(part, {}) else "–" for _, part, key, form in columns]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     first = scores[0]
     old = f", {first['retention']['rows']} of old knowledge" if "retention" in first else ""

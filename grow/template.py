@@ -42,6 +42,14 @@ class Template:
             raise ValueError("empty")
         return [(tokenizer.bos_token or "", False), (before, False), (after, True)]
 
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        """What the row itself brings to its text, column by column (of messages, turn by turn)."""
+        if self.messages:
+            turns = row[self.messages]
+            return [str(turn.get("content")) for turn in turns if isinstance(turn, dict)] if turns else []
+        fields = dict.fromkeys(name for _, name, _, _ in Formatter().parse(self.prompt + self.completion) if name)
+        return [f"{{{name}}}".format(**row) for name in fields]
+
 
 @cache
 def _names(template: str) -> list[str]:

@@ -64,13 +64,47 @@ def train_text(r: dict[str, Any]) -> str:
 
 def eval_text(r: dict[str, Any]) -> str:
     """Of `eval`."""
-    parts = [(part, r[part]) for part in ("task", "retention") if part in r]
-    lines = [
-        f"{part}: loss {s['loss']:.3f}, token accuracy {s['token_accuracy']:.1%}, exact {s['exact_match']:.1%}, "
-        f"log-likelihood {s['log_likelihood']:.2f} over {s['rows']} rows"
-        for part, s in parts
+    lines = []
+    for point in r.get("dial", [r]):
+        lines += [f"α = {point['alpha']:g}"] if "dial" in r else []
+        sets = {part: point[part] for part in ("task", "retention") if part in point} | point.get("retention_sets", {})
+        lines += [_scores_text(name, scores) for name, scores in sets.items()]
+        for task, metrics in point.get("lm_eval", {}).items():
+            lines += [f"{task}: {name} {figure_text(m, 'value')} over {m['rows']} rows" for name, m in metrics.items()]
+    lines += [f"{sample['prompt']} {sample['output']}" for sample in r.get("samples", [])]
+    return "\n".join(lines)
+
+
+def figure_text(scores: dict[str, Any], key: str, form: str = ".3f") -> str:
+    """A figure with its 95 % interval, such as 0.512 [0.480, 0.544]."""
+    bounds = scores.get("intervals", {}).get(key) or scores.get("interval")
+    text = format(scores[key], form)
+    return text + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
+
+
+def _scores_text(name: str, s: dict[str, Any]) -> str:
+    parts = [
+        f"loss {figure_text(s, 'loss')}",
+        f"token accuracy {figure_text(s, 'token_accuracy', '.1%')}",
+        f"exact {figure_text(s, 'exact_match', '.1%')}",
+        f"log-likelihood {figure_text(s, 'log_likelihood', '.2f')}",
     ]
-    lines += [f"{sample['prompt']} {sample['output']}" for sample in r["samples"]]
+    parts += [f"accuracy {figure_text(s, 'accuracy', '.1%')}"] if "accuracy" in s else []
+    parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
+    if "from_base" in s:
+        parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")
+    left_out = f", {s['overlapping']} left out as in the training rows" if s["overlapping"] else ""
+    return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}"
+
+
+def dial_text(r: dict[str, Any]) -> str:
+    """Of `dial`."""
+    lines = [f"α = {point['alpha']:<6g} KL {figure_text(point, 'kl', '.5f')}" for point in r["seen"]]
+    lines += [
+        f"largest α with KL(base ‖ model) ≤ {r['max_kl']:g} nats a token: {r['alpha']:g}; KL "
+        f"{figure_text(r, 'kl', '.5f')} (95 %) over {r['passages']} passages, {r['tokens']} tokens of {r['text']}",
+        r["next"],
+    ]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@
 #   OUT      the stock checkpoint (default: the run's folder with -stock after its name)
 #   SCORES   the file of scores; "none" scores nothing (default: the run's folder with -scores.json after its name)
 #   LIMIT    score only so many held-out rows (default: all)
+#   UNIFORM  1 widens layers that are not grown with zeros, so that one width holds for all (default: not)
 #   ALPHA    the dial: 0 is the base, 1 as trained (default: 1)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
@@ -22,7 +23,7 @@ SCORES=${SCORES:-$run-scores.json}
 if [[ $method == adapter ]]; then
     OUT=$run/result # an adapter is in no stock architecture
 elif [[ ! -d $OUT ]]; then
-    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}"
+    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" ${UNIFORM:+--uniform}
 fi
 [[ $SCORES == none || -f $SCORES ]] ||
     grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" --name "$(basename "$run")" --out "$SCORES"

@@ -121,7 +121,13 @@ begin() {
     note "$run on $SLURM_JOB_NODELIST"
 }
 
-expanding() { [[ -d $start ]] || part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"; }
+expanding() {
+    [[ ! -d $start ]] || return 0
+    # Of slurm/pipeline.sh --pilot: LAYERS then names the ranking.
+    [[ -z ${PILOT:-} || -f $run-ranking/ranking.json ]] ||
+        part ranking step 1 1 "$VENV/bin/python" -m grow rank "$PILOT" --out "$run-ranking"
+    part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"
+}
 
 training() {
     [[ ! -f $run/COMPLETE ]] || return 0

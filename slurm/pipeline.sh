@@ -2,9 +2,14 @@
 # A run as three jobs, each of which starts when the one before it has succeeded: expand and consolidate on CPU nodes,
 # train on GPU nodes. If one fails, Slurm cancels those after it (reason: DependencyNeverSatisfied).
 #
-#     slurm/pipeline.sh RECIPE [--field value …]
+#     slurm/pipeline.sh [--pilot] RECIPE [--field value …]
+#
+# With --pilot a fourth comes first: a short run of plain fine-tuning, RUN-pilot, by whose weight updates the layers are
+# ranked (RUN-ranking); the best of them grow, into RUN-grown instead of the recipe's grown checkpoint.
 #
 # Variables:
+#   PILOT_STEPS  how many steps of the pilot (default: 100)
+#   TOP          how many layers grow after it (default: 9)
 #   GPU_SBATCH   sbatch options of the training (default: one whole node with eight GPUs, a day)
 #   CPU_SBATCH   sbatch options of the other two (default: eight cores, 32 GB, two hours)
 #   SCORES       where to score the result, which takes long without a GPU (default: none, it is not scored)
@@ -18,6 +23,12 @@ done
 source "$ROOT/slurm/common.sh"
 
 help_if_asked "$@"
+pilot=
+if [[ $1 == --pilot ]]; then
+    pilot=1
+    shift
+    help_if_asked "$@"
+fi
 command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
 site_settings
 read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
@@ -27,19 +38,44 @@ export GROW_ROOT=$ROOT SCORES=${SCORES:-none}
 run=$(grow show "$1" output_dir "${@:2}")
 
 arguments=("$@")
+# without "--name …" RECIPE [--field value …]: into `arguments`, but for these fields.
+without() {
+    local names=" $1 "
+    shift
+    arguments=()
+    while (($#)); do
+        if [[ $names != *" ${1%%=*} "* ]]; then
+            arguments+=("$1")
+        elif [[ $1 != *=* ]]; then
+            shift
+        fi
+        shift
+    done
+}
 submit() { # submit PART AFTER OPTION…: prints the job's number
     sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${@:3}" \
         "$ROOT/slurm/part.sh" "$1" "${arguments[@]}" | cut -d ';' -f 1
 }
-expand=$(submit expanding "" "${cpu[@]}")
+piloting=
+if [[ $pilot ]]; then
+    without "--method --max_steps --output_dir" "$@"
+    arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --output_dir "$run-pilot")
+    piloting=$(submit training "" "${gpu[@]}")
+    without "--grown" "$@"
+    arguments+=(--grown "$run-grown")
+    export PILOT=$run-pilot LAYERS=top:${TOP:-9}:$run-ranking/ranking.json UNIFORM=1
+fi
+expand=$(submit expanding "$piloting" "${cpu[@]}")
 train=$(submit training "$expand" "${gpu[@]}")
 consolidate=$(submit consolidating "$train" "${cpu[@]}")
+jobs=${piloting:+$piloting,}$expand,$train,$consolidate
 
 cat <<END
-$expand expanding
+${piloting:+$piloting pilot
+}$expand expanding
 $train training
 $consolidate consolidating
 run: $run
-follow: squeue --jobs=$expand,$train,$consolidate; tail -F grow-*-{$expand,$train,$consolidate}.out
-cancel: scancel $expand $train $consolidate
+follow: squeue --jobs=$jobs; tail -F grow-*-{$jobs}.out
+cancel: scancel ${jobs//,/ }
 END

@@ -49,6 +49,18 @@ def train_here(recipe: Path, output: Path) -> None:
         sys.exit(main(["train", str(recipe)]))
 
 
+def here(capsys: Any, *arguments: str | Path, code: int = 0) -> str:
+    """Runs python -m grow in this process. Returns what it printed, or of a mistake its line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    said = capsys.readouterr()
+    if code == 0:
+        return said.out
+    (line,) = said.err.splitlines()
+    assert said.out == "" and line.startswith("grow: ")
+    return line
+
+
 def start(recipe: Path, ranks: int, rank: Callable[..., None] | None = None) -> str:
     """Trains on so many ranks, forked, without a launcher. Returns what the first said."""
     (port,) = free_ports(1)

@@ -28,7 +28,7 @@ def test_help_is_quick() -> None:
         shown = grow("--help")
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
-    commands = ("plan", "expand", "verify", "train", "consolidate", "eval", "report")
+    commands = ("plan", "expand", "verify", "train", "consolidate", "eval", "report", "rank", "effective-rank", "dial")
     for command in commands:
         assert command in shown.stderr + shown.stdout
         text = grow(command, "--help")
@@ -63,6 +63,13 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["verify", "{base}", "--forward"], "--base"),
         (["report", "--out", "{out}"], "at least one run"),
         (["eval", "{base}", "--recipe", "{out}"], "no recipe there"),
+        (["eval", "{base}"], "name what to score it on"),
+        (["eval", "{base}", "--recipe", "{recipe}", "--metric", "bleu"], "bleu is not a metric"),
+        (["eval", "{base}", "--recipe", "{recipe}", "--metric", "accuracy"], "go together"),
+        (["rank", "--out", "{out}"], "needs a training run"),
+        (["rank", "{base}", "--by", "updates", "--out", "{out}"], "did you mean update?"),
+        (["effective-rank", "{base}", "--out", "{out}"], "nothing to consolidate"),
+        (["dial", "{base}", "--max-kl", "0"], "more than 0"),
         (["train", "{recipe}", "--max_step", "3"], "did you mean --max_steps?"),
         (["train", "{recipe}", "--max_steps", "many"], "max_steps: 'many'"),
         (["train", "{recipe}", "--method", "g_frieze"], "did you mean g_freeze?"),

@@ -193,3 +193,23 @@ def test_submitted_twice_the_second_leaves_the_first_alone(site: Site, cluster: 
     third = site.submit("slurm/grow_gemma1b.sh", path, options=one_node, **QUICK)
     assert cluster.finish(third) == "COMPLETED"
     assert site.steps(third) == 0 and "done: " in site.log(third)
+
+
+@pytest.mark.full
+def test_a_pilot_chooses_the_layers(site: Site, cluster: Cluster, tmp_path: Path) -> None:
+    """Pilot, ranking, expansion, training, consolidation: four jobs, each after the one before."""
+    path = site.recipe(tmp_path, kind="text", save_steps=STEPS)
+    said = cluster.ask(
+        "slurm/pipeline.sh", "--pilot", path, "--method", "g_freeze", "--max_steps=6", cwd=site.clone,
+        GPU_SBATCH="--nodes=1 --ntasks-per-node=2 --gpus-per-node=2", CPU_SBATCH="--nodes=1",
+        PILOT_STEPS="4", TOP="2", **site.variables | QUICK,
+    )  # fmt: skip
+    pilot, expanding, training, consolidating = re.findall(r"^(\d+) ", said, re.MULTILINE)
+    assert cluster.finish(consolidating) == "COMPLETED", "".join(map(site.log, (pilot, expanding, training)))
+    assert (site.steps(pilot), site.steps(training)) == (4, 6)
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text())["recipe"]["method"] == "g_freeze"
+    ranked = json.loads(Path(f"{run}-ranking/ranking.json").read_text())["layers"]
+    grown = json.loads(Path(f"{run}-grown/config.json").read_text())["growth"]["layers"]
+    assert len(ranked) == 4 and grown == sorted(ranked[:2])
+    transformers.Gemma3ForCausalLM.from_pretrained(f"{run}-stock")

@@ -20,6 +20,7 @@ from grow.errors import UserError
 from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
 FORMATS = ("stock", "grown")
+_SCORES = ("loss", "token_accuracy", "exact_match", "log_likelihood", "rows")  # what a card says, not each row's
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -55,7 +56,11 @@ def consolidate(
     refuse_existing(Path(out))
     source = open_source(path, start, tag)
     if scores:
-        source.scores = {part: v for part, v in read_json(Path(scores)).items() if part in ("task", "retention")}
+        source.scores = {
+            part: {key: value for key, value in found.items() if key in _SCORES}
+            for part, found in read_json(Path(scores)).items()
+            if part in ("task", "retention")
+        }
     plan = source.plan
     if format == "grown":
         if plan is None:

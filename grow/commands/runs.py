@@ -3,8 +3,8 @@
 Heavy imports happen inside a command, so that --help answers at once.
 """
 
-import json as json_module
 import os
+from pathlib import Path
 
 from grow.arguments import number
 from grow.errors import UserError, unknown
@@ -75,38 +75,54 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
 
 
 def eval(
-    checkpoint: str, recipe: str, alpha: str = "1", samples: str = "0", limit: str = "0",
-    name: str = "", out: str = "", json: bool = False,
+    checkpoint: str, recipe: str = "", alpha: str = "1", start: str = "", against: str = "", samples: str = "0",
+    limit: str = "0", retention_limit: str = "0", lm_eval: str = "", include_path: str = "", name: str = "",
+    out: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
-    """Scores a checkpoint on the recipe's test rows and on what the base knew.
+    """Scores a checkpoint on the recipe's test rows and on what the base knew, with 95 % intervals; over the dial too.
 
     Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
+    Example: python -m grow eval runs/sft-stock --start BASE --alpha 0,0.5,1 --recipe recipes/gemma3_270m/maths.yaml
+    Example: python -m grow eval runs/sft-stock --lm-eval winogrande,arc_easy
 
     Args:
         checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
-        recipe: The recipe whose task and retention rows are scored.
-        alpha: The dial of a grown checkpoint or an adapter: 0 is its base, 1 as trained.
+        recipe: The recipe whose task and retention rows are scored. Any of its fields can be given another value.
+        alpha: The dial, 0 is the base, 1 as trained; or several places of it, with commas.
+        start: The base of a stock checkpoint, for the dial: weights are interpolated.
+        against: A file of the base's scores, to compare old knowledge with row by row; or have 0 among the α.
         samples: For how many test rows to show what the model writes.
-        limit: Score only so many test rows; 0 is all.
+        limit: Score only so many test rows (of each task of lm-eval, too); 0 is all.
+        retention_limit: Likewise, of each set of old knowledge.
+        lm_eval: Tasks of lm-evaluation-harness, with commas.
+        include_path: A folder of more such tasks.
         name: What to call it in a report; the folder's name unless given.
         out: Write the result to this file, for `report`.
         json: Print one JSON object.
+        fields: Fields of the recipe.
     """
+    from grow.checkpoint.shards import read_json
     from grow.recipe import read_recipe
 
-    settings = read_recipe(recipe)
-    numbers = {key: number(f"--{key}", value) for key, value in (("samples", samples), ("limit", limit))}
-    dial = number("--alpha", alpha, float)
+    if not recipe and not lm_eval:
+        raise UserError("eval: name what to score it on: --recipe FILE, or --lm-eval TASK,TASK")
+    settings = read_recipe(recipe, fields) if recipe else None
+    most, most_known, shown = (
+        number(flag, value)
+        for flag, value in (("--limit", limit), ("--retention-limit", retention_limit), ("--samples", samples))
+    )
+    dial = tuple(number("--alpha", part, float) for part in alpha.split(","))
+    base = read_json(Path(against)) if against else None
 
     from grow.evaluate import evaluate
+    from grow.harness import Harness
+    from grow.tables import write_json
 
-    result = evaluate(checkpoint, settings, dial, numbers["samples"], numbers["limit"] or None)
+    harness = Harness(lm_eval.split(","), include_path, most or None).scores if lm_eval else None
+    result = evaluate(checkpoint, settings, dial, shown, most or None, most_known or None, start, base, harness)
     result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
     if out:
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        with open(out + ".partial", "w", encoding="utf-8") as file:
-            json_module.dump(result, file, indent=2, ensure_ascii=False)
-        os.replace(out + ".partial", out)
+        write_json(out, result)
     return say(result, eval_text, json)
 
 

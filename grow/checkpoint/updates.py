@@ -1,0 +1,64 @@
+"""What training has changed: each weight matrix of the decoder layers as it was, and as it is; read by rows.
+
+No model is built. Of a grown model the copies are compared with what they started as: gate and up with the base's
+own, the down-projection with the base's divided by k.
+"""
+
+import operator
+import re
+from dataclasses import dataclass
+
+from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.lazy import Lazy, combined
+from grow.checkpoint.source import Source, open_source
+from grow.errors import UserError
+from grow.methods.method import of_language_model
+from grow.plan import is_growth, mlp_prefixes
+
+_MATRIX = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(.+)\.weight", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One matrix of one layer. `matrix` is its name in the layer, such as mlp.gate_proj or self_attn.q_proj; added
+    copies go by the name of what they are copies of. `before` and `after` are of one shape, two-dimensional."""
+
+    layer: int
+    matrix: str
+    before: Lazy
+    after: Lazy
+
+    @property
+    def change(self) -> Lazy:
+        """after − before, in fp32."""
+        return combined(operator.sub, "F32", self.after, self.before)
+
+
+def read_updates(path: str, start: str = "", tag: str = "") -> tuple[list[Update], int]:
+    """The updates of a run, of one of its checkpoints, of a grown checkpoint, or, with `start`, of a stock checkpoint
+    that was trained from that one; by layer, then by name. Matrices that cannot have trained are left out.
+
+    Returns them and how many layers the model has. Raises UserError for anything else (open_source of
+    grow.checkpoint.source), and where no layer has such a matrix.
+    """
+    source = open_source(path, start, tag)
+    found = []
+    for name, before in _starts(source).items():
+        match = _MATRIX.fullmatch(name)
+        if match and len(before.shape) == 2 and of_language_model(name):
+            found.append(Update(int(match[1]), match[2].replace(".grown.", "."), before, source.tensor(name)))
+    if not found:
+        raise UserError(f"{path}: none of its layers has a weight matrix that trained")
+    return sorted(found, key=lambda update: (update.layer, update.matrix)), len(mlp_prefixes(source.start.tensors))
+
+
+def _starts(source: Source) -> dict[str, Lazy]:
+    """Every tensor that training may have changed, by name, as it was."""
+    plan = source.plan
+    if plan is None:
+        return {name: source.start.lazy(name) for name in source.trained}
+    starts, _ = expected_growth(source.start, plan)
+    for name in source.trained:
+        if is_growth(name) and name not in starts:  # of g_train: its up-projections begin as the base's own
+            starts[name] = source.start.lazy(name.replace(".trained.", "."))
+    return starts

@@ -1,0 +1,156 @@
+"""How far a model is from its base: KL(base ‖ model) of the next token; and the largest α that keeps within a bound."""
+
+import json
+import os
+from collections.abc import Callable
+from math import floor, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grow.bootstrap import interval
+from grow.dial import Dial, check_dial
+from grow.errors import UserError
+from grow.loss import labelled_logits
+from grow.mlp import GrownMLP
+from grow.model import gated_mlps
+from grow.tasks import Example, PackedDataset, collate
+
+PROSE = "gemma3_270m/prose/test.jsonl"
+"""In the cache: the text to measure on where none is named, English fiction."""
+_AT_A_TIME = 256
+"""Positions whose distributions over the vocabulary are in memory at once, in fp32."""
+_TOKENS = 256
+"""The longest passage; the rest of a longer one is left out."""
+_CLOSE = 0.01
+"""How near to the bound, as a share of it, is near enough; and how exactly α is found."""
+
+
+def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For each label: its log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32 each.
+
+    `logits` and `base` are [N, V] in any float type, `labels` [N]. Without a base the KL is zero.
+    """
+    likelihoods, divergences = [], []
+    for first in range(0, len(labels), _AT_A_TIME):
+        part = slice(first, first + _AT_A_TIME)
+        now = logits[part].float().log_softmax(-1)
+        likelihoods.append(now.gather(1, labels[part, None])[:, 0])
+        if base is not None:
+            before = base[part].float().log_softmax(-1)
+            divergences.append((before.exp() * (before - now)).sum(-1))
+    likelihood = torch.cat(likelihoods) if likelihoods else logits.new_zeros(0, dtype=torch.float32)
+    return likelihood, torch.cat(divergences) if divergences else torch.zeros_like(likelihood)
+
+
+def read_passages(path: str, tokenizer: Any, limit: int) -> list[Example]:
+    """The first passages of a text, each with a label at every position: paragraphs of a plain file, between blank
+    lines; the column `text` of a .jsonl. Raises UserError if there is none."""
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".jsonl"):
+            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        else:
+            texts = [" ".join(part.split()) for part in content.split("\n\n")]
+    except OSError as error:
+        hint = (
+            "; recipes/gemma3_270m/fetch.py prose brings it, or name a text"
+            if path.endswith("prose/test.jsonl")
+            else ""
+        )
+        raise UserError(f"--text {path}: cannot be read ({error.strerror}){hint}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--text {path}: is neither plain UTF-8 nor JSONL with a column text") from None
+    wanted = [str(text) for text in texts if str(text).strip()][:limit]
+    examples = []
+    for ids in tokenizer(wanted, add_special_tokens=False).input_ids if wanted else []:
+        ids = ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + ids[:_TOKENS]
+        if len(ids) > 1:
+            examples.append(Example(ids[:-1], ids[1:]))
+    if not examples:
+        raise UserError(f"--text {path}: no passage in it")
+    return examples
+
+
+@torch.no_grad()
+def measure(dial: Dial, passages: list[Example]) -> dict[str, Any]:
+    """At the dial's α, over all positions of the passages: `kl` from the base with its `interval`, 95 % over passages,
+    and `cross_entropy` of the text; nats per token."""
+    sequences = PackedDataset(passages, max(_TOKENS, *(len(p.input_ids) for p in passages)), 0)
+    divergence, loss = ([0.0] * len(passages) for _ in range(2))
+    for index in tqdm(range(len(sequences)), desc=f"α = {dial.alpha:g}", leave=False, disable=None):
+        batch = {name: tensor.to(dial.model.device) for name, tensor in collate([sequences[index]]).items()}
+        base = dial.base_logits(batch)
+        logits, labels = labelled_logits(dial.model, batch)
+        likelihoods, divergences = compare(logits, base, labels)
+        rows = batch["rows"][batch["rows"] >= 0]
+        for row, value, apart in zip(rows.tolist(), likelihoods.tolist(), divergences.tolist(), strict=True):
+            divergence[row] += apart
+            loss[row] -= value
+    tokens = [len(passage.labels) for passage in passages]
+    return {
+        "alpha": dial.alpha,
+        "kl": sum(divergence) / sum(tokens),
+        "interval": interval(divergence, tokens),
+        "cross_entropy": sum(loss) / sum(tokens),
+    }
+
+
+def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> list[dict[str, Any]]:
+    """What was measured on the way to the largest α whose KL is within the bound, that one last.
+
+    Bisection, every other step of it by interpolation: near the base the KL grows as α². α has three decimals.
+    """
+    seen = [{"alpha": 0.0, "kl": 0.0, "interval": (0.0, 0.0)}, measured(1.0)]
+    low, high = seen
+    if high["kl"] <= bound:
+        return seen
+    while high["alpha"] - low["alpha"] > _CLOSE / 2 and low["kl"] < (1 - _CLOSE) * bound:
+        share = 0.5
+        if len(seen) % 2 == 0:
+            share = (sqrt(bound) - sqrt(low["kl"])) / (sqrt(high["kl"]) - sqrt(low["kl"]))
+        # Rounded down: interpolation aims at the bound itself, and beyond it would be of no use.
+        alpha = floor(1000 * (low["alpha"] + share * (high["alpha"] - low["alpha"]))) / 1000
+        if not low["alpha"] < alpha < high["alpha"]:
+            break
+        seen.append(measured(alpha))
+        low, high = (seen[-1], high) if seen[-1]["kl"] <= bound else (low, seen[-1])
+    return [*(point for point in seen if point is not low), low]
+
+
+def find_alpha(path: str, start: str, text: str, passages: int, bound: float) -> dict[str, Any]:
+    """What `dial` says of a checkpoint; `next` is the command to go on with. Raises UserError for a checkpoint without
+    its base, and for a text that is none."""
+    from transformers import AutoTokenizer
+
+    text = text or os.path.join(os.environ.get("GROW_CACHE") or os.path.expanduser("~/.cache/grow"), PROSE)
+    check_dial(path, start, (0.0,))
+    examples = read_passages(text, AutoTokenizer.from_pretrained(path, local_files_only=True), passages)
+    dial = Dial(path, start)
+
+    def measured(alpha: float) -> dict[str, Any]:
+        dial.set(alpha)
+        return measure(dial, examples)
+
+    seen = largest_alpha(measured, bound)
+    return {
+        "checkpoint": path,
+        "next": f"python -m grow {_next(dial, path, start)} --alpha {seen[-1]['alpha']:g}",
+        **seen[-1],
+        "max_kl": bound,
+        "text": text,
+        "passages": len(examples),
+        "tokens": sum(len(example.labels) for example in examples),
+        "seen": sorted(seen, key=lambda point: point["alpha"]),
+    }
+
+
+def _next(dial: Dial, path: str, start: str) -> str:
+    grown = [isinstance(mlp, GrownMLP) for mlp in gated_mlps(dial.model).values()]
+    if not start and not any(grown):
+        return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
+    options = (" --uniform" if any(grown) and not all(grown) else "") + (f" --start {start}" if start else "")
+    return f"consolidate {path} OUT{options}"

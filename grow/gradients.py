@@ -1,0 +1,66 @@
+"""How large the task's gradient is at each weight matrix of the base: a ranking without a pilot run."""
+
+import re
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from grow.errors import UserError
+from grow.loss import labelled_logits, loss_sum
+from grow.methods.method import of_language_model
+from grow.model import checkpoint_activations, compute_dtype, gated_mlps, load
+from grow.ranking import Norms
+from grow.recipe import Recipe
+from grow.tasks import Epochs, PackedDataset, collate, encode
+
+_MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.weight$")
+
+
+def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
+    """Frobenius norms of the mean loss's gradient, for each of so many batches of the recipe's training rows, in the
+    order in which a run sees them, and of the weights; and how many layers the model has. Nothing is trained.
+
+    Raises UserError for rows that cannot be used, and for a number of batches that is none.
+    """
+    if batches < 1:
+        raise UserError(f"--batches {batches}: at least 1 is needed")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base, local_files_only=True)
+    encoded = encode(recipe.rows(recipe.train_split), tokenizer, recipe.template, recipe.max_length)
+    encoded.check(f"{recipe.data}, {recipe.train_split}", recipe.max_bad_rows)
+    sequences = PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+    order = Epochs(sequences, batches * recipe.train_batch_size, recipe.seed)
+
+    model = load(recipe.base, compute_dtype())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
+    weights: dict[tuple[int, str], Any] = {}
+    for name, parameter in model.named_parameters():
+        match = _MATRIX.search(name)
+        wanted = match is not None and parameter.dim() == 2 and of_language_model(name)
+        parameter.requires_grad_(wanted)
+        if match is not None and wanted:
+            weights[int(match[1]), match[2]] = parameter
+    found = [
+        _of_batch(model, weights, [order[batch * recipe.train_batch_size + i] for i in range(recipe.train_batch_size)])
+        for batch in tqdm(range(batches), desc="gradients", leave=False, disable=None)
+    ]
+    return found, len(gated_mlps(model))
+
+
+def _of_batch(model: Any, weights: dict[tuple[int, str], Any], sequences: list[dict[str, torch.Tensor]]) -> Norms:
+    model.zero_grad(set_to_none=True)
+    labels = 0
+    for sequence in sequences:  # one at a time: all of a batch's logits would be gigabytes
+        batch = {name: tensor.to(model.device) for name, tensor in collate([sequence]).items()}
+        logits, targets = labelled_logits(model, batch)
+        loss_sum(logits, targets).backward()
+        labels += len(targets)
+    norms: Norms = {}
+    for (layer, matrix), weight in weights.items():
+        sizes = (float(weight.grad.float().norm()) / labels, float(weight.detach().float().norm()))
+        norms.setdefault(layer, {})[matrix] = sizes
+    return norms

@@ -1,0 +1,133 @@
+"""Which layers to grow: those whose weights move most in a short pilot run.
+
+"Grow, Don't Overwrite" (arXiv 2603.08647, section on growing fewer layers) ranks layers by the magnitude of their
+weight update. Here it is the Frobenius norm of what the MLP's three matrices have moved by, read from checkpoints a
+block of rows at a time; or, without any training, of the gradient at the base (grow.gradients).
+"""
+
+from collections.abc import Sequence
+from math import fsum, hypot, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.updates import read_updates
+from grow.errors import UserError
+from grow.tables import markdown, new_figure, write_figure, write_json, write_text
+
+ORDERS = {
+    "update": "update of the MLP, Frobenius norm",
+    "relative": "update of the MLP, relative to its weights",
+    "gradient": "gradient of the MLP at the base, Frobenius norm",
+}
+COST = (
+    "what training layer i of n costs, in forward passes: 1 + (n - i) / n, since a backward pass goes down to layer i"
+)
+
+Norms = dict[int, dict[str, tuple[float, float]]]
+"""By layer and matrix: the Frobenius norms of an update (or a gradient) and of the weight."""
+
+
+def measure(path: str, start: str = "") -> tuple[Norms, int]:
+    """The norms of a run's updates, and how many layers its model has. Raises UserError as read_updates does."""
+    norms: Norms = {}
+    updates, layers = read_updates(path, start)
+    for update in updates:
+        sizes = (frobenius(update.change), frobenius(update.before.to("F32")))
+        norms.setdefault(update.layer, {})[update.matrix] = sizes
+    if not any(size for matrices in norms.values() for size, _ in matrices.values()):
+        raise UserError(f"{path}: nothing in it differs from what it started from; a ranking needs a run that trained")
+    return norms, layers
+
+
+def frobenius(tensor: Lazy) -> float:
+    """‖tensor‖_F, of a tensor in fp32: its squares are summed in fp64, a block of rows at a time."""
+    return sqrt(fsum(float(np.square(block, dtype=np.float64).sum()) for block in tensor.blocks()))
+
+
+def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool = False) -> list[dict[str, Any]]:
+    """The layers, the best first: means over the samples (runs, or batches), each with its standard deviation.
+
+    `layers` is how many the model has. `cost` divides a size by what training that layer costs (COST). Raises
+    UserError if samples are of different layers, or of no MLP.
+    """
+    if any(norms.keys() != samples[0].keys() for norms in samples):
+        raise UserError("ranking: the runs trained different layers; name runs of the same ones")
+    mlps = [{layer: _of_mlp(matrices) for layer, matrices in norms.items()} for norms in samples]
+    found = []
+    for layer, matrices in samples[0].items():
+        sizes = [mlp[layer][0] for mlp in mlps]
+        shares = [size / weight for size, weight in (mlp[layer] for mlp in mlps)]
+        price = 1 + (layers - layer) / layers if cost else 1.0
+        scores = [size / price for size in (shares if by == "relative" else sizes)]
+        found.append(
+            {"layer": layer, "score": _mean(scores), "norm": _mean(sizes), "relative": _mean(shares)}
+            | ({"cost": price} if cost else {})
+            | {"matrices": {matrix: _mean([norms[layer][matrix][0] for norms in samples]) for matrix in matrices}}
+        )
+    return sorted(found, key=lambda row: -row["score"]["mean"])
+
+
+def _of_mlp(matrices: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """The norms of an MLP's matrices taken together."""
+    own = [sizes for matrix, sizes in matrices.items() if matrix.startswith("mlp.")]
+    if not own:
+        raise UserError("ranking: an MLP has no matrix that trained, and layers are ranked by their MLPs")
+    return hypot(*(size for size, _ in own)), hypot(*(weight for _, weight in own))
+
+
+def _mean(values: list[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+
+
+def write_ranking(
+    rows: list[dict[str, Any]], out: str, by: str, cost: bool, sources: Sequence[str], samples: str
+) -> dict[str, Any]:
+    """Writes OUT/ranking.json, which `expand --layers top:6:OUT/ranking.json` reads, ranking.md and ranking.png.
+
+    `samples` says in words what the means are over. Returns what the file holds, and under "text" the table.
+    """
+    folder = Path(out)
+    what = ORDERS[by] + (f", divided by {COST}" if cost else "")
+    result = {"layers": [row["layer"] for row in rows], "by": what, "sources": list(sources), "figures": rows}
+    text = f"Layers by {what}; {samples}.\n\n" + _table(rows)
+    _plot(rows, ORDERS[by] + (" / cost" if cost else ""), folder / "ranking.png")
+    write_text(folder / "ranking.md", text)
+    write_json(folder / "ranking.json", result)
+    return result | {"out": str(folder), "text": text}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = sorted(
+        {matrix for row in rows for matrix in row["matrices"]}, key=lambda m: (not m.startswith("mlp."), m)
+    )
+    header = ["place", "layer", "score", "MLP", "MLP, relative", *(matrix.split(".", 1)[-1] for matrix in columns)]
+    return markdown(
+        header,
+        (
+            [str(place), str(row["layer"])]
+            + [_cell(row[key]) for key in ("score", "norm", "relative")]
+            + [_cell(row["matrices"][matrix]) if matrix in row["matrices"] else "–" for matrix in columns]
+            for place, row in enumerate(rows, 1)
+        ),
+    )
+
+
+def _cell(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.4g}" + (f" ± {figure['spread']:.2g}" if figure["spread"] else "")
+
+
+def _plot(rows: list[dict[str, Any]], label: str, path: Path) -> None:
+    figure, axes = new_figure(max(6.0, 0.35 * len(rows)), 3.6)
+    axes.bar(
+        [row["layer"] for row in rows], [row["score"]["mean"] for row in rows],
+        yerr=[row["score"]["spread"] or float("nan") for row in rows], capsize=2,
+    )  # fmt: skip
+    for place, row in enumerate(rows, 1):
+        axes.annotate(str(place), (row["layer"], 0), xytext=(0, 3), textcoords="offset points", ha="center", color="w")
+    axes.set(title="Layers, and their places", xlabel="layer", ylabel=label)
+    axes.set_xticks(sorted(row["layer"] for row in rows))
+    write_figure(path, figure)

@@ -1,0 +1,92 @@
+"""One forward pass over rows: the log-probability of what each should be followed by."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from grow.bootstrap import interval
+from grow.errors import UserError
+from grow.loss import token_scores
+from grow.recipe import Recipe
+from grow.tasks import Example, PackedDataset, collate, encode
+from grow.template import Template
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each row: the log-likelihood of its labels, nats; how many there are, and how many are the likeliest token."""
+
+    likelihoods: list[float]
+    tokens: list[int]
+    hits: list[int]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of grow.evaluate.evaluate."""
+        losses = [-value for value in self.likelihoods]
+        exact = [float(hits == tokens) for hits, tokens in zip(self.hits, self.tokens, strict=True)]
+        rows, tokens = len(exact), sum(self.tokens)
+        return {
+            "loss": math.fsum(losses) / tokens,
+            "token_accuracy": sum(self.hits) / tokens,
+            "exact_match": sum(exact) / rows,
+            "log_likelihood": -math.fsum(losses) / rows,
+            "rows": rows,
+            "intervals": {
+                "loss": interval(losses, self.tokens),
+                "token_accuracy": interval(self.hits, self.tokens),
+                "exact_match": interval(exact),
+                "log_likelihood": interval(self.likelihoods),
+            },
+            "items": [round(value, 4) for value in self.likelihoods],
+        }
+
+
+def score(model: Any, examples: list[Example], recipe: Recipe, pad_token_id: int | None, what: str) -> Scores:
+    """Scores of tokenised rows, none of which is longer than the recipe's max_length, in their order."""
+    sequences = PackedDataset(examples, recipe.max_length, pad_token_id or 0)
+    logprobs: dict[int, float] = defaultdict(float)
+    hits: dict[int, int] = defaultdict(int)
+    size = recipe.per_device_eval_batch_size
+    for start in tqdm(range(0, len(sequences), size), desc=what, leave=False, disable=None):
+        batch = collate([sequences[i] for i in range(start, min(start + size, len(sequences)))])
+        scores = token_scores(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        for value, hit, row in zip(*(tensor.tolist() for tensor in scores), strict=True):
+            logprobs[row] += value
+            hits[row] += hit
+    tokens = [sum(label >= 0 for label in example.labels) for example in examples]
+    rows = range(len(examples))
+    return Scores([logprobs[row] for row in rows], tokens, [hits[row] for row in rows])
+
+
+def right_options(rows: Any, recipe: Recipe) -> list[int]:
+    """Which of the recipe's options is each row's own completion. Raises UserError for a row for which none is."""
+    right = []
+    for row in rows:
+        wanted = recipe.completion.format(**row)
+        if wanted not in recipe.options:
+            raise UserError(f"options: {wanted!r}, the completion of a test row, is not among {recipe.options}")
+        right.append(recipe.options.index(wanted))
+    return right
+
+
+def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """`accuracy`: the share of rows whose own completion is the likeliest of the recipe's options, by the sum of its
+    tokens' log-probabilities, without an end token; with its interval."""
+    right = right_options(rows, recipe)
+    likelihoods = []
+    for option in recipe.options:
+        literal = option.replace("{", "{{").replace("}", "}}")
+        encoded = encode(rows, tokenizer, Template(recipe.prompt, literal), recipe.max_length, end=False)
+        scores = score(model, encoded.examples, recipe, tokenizer.pad_token_id, option.strip())
+        bad = {row for some in encoded.bad.values() for row in some}
+        kept = [row for row in range(len(right)) if row not in bad]
+        likelihoods.append(dict(zip(kept, scores.likelihoods, strict=True)))
+    hits = []
+    for index, place in enumerate(right):
+        if all(index in of_option for of_option in likelihoods):
+            found = [of_option[index] for of_option in likelihoods]
+            hits.append(float(found[place] == max(found)))
+    return {"accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "intervals": {"accuracy": interval(hits)}}
