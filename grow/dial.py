@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.allocator import keep_memory
 from grow.bottleneck import CONFIG
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json
@@ -47,6 +48,7 @@ class Dial:
     """
 
     def __init__(self, path: str, start: str = ""):
+        keep_memory()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = load(path, compute_dtype()).to(device)
         self.alpha = 1.0

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from grow.tasks import IGNORED
 
+_AT_A_TIME = 256
+"""Positions whose distributions over the vocabulary are in memory at once, in fp32, where no gradient needs them."""
+
 
 def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Runs the model, of any class and under any wrapper, on packed sequences.
@@ -47,5 +50,6 @@ def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> T
 def token_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """For each label: its log-probability in nats, whether it is the likeliest token, its row; [N] each."""
     logits, labels = labelled_logits(model, batch)
-    logprobs = -nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    parts = zip(logits.split(_AT_A_TIME), labels.split(_AT_A_TIME), strict=True)
+    logprobs = torch.cat([-nn.functional.cross_entropy(part.float(), own, reduction="none") for part, own in parts])
     return logprobs, logits.argmax(dim=-1) == labels, batch["rows"][batch["labels"] != IGNORED]

@@ -22,7 +22,7 @@ NAME = "run.json"
 # Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
 _FREE = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
-    "probe_rows",
+    "probe_rows", "metric", "options", "retention_sets",
 }  # fmt: skip
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
 
