@@ -1,8 +1,9 @@
-"""What a run will take: bytes on each GPU for each ZeRO stage, on disk, and seconds to leave with a checkpoint.
+"""What a run will take: bytes on each GPU, and sent by it each step, for each ZeRO stage; on disk; seconds to leave.
 
 Shapes come from the headers of the checkpoint that training starts from, and from the method; nothing is loaded. The
 accounting is that of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) for mixed precision with Adam, where
 only T of P parameters train: c bytes a weight and a gradient, 12 a trained parameter for master, mean and variance.
+Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper says (`collectives`).
 """
 
 from math import ceil, prod
@@ -10,6 +11,7 @@ from typing import Any
 
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
+from grow.methods.method import of_language_model
 from grow.plan import text_config
 from grow.recipe import Recipe
 
@@ -17,6 +19,8 @@ DISK_RATE = 0.5e9
 """Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
 PERSISTENCE_THRESHOLD = 100_000
 """Parameters of at most so many values stay whole on every rank in ZeRO-3, unless its JSON says otherwise."""
+REUSE_DISTANCE = 1_000_000_000
+"""ZeRO-3 keeps a gathered parameter that is used again within so many values (stage3_max_reuse_distance)."""
 REDUCE_BUCKET = 500_000_000
 """Values in the buffer that gradients are reduced from, unless the JSON's reduce_bucket_size says otherwise."""
 
@@ -38,17 +42,21 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     zero = recipe.zero
     # Beside the optimizer's part ZeRO-1 and 2 save the weights; in ZeRO-3 no rank has them.
     checkpoint = count(trained) * (12 if zero.get("stage") == 3 else 12 + width)
-    persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
-    stages = {str(stage): model_states(stage, shapes, trained, world_size, width, persistent) for stage in (1, 2, 3)}
+    whole = persistence(recipe)
+    stages = {str(stage): model_states(stage, shapes, trained, world_size, width, whole) for stage in (1, 2, 3)}
+    micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.per_device_train_batch_size))
+    moved = {stage: collectives(int(stage), shapes, trained, micro_batches, width, recipe) for stage in stages}
     stages["3 with CPU offload"] = offloaded(stages["3"])
     return {
         "method": recipe.method,
         "world_size": world_size,
+        "micro_batches": micro_batches,
         "stage": zero.get("stage", 0),
         "dtype": "float32" if width == 4 else "bfloat16",
         "parameters": count(shapes),
         "trained_parameters": count(trained),
         "stages": stages,
+        "moved": {stage: bytes_ | {"sent": sent(bytes_, world_size)} for stage, bytes_ in moved.items()},
         "buckets_estimate": int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * width,
         "activations_estimate": activations(recipe, start, shapes, trained, width),
         "checkpoint_bytes": checkpoint,
@@ -94,6 +102,69 @@ def offloaded(states: dict[str, int]) -> dict[str, int]:
     }  # fmt: skip
 
 
+def collectives(
+    stage: int, shapes: Shapes, trained: Shapes, micro_batches: int, width: int, recipe: Recipe
+) -> dict[str, int]:
+    """Bytes of the whole tensors that pass through each collective in an optimizer step, as DeepSpeed 0.19.8 runs them.
+
+    The tensor of an all-gather is what comes out, of the others what goes in. The few bytes of losses, norms and flags
+    are left out. Validation and checkpoints come on top.
+
+    - ZeRO-1: all-reduce of the T gradients, once a step.
+    - ZeRO-2: the same for every micro-batch, since no rank keeps whole gradients to accumulate in. It is an all-reduce
+      too, of which each rank keeps its share (stage_1_and_2.py, average_tensor: use_multi_rank_bucket_allreduce is on),
+      so ZeRO-2 saves memory and no traffic.
+    - Both: all-gather of the T new weights, once a step (utils.py, all_gather_into_tensor_dp_groups).
+    - ZeRO-3, every micro-batch: reduce-scatter of the T gradients (stage3.py, __avg_scatter_grads), and all-gather of
+      all weights that are used, trained or not (`gathered`). Once a step, of those that stay whole.
+    """
+    size = count(trained) * width
+    if stage < 3:
+        return {"all_reduce": size * (micro_batches if stage == 2 else 1), "reduce_scatter": 0, "all_gather": size}
+    values = micro_batches * gathered(shapes, trained, recipe) + sum(
+        prod(shape) for shape in shapes.values() if prod(shape) <= persistence(recipe)
+    )
+    return {"all_reduce": 0, "reduce_scatter": size * micro_batches, "all_gather": values * width}
+
+
+def gathered(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
+    """How many values ZeRO-3 gathers on every rank for a micro-batch.
+
+    Forward: each parameter that is not small; of a vision tower none, since text does not use it; a tied embedding once
+    more for the head, unless the head is so near that it is kept. Backward: the head and all layers above the lowest
+    that trains, of which only what trains. gradient_checkpointing gathers those layers once more, for their second
+    forward pass, after which what trains is kept for the backward pass. Not counted: prefetching spares a little.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items() if of_language_model(name)}
+    sizes = {name: size for name, size in sizes.items() if size > persistence(recipe)}
+    layers = {name: size for name, size in sizes.items() if _layer(name) is not None}
+    lowest = _lowest(trained)
+    above = sum(size for name, size in layers.items() if (_layer(name) or 0) > lowest or name in trained)
+    if recipe.gradient_checkpointing:
+        above += sum(size for name, size in layers.items() if (_layer(name) or 0) >= lowest and name not in trained)
+    heads = [size for name, size in sizes.items() if name.endswith("lm_head.weight")]
+    again = 0
+    if not heads:
+        heads = [size for name, size in sizes.items() if name.endswith("embed_tokens.weight")]
+        near = sum(layers.values()) < int(recipe.zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
+        again = 0 if near else sum(heads)
+    return sum(sizes.values()) + again + sum(heads) + above
+
+
+def sent(moved: dict[str, int], world_size: int) -> int:
+    """Bytes that a rank sends for them in rings: a share of (N - 1) / N of the tensor, twice for an all-reduce.
+
+    (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".)
+    """
+    whole = 2 * moved["all_reduce"] + moved["reduce_scatter"] + moved["all_gather"]
+    return whole * (world_size - 1) // world_size
+
+
+def persistence(recipe: Recipe) -> int:
+    """Of at most how many values a parameter stays whole on every rank in ZeRO-3."""
+    return int(recipe.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+
+
 def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
     """Bytes that a micro-batch leaves for the backward pass: an estimate.
 
@@ -111,11 +182,16 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
             continue
         if "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight")):
             widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
-    layers = [_layer(name) for name in trained]
-    lowest = -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
+    lowest = _lowest(trained)
     saving = [size for layer, size in widths.items() if layer >= lowest]
     saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
     return tokens * (saved * width + int(text.get("vocab_size", 0)) * (width + 8))
+
+
+def _lowest(trained: Shapes) -> int:
+    """The lowest layer that trains; -1 if what lies below the layers does."""
+    layers = [_layer(name) for name in trained]
+    return -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
 
 
 def _layer(name: str) -> int | None:

@@ -25,10 +25,11 @@ def memory_text(r: dict[str, Any]) -> str:
     lines = [
         f"{r['method']}: trains {r['trained_parameters'] / 1e6:,.1f} M of {r['parameters'] / 1e6:,.1f} M parameters, "
         f"in {r['dtype']}; GB on each of {r['world_size']} GPUs:",
-        f"{'ZeRO':<20}" + "".join(f"{part:>11}" for part in (*parts, "together", "on host")),
+        f"{'ZeRO':<20}" + "".join(f"{part:>11}" for part in (*parts, "together", "on host", "sent/step")),
     ]
     for stage, states in r["stages"].items():
-        sizes = [*(states[part] for part in parts), sum(states[part] for part in parts), states.get("host", 0)]
+        sent = r["moved"][stage.split()[0]]["sent"]
+        sizes = [*(states[part] for part in parts), sum(states[part] for part in parts), states.get("host", 0), sent]
         name = f"{stage}, the recipe's" if stage == str(r["stage"]) else stage
         lines.append(f"{name:<20}" + "".join(f"{size / 1e9:>11.2f}" for size in sizes))
     lines += [

@@ -2,11 +2,25 @@
 # What the scripts in launch/ share; sourced, not run.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$ROOT/.venv}
+OWN_VENV=${VENV:-}
 PYTHON=${PYTHON:-python3}
 TORCH_INDEX=${TORCH_INDEX:-}
 export GROW_CACHE=${GROW_CACHE:-$HOME/.cache/grow}
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+
+# CONTAINER names an image made of docker/Dockerfile, in which commands then run: IMAGE.sqsh with pyxis or enroot,
+# IMAGE.sif with apptainer, any other name with docker. This checkout is the code; the image has Python and packages.
+choose_environment() {
+    [[ -z ${IN_IMAGE:-} ]] || CONTAINER= # no other inside it
+    case ${CONTAINER:-} in
+        *.sqsh | *.sif) CONTAINER=$(realpath --no-symlinks --canonicalize-missing "$CONTAINER") ;;
+    esac
+    export CONTAINER=${CONTAINER:-}
+    [[ -z $CONTAINER ]] || export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
+    VENV=${OWN_VENV:-${CONTAINER:+/opt/venv}}
+    VENV=${VENV:-$ROOT/.venv}
+}
+choose_environment
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -27,13 +41,81 @@ help_if_asked() {
     exit 0
 }
 
-grow() { "$VENV/bin/python" -m grow "$@"; }
+# What a container sees of this machine, each where it is here; a line each.
+mounts() {
+    local more paths=("$ROOT" "$PWD" "$GROW_CACHE" "$HF_HOME")
+    mkdir -p "${paths[@]}"
+    IFS=, read -ra more <<<"${CONTAINER_MOUNTS:-}"
+    printf '%s\n' "${paths[@]}" "${more[@]}" | sort -u
+}
+
+# The variables that a container gets; apptainer and pyxis hand all of them on.
+HANDED_ON=(GROW_CACHE HF_HOME HF_TOKEN HF_HUB_OFFLINE PYTHONPATH WORLD_SIZE NPROC CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
+    OUT SCORES LIMIT ALPHA FACTOR LAYERS STEPS MASTER_PORT TQDM_DISABLE)
+
+# Fills the array `around` with what goes before a command, so that it runs in the container.
+surround() {
+    local path name option=--volume cuda
+    cuda=$(gpus)
+    case $CONTAINER in
+        *.sif) around=(apptainer exec --pwd "$PWD") option=--bind ;;
+        *.sqsh) around=(enroot start) option=--mount ;;
+        *)
+            around=(docker run --rm --init --ipc=host --user "$(id -u):$(id -g)" --workdir "$PWD")
+            around+=(--env HOME=/tmp --env USER="$(id -un)")
+            ;;
+    esac
+    while read -r path; do around+=("$option" "$path:$path"); done < <(mounts)
+    if [[ $CONTAINER == *.sif ]]; then
+        ((cuda == 0)) || around+=(--nv)
+        around+=("$CONTAINER")
+        return
+    fi
+    for name in "${HANDED_ON[@]}"; do [[ -z ${!name+set} ]] || around+=(--env "$name"); done
+    [[ $CONTAINER == *.sqsh ]] || ((cuda == 0)) || around+=(--gpus all)
+    around+=("$CONTAINER")
+    [[ $CONTAINER != *.sqsh ]] || around+=(env -C "$PWD")
+}
+
+# inside COMMAND…: in the container, if there is to be one.
+inside() {
+    local around=()
+    if [[ -n ${SLURM_JOB_ID:-} && $CONTAINER == *.sqsh ]]; then
+        step 1 1 "$@"
+        return
+    fi
+    [[ -z $CONTAINER ]] || surround
+    "${around[@]}" "$@"
+}
+
+# enter ARGUMENT…: the script that calls it goes on in the container, all of it, if there is to be one.
+enter() {
+    [[ -n $CONTAINER ]] || return 0
+    check_container
+    inside "$ROOT/launch/$(basename "$0")" "$@"
+    exit
+}
+
+check_container() {
+    local program=docker
+    [[ $CONTAINER != *.sif ]] || program=apptainer
+    [[ $CONTAINER != *.sqsh ]] || program=enroot
+    [[ $program == docker || -f $CONTAINER ]] || die 2 "CONTAINER=$CONTAINER: there is no such image (docker/README.md)"
+    [[ -n ${SLURM_JOB_ID:-} && $program == enroot ]] || command -v "$program" >/dev/null ||
+        die 2 "CONTAINER=$CONTAINER: $program is not on this machine"
+}
+
+grow() { inside "$VENV/bin/python" -m grow "$@"; }
 
 # Where the environment keeps what of a requirements file was installed.
 installed() { echo "$VENV/installed-$(basename "$1")"; }
 
-# install FILE…: a virtual environment with these requirements; quick when they are there already.
+# install FILE…: a virtual environment with these requirements; quick when they are there already. An image has them.
 install() {
+    if [[ -n $CONTAINER ]]; then
+        check_container
+        return
+    fi
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
     local file missing=()
@@ -41,6 +123,7 @@ install() {
         cmp -s "$file" "$(installed "$file")" || missing+=(-r "$file")
     done
     if ((${#missing[@]})); then
+        [[ -z ${IN_IMAGE:-} ]] || die 2 "the image has not what ${missing[-1]} asks for; build it again (docker/README.md)"
         say "installing the requirements into $VENV (once)"
         "$PYTHON" -m venv "$VENV" ||
             die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
@@ -63,6 +146,7 @@ site_settings() {
     local file=${SITE_ENV:-$ROOT/slurm/site.env}
     # shellcheck source=/dev/null
     [[ ! -f $file ]] || source "$file"
+    choose_environment
 }
 
 # The address by which Slurm knows a node: its name, or what the cluster was told to use instead.
@@ -70,13 +154,22 @@ node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^
 
 # step NODES TASKS_PER_NODE COMMAND…: a step of the job, one task a rank and nothing between Slurm and the rank.
 step() {
-    local nodes=$1 tasks=$2 cores=${SLURM_CPUS_ON_NODE:-1}
+    local nodes=$1 tasks=$2 cores=${SLURM_CPUS_ON_NODE:-1} around=()
     shift 2
+    case $CONTAINER in
+        '') ;;
+        *.sqsh) # options of srun, from pyxis
+            around=(--container-image="$CONTAINER" --container-workdir="$PWD"
+                --container-mounts="$(mounts | sed 's/.*/&:&/' | paste -sd ,)")
+            ;;
+        *.sif) surround ;;
+        *) die 2 "CONTAINER=$CONTAINER: in Slurm an image is a file, .sqsh for pyxis or .sif for apptainer" ;;
+    esac
     # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
     # together, with a checkpoint, are done by then.
     srun --overlap --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --cpus-per-task="$((cores > tasks ? cores / tasks : 1))" \
-        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "$@"
+        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "${around[@]}" "$@"
 }
 
 # How many ranks a node of this allocation has: one a GPU, unless the job says otherwise.

@@ -14,6 +14,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
+enter "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" output_dir method "${@:2}")
 { read -r run && read -r method; } <<<"$shown"

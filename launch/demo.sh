@@ -14,6 +14,8 @@
 #   PYTHON       the Python, 3.11 or newer, that makes the virtual environment (default: python3)
 #   VENV         the virtual environment (default: .venv)
 #   TORCH_INDEX  another package index for torch (default: none)
+#   CONTAINER    an image to run in, without a virtual environment (docker/README.md; default: none)
+#   CONTAINER_MOUNTS   what else it sees of this machine: paths with commas between
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -21,6 +23,7 @@ if [[ $# != 0 ]]; then
     help_of "$0"
     [[ $1 == --help ]] && exit 0 || exit 2
 fi
+enter "$@"
 OUT=${OUT:-$ROOT/runs/demo}
 LIMIT=${LIMIT:-200}
 found=$(gpus)

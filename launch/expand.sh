@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
+enter "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" grows base grown "${@:2}")
 { read -r grows && read -r base && read -r grown; } <<<"$shown"

@@ -14,5 +14,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
 site_settings
+enter "$@"
 install "$ROOT/requirements.txt"
 grow fetch "$@"

@@ -20,6 +20,8 @@ install requirements.txt tests/requirements-test.txt
 packages=()
 command -v shellcheck >/dev/null || packages+=(shellcheck)
 command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] || packages+=(slurm-wlm slurm-client munge)
+# And what builds an image.
+[[ ${1:-} != --full ]] || { command -v buildah && command -v debootstrap; } >/dev/null || packages+=(buildah debootstrap)
 if ((${#packages[@]})) && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     say "installing ${packages[*]}"
     # Their own services are not wanted here, and have no configuration to start with.

@@ -19,6 +19,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
+[[ -z ${HOSTFILE:-} || -z $CONTAINER ]] || die 2 "HOSTFILE and CONTAINER do not go together; in Slurm CONTAINER does"
+[[ -n ${SLURM_JOB_ID:-} ]] || enter "$@"
 install "$ROOT/requirements.txt"
 
 on_this_machine() {

@@ -113,6 +113,8 @@ begin() {
     # What launch/prepare.sh fetched is in the cache; asking the hub again could hang a node that has no way out.
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     install "$ROOT/requirements.txt"
+    [[ -z $CONTAINER || ${INTERFACE:-} != auto ]] ||
+        die 2 "INTERFACE=auto asks Slurm, which is not in a container; name the interface"
     local shown
     shown=$(grow show "$1" output_dir start "${@:2}")
     { read -r run && read -r start; } <<<"$shown"

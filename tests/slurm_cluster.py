@@ -55,8 +55,13 @@ def missing() -> str | None:
     """Why there can be no Slurm here, or None."""
     if os.geteuid() != 0:
         return "only root can start Slurm's daemons"
-    absent = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
+    absent = [program for program in PROGRAMS if not find(program)]
     return f"{', '.join(absent)} not installed (launch/test.sh installs Slurm as root on Debian)" if absent else None
+
+
+def find(program: str) -> str | None:
+    """Where one of Slurm's programs is."""
+    return shutil.which(program, path=_path())
 
 
 class Cluster:

@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ import transformers
 
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster, wait_for
-from tests.tiny import ROOT, file_checksum, grow, make_base, make_data, make_recipe
+from tests.tiny import clone, file_checksum, grow, make_base, make_data, make_recipe
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}")
 
@@ -48,12 +46,7 @@ class Site:
 
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
-        self.clone = folder / "a clone"
-        files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        for name in subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
-            if (ROOT / name).is_file():
-                (self.clone / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, self.clone / name)
+        self.clone = clone(folder / "a clone")
         self.bases = {kind: make_base(folder / kind, kind) for kind in ("text", "multimodal")}
         self.data = make_data(folder / "data")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from grow.checkpoint.consolidate import consolidate
@@ -125,3 +126,27 @@ def test_a_pickle_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a sound DeepSpeed checkpoint"):
         ZeroCheckpoint(tmp_path)
     assert not (tmp_path / "created").exists()
+
+
+class ByName:
+    """Pickled as Python 3.11.2, Debian 12's, does it with members of an enumeration."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (ZeroStageEnum, self.name)
+
+
+def test_a_member_by_name_is_read_and_nothing_else_by_name(tmp_path: Path) -> None:
+    vector = {"partition_count": 1, "fp32_flat_groups": [torch.arange(6.0)]}
+    shapes = [{"model.a": torch.Size([2, 3])}]
+    torch.save({"param_shapes": shapes}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    file = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": vector | {"zero_stage": ByName("weights")}}, file)
+    zero = ZeroCheckpoint(tmp_path)
+    assert zero.stage == 3 and zero.trained["model.a"].load().tolist() == [[0, 1, 2], [3, 4, 5]]
+    for name in ("mro", "__subclasses__", "from_bytes"):
+        torch.save({"optimizer_state_dict": vector | {"zero_stage": ByName(name)}}, file)
+        with pytest.raises(UserError, match="not a sound DeepSpeed"):
+            ZeroCheckpoint(tmp_path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,6 +112,21 @@ def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.C
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def repository_files() -> list[str]:
+    """What would be committed: all but what git ignores."""
+    files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+def clone(path: Path) -> Path:
+    """The repository as it would be committed, copied."""
+    for name in repository_files():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path / name)
+    return path
 
 
 def file_checksum(path: Path) -> str:

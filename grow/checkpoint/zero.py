@@ -27,9 +27,18 @@ class _Opaque:
         pass
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+
+
+def _stage(_: Any, name: str) -> int:
+    """Of ZeroStageEnum, by name. Python 3.11.0 to 3.11.3 pickle a member as getattr(its class, its name)."""
+    return _STAGES[name]
+
+
 # What these pickles may ask for beyond tensors. Anything else is refused by torch's weights_only loader.
 _ALLOWED: list[Any] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_stage, "builtins.getattr"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
