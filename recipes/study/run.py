@@ -71,7 +71,7 @@ class Study:
     def fields(self) -> list[str]:
         """The grid's fields, as arguments."""
         return [
-            f"--{name}={json.dumps(value) if isinstance(value, list) else value}"
+            f"--{name}={','.join(value) if isinstance(value, list) else value}"
             for name, value in self.grid["fields"].items()
         ]
 
