@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from grow.bootstrap import interval
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.dial import Dial
-from grow.divergence import compare, find_alpha, largest_alpha
+from grow.evaluation.bootstrap import interval
+from grow.evaluation.dial import Dial
+from grow.evaluation.divergence import compare, find_alpha, largest_alpha
 from grow.model import compute_dtype, load
 from tests.running import here
 

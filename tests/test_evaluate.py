@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.evaluate import evaluate
+from grow.evaluation.evaluate import evaluate
+from grow.evaluation.overlap import overlapping
+from grow.evaluation.writing import translation_scores
 from grow.model import compute_dtype, load
-from grow.overlap import overlapping
 from grow.recipe import read_recipe
 from grow.report import report
 from grow.template import Template
-from grow.writing import translation_scores
 from tests.running import alone, here, rows_of
 from tests.test_dial import shaken
 from tests.tiny import make_data, make_recipe

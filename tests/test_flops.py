@@ -1,4 +1,4 @@
-"""What a step takes, as grow.flops has it, is what torch counts of matrix products while it runs."""
+"""What a step takes, as grow.training.flops has it, is what torch counts of matrix products while it runs."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grow.flops import StepFlops
 from grow.loss import labelled_logits, loss_sum
 from grow.methods import METHODS
 from grow.model import load
+from grow.training.flops import StepFlops
 from tests.tiny import grow, tokens
 
 

@@ -18,7 +18,7 @@ from grow.model import load
 from grow.recipe import read_recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, encode, load_rows
 from grow.template import Template
-from grow.train import check_run
+from grow.training.train import check_run
 from tests.running import alone, rows_of
 from tests.tiny import make_recipe
 

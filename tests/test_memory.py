@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from grow.memory import describe
 from grow.recipe import read_recipe
+from grow.training.memory import describe
 from tests.running import rank_here, start
 from tests.tiny import grow, make_recipe
 

@@ -16,7 +16,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
-from grow.evaluate import evaluate
+from grow.evaluation.evaluate import evaluate
 from grow.methods import METHODS
 from grow.methods.adapter import Adapter
 from grow.methods.g_train import GTrain

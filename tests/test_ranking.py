@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grow.analysis.effective_rank import rounding_norm, singular_values, spectrum
 from grow.checkpoint.expand import expand
 from grow.checkpoint.lazy import of
-from grow.effective_rank import rounding_norm, singular_values, spectrum
 from grow.model import gated_mlps, load
 from tests.checkpoints import write_base
 from tests.running import train
@@ -114,7 +114,7 @@ def test_layers_by_their_gradient(text_base: Path, sums: Path, tmp_path: Path) -
     assert sorted(row["layer"] for row in rows) == [0, 1, 2, 3]
     assert all(row["norm"]["mean"] > 0 and row["norm"]["spread"] > 0 for row in rows)
     # Of one batch, by what torch says of the loss of its sequences taken together.
-    from grow.gradients import measure
+    from grow.analysis.gradients import measure
     from grow.loss import labelled_logits
     from grow.recipe import read_recipe
     from grow.tasks import Epochs, PackedDataset, collate, encode

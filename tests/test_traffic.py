@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from grow.memory import describe, sent
 from grow.recipe import read_recipe
+from grow.training.memory import describe, sent
 from tests.running import rank_here, start
 from tests.tiny import ROOT, make_recipe
 

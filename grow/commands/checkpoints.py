@@ -28,8 +28,8 @@ def plan(
         fields: Of a recipe: fields that are given another value.
     """
     if base.endswith((".yaml", ".yml")):
-        from grow.memory import describe as describe_run
         from grow.recipe import read_recipe
+        from grow.training.memory import describe as describe_run
 
         return say(describe_run(read_recipe(base, fields), number("--world-size", world_size)), memory_text, json)
     if fields:

@@ -63,8 +63,8 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
         fields: Fields of the recipe.
     """
     from grow.recipe import read_recipe
-    from grow.train import check_run
-    from grow.train import train as run
+    from grow.training.train import check_run
+    from grow.training.train import train as run
 
     settings = read_recipe(recipe, fields)
     if check:
@@ -114,8 +114,8 @@ def eval(
     dial = tuple(number("--alpha", part, float) for part in alpha.split(","))
     base = read_json(Path(against)) if against else None
 
-    from grow.evaluate import evaluate
-    from grow.harness import Harness
+    from grow.evaluation.evaluate import evaluate
+    from grow.evaluation.harness import Harness
     from grow.tables import write_json
 
     harness = Harness(lm_eval.split(","), include_path, most or None).scores if lm_eval else None

@@ -32,8 +32,8 @@ def rank(
         json: Print one JSON object.
         fields: Fields of the recipe that are given another value.
     """
-    from grow.ranking import ORDERS, measure, write_ranking
-    from grow.ranking import rank as order
+    from grow.analysis.ranking import ORDERS, measure, write_ranking
+    from grow.analysis.ranking import rank as order
 
     if by not in ORDERS:
         raise UserError(f"rank: {unknown(by, ORDERS, 'way to rank')}")
@@ -57,7 +57,7 @@ def _gradients(recipe: str, fields: dict[str, str], batches: int) -> tuple[list[
 
     settings = read_recipe(recipe, fields)
 
-    from grow.gradients import measure
+    from grow.analysis.gradients import measure
 
     samples, layers = measure(settings, batches)
     return samples, layers, f"mean ± standard deviation over {batches} batches of {settings.train_batch_size} sequences"
@@ -76,7 +76,7 @@ def effective_rank(run: str, out: str, start: str = "", tag: str = "", json: boo
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
         json: Print one JSON object.
     """
-    from grow.effective_rank import effective_ranks, write_ranks
+    from grow.analysis.effective_rank import effective_ranks, write_ranks
 
     result = write_ranks(effective_ranks(run, start, tag), out, run)
     return say(result, lambda r: f"{r['text']}\nwritten: {r['out']}/effective_rank.md", json)
@@ -105,6 +105,6 @@ def dial(
     if not bound > 0 or count < 1:
         raise UserError(f"dial: --max-kl {max_kl} and --passages {passages}: both are more than 0")
 
-    from grow.divergence import find_alpha
+    from grow.evaluation.divergence import find_alpha
 
     return say(find_alpha(checkpoint, start, text, count, bound), dial_text, json)

@@ -37,7 +37,7 @@ class GTrain(GFreeze):
 def _copy_up(mlp: Any) -> None:
     import torch
 
-    from grow.trainer import gathered
+    from grow.training.trainer import gathered
 
     own = [parameter for layer in (mlp.gate_proj, mlp.up_proj) for parameter in layer.parameters()]
     with gathered(*own), torch.no_grad():

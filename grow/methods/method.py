@@ -45,8 +45,8 @@ class Method:
     def build(self, model: Any) -> None:
         """Adds parameters to a model that has just been loaded, in place.
 
-        Under ZeRO-3 the model's own are partitioned already (grow.trainer.gathered has them whole); those that are
-        added need not be: DeepSpeed partitions them when training begins.
+        Under ZeRO-3 the model's own are partitioned already (grow.training.trainer.gathered has them whole); those that
+        are added need not be: DeepSpeed partitions them when training begins.
         """
 
     def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -65,7 +65,7 @@ class Method:
 
     def begin(self, trainer: Any) -> None:
         """Measures what it needs of the model before it trains: every rank calls it, with DeepSpeed in place and, in a
-        run that goes on, before what was trained so far is loaded (grow.trainer.GrowTrainer)."""
+        run that goes on, before what was trained so far is loaded (grow.training.trainer.GrowTrainer)."""
 
     def token_weights(self, rows: Tensor) -> Tensor | None:
         """What each label's loss is multiplied by: rows [N] int64, the example of each label → [N]; None: by 1."""

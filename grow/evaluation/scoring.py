@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grow.bootstrap import interval
 from grow.errors import UserError
+from grow.evaluation.bootstrap import interval
 from grow.loss import token_scores
 from grow.recipe import Recipe
 from grow.tasks import Example, PackedDataset, collate, encode
@@ -24,7 +24,7 @@ class Scores:
     hits: list[int]
 
     def summary(self) -> dict[str, Any]:
-        """The figures of grow.evaluate.evaluate."""
+        """The figures of grow.evaluation.evaluate.evaluate."""
         losses = [-value for value in self.likelihoods]
         exact = [float(hits == tokens) for hits, tokens in zip(self.hits, self.tokens, strict=True)]
         rows, tokens = len(exact), sum(self.tokens)

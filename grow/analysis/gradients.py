@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from grow.analysis.ranking import Norms
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum
 from grow.methods.method import of_language_model
 from grow.model import checkpoint_activations, compute_dtype, gated_mlps, load
-from grow.ranking import Norms
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, collate, encode
 

@@ -74,7 +74,7 @@ def _convert(tag_folder: Path, out: Path) -> None:
 def check_loaded(model: nn.Module, zero: ZeroCheckpoint) -> None:
     """Compares every trained parameter with its master weights, rounded: DeepSpeed has gone on from universal
     checkpoints with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
-    from grow.trainer import gathered
+    from grow.training.trainer import gathered
 
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,7 +1,7 @@
 """How well a checkpoint does the recipe's task, and what it still knows: held-out rows, over the dial.
 
 Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Rows that training rows give
-away (grow.overlap) are counted and left out.
+away (grow.evaluation.overlap) are counted and left out.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from grow.bootstrap import interval
-from grow.dial import Dial, check_dial
 from grow.errors import UserError
-from grow.overlap import overlapping
+from grow.evaluation.bootstrap import interval
+from grow.evaluation.dial import Dial, check_dial
+from grow.evaluation.overlap import overlapping
+from grow.evaluation.scoring import choices, right_options, score
+from grow.evaluation.writing import translation_scores, write
 from grow.recipe import Recipe
-from grow.scoring import choices, right_options, score
 from grow.tasks import Example, encode
 from grow.template import Template
-from grow.writing import translation_scores, write
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.divergence import compare
+from grow.evaluation.divergence import compare
 from grow.loss import labelled_logits
 from grow.model import grown_mlps, set_alpha
 from grow.tasks import PackedDataset
@@ -78,7 +78,7 @@ def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
 def _moved(mlp: Any) -> dict[str, float]:
     """How far a layer's copies have parted from the originals (cosine of gate and up together) and moved from where
     they started (Frobenius norm over gate, up and down; for k > 2 their start's offsets count too)."""
-    from grow.trainer import gathered
+    from grow.training.trainer import gathered
 
     pairs = [(getattr(mlp, name).weight, getattr(mlp.grown, name).weight) for name in ("gate_proj", "up_proj")]
     downs = (mlp.down_proj.weight, mlp.grown.down_proj.weight)

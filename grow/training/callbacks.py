@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grow.errors import Fault
-from grow.flops import StepFlops, peak
+from grow.training.flops import StepFlops, peak
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -61,7 +61,8 @@ class Watch(TrainerCallback):
 
 class Pace:
     """How fast a run goes, since it was last asked: tokens of text and labels a second over all ranks, and the share of
-    the time in which rank 0 waited for data; and of what its devices could do, where that is known (grow.flops)."""
+    the time in which rank 0 waited for data; and of what its devices could do, if that is known (grow.training.flops).
+    """
 
     def __init__(self, flops: StepFlops, devices: int) -> None:
         self.flops, self.devices, self.peak = flops, devices, peak()

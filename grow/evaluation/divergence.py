@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grow.bootstrap import interval
-from grow.dial import Dial, check_dial
 from grow.errors import UserError
+from grow.evaluation.bootstrap import interval
+from grow.evaluation.dial import Dial, check_dial
 from grow.loss import labelled_logits
 from grow.mlp import GrownMLP
 from grow.model import gated_mlps

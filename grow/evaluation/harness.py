@@ -7,8 +7,8 @@ import logging
 import os
 from typing import Any
 
-from grow.bootstrap import interval
 from grow.errors import UserError
+from grow.evaluation.bootstrap import interval
 
 
 class Harness:

@@ -19,18 +19,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from grow.callbacks import Pace, Watch
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
-from grow.flops import StepFlops
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method
 from grow.plan import canonical
-from grow.probe import Probe
 from grow.recipe import Recipe
-from grow.resume import load_checkpoint
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
+from grow.training.callbacks import Pace, Watch
+from grow.training.flops import StepFlops
+from grow.training.probe import Probe
+from grow.training.resume import load_checkpoint
 
 
 class GrowTrainer(transformers.Trainer):

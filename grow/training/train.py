@@ -25,8 +25,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.run_file import check_recipe, write_run_file
 from grow.tasks import Epochs, PackedDataset, encode
+from grow.training.run_file import check_recipe, write_run_file
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     import torch.distributed as dist
 
-    from grow.callbacks import Watch
+    from grow.training.callbacks import Watch
 
     watch = Watch()
     trainer = _trainer(recipe, run, start, watch)
@@ -68,7 +68,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     from transformers import AutoTokenizer, set_seed
 
     from grow.model import checkpoint_activations, load
-    from grow.trainer import GrowTrainer
+    from grow.training.trainer import GrowTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
     sequences = _sequences(recipe, tokenizer, recipe.train_split)
@@ -104,7 +104,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
 
 def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
     """Sees that what was frozen is what it was, and writes what the run ends in, the marker last."""
-    from grow.trainer import changed_frozen
+    from grow.training.trainer import changed_frozen
 
     on_disk = {canonical(name): name for name in start.tensors}
     changed = changed_frozen(trainer.model, on_disk, start.read)
@@ -190,7 +190,7 @@ def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
     """Watches old knowledge while the run trains; None if the recipe names no rows of it."""
-    from grow.probe import Probe
+    from grow.training.probe import Probe
 
     if not recipe.retention or not recipe.probe_rows:
         return None

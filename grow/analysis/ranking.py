@@ -2,7 +2,7 @@
 
 "Grow, Don't Overwrite" (arXiv 2603.08647, section on growing fewer layers) ranks layers by the magnitude of their
 weight update. Here it is the Frobenius norm of what the MLP's three matrices have moved by, read from checkpoints a
-block of rows at a time; or, without any training, of the gradient at the base (grow.gradients).
+block of rows at a time; or, without any training, of the gradient at the base (grow.analysis.gradients).
 """
 
 from collections.abc import Sequence

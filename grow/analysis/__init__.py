@@ -1,0 +1,1 @@
+"""Which layers move in training, and in how many directions."""

@@ -1,0 +1,1 @@
+"""What a checkpoint can do and what it still knows, over the dial."""
