@@ -59,7 +59,7 @@ def bench(folder: str, method: str = "g_freeze", repeat: int = 3) -> None:
     """Prints the table."""
     work = Path(folder).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    recipe = ours_recipe(method, prepare(work, "270M"), work, work / "leaving", stage=2, max_steps=1000)
+    recipe = ours_recipe(method, prepare(work, "270M"), work, work / "leaving", stage=1, steps=1000)
     print("| signal to exit | one step | checkpoint | cp + sync | (exit − step) ÷ cp |\n|---|---|---|---|---|")
     for _ in range(repeat):
         left, step, size, copied = leave(recipe, work / "leaving")

@@ -1,6 +1,6 @@
 """How fast training is, as ratios within one run, beside stock transformers and TRL. Prints a table; tests nothing.
 
-    python -m tests.bench_training FOLDER [--size 270M|1B] [--only trainer,g_freeze] [--repeat 3]
+    python -m tests.bench_training FOLDER [--size 270M|1B] [--only trainer,g_freeze] [--repeat 3] [--steps 12]
 
 Everyone takes the same rows of English and French, about eight a step, in one process on the same cores or the same
 GPU; 270M is the real Gemma 3 (recipes/gemma3_270m/fetch.py brings it), 1B its larger sister's shape with random
@@ -58,19 +58,26 @@ OURS = {
 
 
 def bench(
-    folder: str, size: str = "270M", only: str = ",".join([*RIVALS, *OURS]), repeat: int = 1, stage: int = 2
+    folder: str,
+    size: str = "270M",
+    only: str = ",".join([*RIVALS, *OURS]),
+    repeat: int = 1,
+    steps: int = ROWS // PER_STEP,
+    stage: int = 1,
 ) -> None:
     """Prints the table."""
     work = Path(folder).resolve()
     work.mkdir(parents=True, exist_ok=True)
     base = prepare(work, size)
-    print(f"{device()}, {compute_dtype()}, {size}, {ROWS} rows, {LENGTH} tokens a sequence\n")
+    print(f"{device()}, {compute_dtype()}, {size}, {steps} steps, the first {WARMUP} not timed, ZeRO-{stage}\n")
     taken: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
         for name in words(only):
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
-            result = rival(name, base, work, out) if name in RIVALS else ours(name, base, work, out, stage)
+            result = (
+                rival(name, base, work, out, steps) if name in RIVALS else ours(name, base, work, out, stage, steps)
+            )
             taken.setdefault(name, []).append(result)
             print(name, json.dumps(result), file=sys.stderr, flush=True)
     print_table(taken)
@@ -135,19 +142,20 @@ def run(*command: str | Path, **variables: str) -> None:
         raise SystemExit(f"failed ({done.returncode}): {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def rival(name: str, base: Path, work: Path, out: Path) -> dict[str, Any]:
+def rival(name: str, base: Path, work: Path, out: Path, steps: int) -> dict[str, Any]:
     """Seconds, tokens and labels of the timed steps of one of tests/bench_rivals.py."""
     out.mkdir()
-    run(sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out, **(KEPT if "kept" in name else {}))
+    command = (sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out, str(steps))
+    run(*command, **(KEPT if "kept" in name else {}))
     return json.loads((out / "result.json").read_text())
 
 
-def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, max_steps: int = ROWS // PER_STEP) -> Path:
+def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps: int) -> Path:
     """The recipe of one of OURS."""
     method, part, _ = OURS[name]
     values = yaml.safe_load(RECIPE.read_text()) | {
         "base": str(base), "grown": str(work / f"{base.name}-{part}"), "method": method, "data": str(work / "data"),
-        "retention": None, "max_length": LENGTH, "train_batch_size": 1, "max_steps": max_steps,
+        "retention": None, "max_length": LENGTH, "train_batch_size": 1, "max_steps": steps,
         "logging_steps": 1, "eval_steps": 1000, "save_steps": 1000, "output_dir": str(out),
         "deepspeed": str(ROOT / f"recipes/deepspeed/zero{stage}.json"),
     }  # fmt: skip
@@ -156,16 +164,16 @@ def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, max_st
     return recipe
 
 
-def ours(name: str, base: Path, work: Path, out: Path, stage: int) -> dict[str, Any]:
+def ours(name: str, base: Path, work: Path, out: Path, stage: int, steps: int) -> dict[str, Any]:
     """Likewise, of a run of ours, from what it logged of each step."""
-    run(sys.executable, "-m", "grow", "train", ours_recipe(name, base, work, out, stage))
+    run(sys.executable, "-m", "grow", "train", ours_recipe(name, base, work, out, stage, steps))
     history = json.loads((last_checkpoint(out) / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in history if "seconds_per_step" in entry][WARMUP:]
-    seconds = sum(step["seconds_per_step"] for step in steps)
+    timed = [entry for entry in history if "seconds_per_step" in entry][WARMUP:]
+    seconds = sum(step["seconds_per_step"] for step in timed)
     tokens, labels = (
-        sum(step[f"{what}_per_second"] * step["seconds_per_step"] for step in steps) for what in ("tokens", "labels")
+        sum(step[f"{what}_per_second"] * step["seconds_per_step"] for step in timed) for what in ("tokens", "labels")
     )
-    return {"seconds": seconds, "tokens": tokens, "labels": labels, "steps": len(steps)}
+    return {"seconds": seconds, "tokens": tokens, "labels": labels, "steps": len(timed)}
 
 
 def print_table(taken: dict[str, list[dict[str, Any]]]) -> None:
