@@ -130,14 +130,20 @@ def report(*runs: str, out: str, json: bool = False) -> str:
     """Makes a table and a plot of runs (their curves) and of files that `eval --out` wrote (their scores).
 
     Example: python -m grow report base.json sft.json runs/sft --out results
+    Example: python -m grow report recipes/study/results.jsonl --out results
 
     Args:
-        runs: Training runs, and files of scores.
-        out: The folder for report.md and report.png.
+        runs: Training runs, and files of scores; or the results of a study, alone.
+        out: The folder for report.md and report.png, or study.md and study.png.
         json: Print one JSON object.
     """
+    from grow.analysis.study import study_report
     from grow.report import report as run
 
     if not runs:
         raise UserError("report: name at least one run, or a file that `eval --out` wrote")
+    if any(name.endswith(".jsonl") for name in runs):
+        if len(runs) > 1:
+            raise UserError("report: the results of a study are reported alone; runs of different size are not mixed")
+        return say(study_report(Path(runs[0]), out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
     return say(run(runs, out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)

@@ -4,7 +4,8 @@
 
 GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
 dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed.
-A cell that has a line there is not run again. Stopped in the middle of a cell, it goes on from its last checkpoint.
+A cell that has a line there is not run again, unless `--only` names it. Stopped in the middle of a cell, it goes on
+from its last checkpoint.
 """
 
 import json
@@ -22,6 +23,7 @@ import yaml
 
 from grow.errors import UserError
 from grow.recipe import read_recipe
+from grow.tables import write_text
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -68,6 +70,13 @@ class Study:
         lines = [json.loads(line) for line in self.results.read_text().splitlines()]
         return {line["cell"] for line in lines if line["grid"] == self.path.name}
 
+    def note(self, line: dict[str, Any]) -> None:
+        """Puts a cell's line into the results; in the place of an older one, if it has one."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        same = [(old["grid"], old["cell"]) == (line["grid"], line["cell"]) for old in map(json.loads, lines)]
+        lines = [text for text, again in zip(lines, same, strict=True) if not again]
+        write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
+
     def fields(self) -> list[str]:
         """The grid's fields, as arguments."""
         return [
@@ -107,7 +116,8 @@ class Study:
             f"--seed={cell.seed}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         if not trained.exists():
-            grow("consolidate", run, trained, "--format", "grown" if cell.layers else "stock", "--dtype", "float32")
+            form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
+            grow("consolidate", run, trained, *form)
         alphas = ",".join(map(str, self.grid["alphas"]))
         dial = [f"--alpha={alphas}", "--against", str(against)]
         self.score(trained, out, *dial, *(() if cell.layers else ("--start", self.base)))
@@ -170,9 +180,7 @@ def main(grid: str, only: str = "", work: str = "", seeds: str = "") -> None:
         if cell.name in done and not only:
             continue
         print(f"== {number} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
-        line = study.run(cell)
-        with study.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        study.note(study.run(cell))
 
 
 if __name__ == "__main__":

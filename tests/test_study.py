@@ -1,0 +1,65 @@
+"""A study runs what is missing of its grid, and its report has the numbers of its results."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import ROOT, grow, make_recipe, run
+
+ALPHAS = (0.5, 1)
+
+
+def make_grid(folder: Path, base: Path, sums: Path) -> Path:
+    known = folder / "known"
+    known.mkdir()
+    rows = [{"prompt": f"{number}-{number}=", "completion": "0"} for number in range(30)]
+    (known / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_recipe(folder / "recipe.yaml", base, folder / "grown", sums, 1, retention=str(known))
+    grid = {
+        "recipe": "recipe.yaml", "fields": {"max_steps": 4, "save_steps": 4},
+        "alphas": list(ALPHAS), "limit": 20, "retention_limit": 20, "seeds": [0],
+        "methods": {
+            "sft": {"method": "sft", "learning_rate": [1e-3]},
+            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2]},
+        },
+    }  # fmt: skip
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    return folder / "grid.yaml"
+
+
+def study(grid: Path, *more: str, code: int = 0) -> str:
+    return run(
+        sys.executable, ROOT / "recipes/study/run.py", grid, "--work", grid.parent / "work", *more, code=code
+    ).stderr
+
+
+@pytest.mark.full
+def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    grid = make_grid(tmp_path, text_base, sums)
+    assert "has no cell" in study(grid, "--only", "sft 1 seed 0", code=2)
+    study(grid, "--only", "sft 0.001 seed 0")
+    results = tmp_path / "results.jsonl"
+    (first,) = results.read_text().splitlines()
+    said = study(grid)
+    assert "== 2 of 2: some layers 0.01 seed 0" in said and "== 1 of 2" not in said
+    assert study(grid).count("==") == 0
+    again, second = results.read_text().splitlines()
+    assert again == first, "what is done stays"
+    assert not list((tmp_path / "work").glob("*seed-0")), "checkpoints are removed"
+    for line in map(json.loads, (first, second)):
+        assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
+        assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
+    text = grow("report", results, "--out", tmp_path / "out").stdout
+    assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
+    losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
+    changes = [
+        place["retention"]["capitals"]["from_base"]["log_likelihood"]
+        for line in (first, second) for place in json.loads(line)["dial"]
+    ]  # fmt: skip
+    rows = [re.split(r" *\| *", line.replace("**", "")) for line in text.splitlines() if line.startswith("| ")][3:]
+    assert [row[5] for row in rows] == [f"{loss:.3f}" for loss in losses]
+    assert [row[7].split(" ")[0] for row in rows] == [f"{change:+.2f}" for change in changes]
