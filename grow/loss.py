@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grow.tasks import IGNORED
 
 _AT_A_TIME = 256
-"""Positions whose distributions over the vocabulary are in memory at once, in fp32, where no gradient needs them."""
+"""Positions whose distributions over the vocabulary are in memory at once in fp32."""
 
 
 def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,37 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights [N] → []."""
-    if weights is None:
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="none") @ weights
+    """Cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights [N] → [].
+
+    Its gradient is computed in the forward pass, a block of positions at a time, so that of the distributions over the
+    vocabulary no more than the logits and their gradient are ever whole in memory, in the logits' own dtype.
+    """
+    return _SummedLoss.apply(
+        logits, labels, torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+    )
+
+
+class _SummedLoss(torch.autograd.Function):
+    """d loss / d logits is weight · (softmax(logits) − onehot(label))."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        total = logits.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(labels), _AT_A_TIME):
+            part = slice(first, first + _AT_A_TIME)
+            block, own, weight = logits[part].float().log_softmax(-1), labels[part, None], weights[part]
+            total -= block.gather(1, own)[:, 0] @ weight
+            if gradient is not None:
+                block.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=block.dtype))
+                gradient[part] = block.mul_(weight[:, None])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None, None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from grow.errors import UserError
+from grow.loss import loss_sum
 from grow.methods.ewc import Ewc
 from grow.methods.flow import Flow
 from grow.methods.stm import Stm
@@ -21,6 +22,22 @@ from grow.template import Template
 from grow.training.train import check_run
 from tests.running import alone, rows_of
 from tests.tiny import make_recipe
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_losss_gradient_is_autograds(dtype: torch.dtype, near: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(600, 50, dtype=dtype)  # more rows than are in memory at once
+    labels, weights = torch.randint(0, 50, (600,)), torch.rand(600)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = loss_sum(ours, labels, weights) / 7
+    expected = torch.nn.functional.cross_entropy(theirs.float(), labels, reduction="none") @ weights / 7
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert ours.grad is not None and theirs.grad is not None and ours.grad.dtype == dtype
+    assert torch.allclose(ours.grad, theirs.grad, rtol=near, atol=near / 100)
+    assert loss_sum(logits, labels).item() == pytest.approx(loss_sum(logits, labels, torch.ones(600)).item())
 
 
 def stub(base: Path, sums: Path, **fields: Any) -> Any:

@@ -170,7 +170,7 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
 
     A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token; all layers
     do from the lowest trained on, or with gradient_checkpointing one of them at a time, and all their inputs. Logits
-    are there in `width` bytes and twice in fp32, of as many labels as there are tokens.
+    and their gradient are there in `width` bytes, of as many labels as there are tokens (grow.loss).
     """
     text = text_config(start.config)
     tokens = recipe.per_device_train_batch_size * recipe.max_length
@@ -185,7 +185,7 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
     lowest = _lowest(trained)
     saving = [size for layer, size in widths.items() if layer >= lowest]
     saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
-    return tokens * (saved * width + int(text.get("vocab_size", 0)) * (width + 8))
+    return tokens * (saved * width + int(text.get("vocab_size", 0)) * 2 * width)
 
 
 def _lowest(trained: Shapes) -> int:
