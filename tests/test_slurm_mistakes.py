@@ -74,7 +74,7 @@ def test_prepare_without_a_token(gated_hub: str, tmp_path: Path) -> None:
     done = run("launch/prepare.sh", "recipes/gemma3_4b/translation.yaml", code=2, HF_ENDPOINT=gated_hub,
                HF_HOME=str(tmp_path))  # fmt: skip
     (line,) = done.stderr.splitlines()
-    assert line.startswith("grow: google/gemma-3-4b-pt: is gated; accept its licence at https://huggingface.co/")
+    assert line.startswith("grow: google/gemma-3-4b-pt: is gated: accept its licence at https://huggingface.co/")
 
 
 def pipeline(site: Site, cluster: Cluster, recipe: Path, **environment: str) -> list[str]:
