@@ -11,7 +11,7 @@ from grow.methods import METHODS
 from grow.recipe import read_recipe
 from tests.tiny import ROOT, grow, make_data, make_recipe, run
 
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("gemma3_*/*.yaml"))  # a study's grid is no recipe
 
 
 def mistake(*arguments: str | Path) -> str:
