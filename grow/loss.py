@@ -73,10 +73,26 @@ class _SummedLoss(torch.autograd.Function):
         return gradient.mul_(scale), None, None
 
 
+def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For each label: its log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32 each.
+
+    `logits` and `base` are [N, V] in any float type, `labels` [N]. Without a base the KL is zero.
+    """
+    likelihoods, divergences = [], []
+    for first in range(0, len(labels), _AT_A_TIME):
+        part = slice(first, first + _AT_A_TIME)
+        now = logits[part].float().log_softmax(-1)
+        likelihoods.append(now.gather(1, labels[part, None])[:, 0])
+        if base is not None:
+            before = base[part].float().log_softmax(-1)
+            divergences.append((before.exp() * (before - now)).sum(-1))
+    likelihood = torch.cat(likelihoods) if likelihoods else logits.new_zeros(0, dtype=torch.float32)
+    return likelihood, torch.cat(divergences) if divergences else torch.zeros_like(likelihood)
+
+
 @torch.no_grad()
 def token_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """For each label: its log-probability in nats, whether it is the likeliest token, its row; [N] each."""
     logits, labels = labelled_logits(model, batch)
-    parts = zip(logits.split(_AT_A_TIME), labels.split(_AT_A_TIME), strict=True)
-    logprobs = torch.cat([-nn.functional.cross_entropy(part.float(), own, reduction="none") for part, own in parts])
+    logprobs, _ = compare(logits, None, labels)
     return logprobs, logits.argmax(dim=-1) == labels, batch["rows"][batch["labels"] != IGNORED]

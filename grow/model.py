@@ -1,5 +1,6 @@
 """From a checkpoint folder to a model in memory: stock or grown, any class that transformers knows."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -113,8 +114,23 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
     """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained); no effect on others."""
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
-    for mlp in gated_mlps(model).values():
-        if isinstance(mlp, (GrownMLP, bottleneck.AdaptedMLP)):
+    for mlp in _with_dial(model):
+        mlp.alpha = alpha
+
+
+def _with_dial(model: nn.Module) -> Iterator[Any]:
+    return (mlp for mlp in gated_mlps(model).values() if isinstance(mlp, (GrownMLP, bottleneck.AdaptedMLP)))
+
+
+@contextlib.contextmanager
+def base_inside(model: nn.Module) -> Iterator[None]:
+    """The base of a grown or adapted model, for a while; then the dial is where it was."""
+    before = {mlp: mlp.alpha for mlp in _with_dial(model)}
+    set_alpha(model, 0)
+    try:
+        yield
+    finally:
+        for mlp, alpha in before.items():
             mlp.alpha = alpha
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from grow.checkpoint.run_folder import last_checkpoint, validation_losses
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
+from grow.tables import new_figure, write_figure, write_text
 
 COLUMNS = (
     ("task loss", "task", "loss", "{:.3f}"),
@@ -35,9 +36,8 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
         else:
             raise UserError(f"{path}: neither a training run nor a file that `python -m grow eval --out` wrote")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     text = table(scores) + "\n" + samples(scores)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text)
     _plot(scores, curves, folder / "report.png")
     return {"table": str(folder / "report.md"), "plot": str(folder / "report.png"), "text": text}
 
@@ -80,12 +80,7 @@ def samples(scores: list[dict[str, Any]]) -> str:
 
 
 def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(11, 4.2, columns=2)
     for name, points in curves.items():
         left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     left.set(title="Learning the new task", xlabel="step", ylabel="validation loss, nats per token")
@@ -107,5 +102,4 @@ def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]
     right.margins(x=0.4, y=0.25)  # room for the names
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    write_figure(path, figure)

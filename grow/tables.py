@@ -1,8 +1,9 @@
 """What commands that measure leave in their folder: tables, JSON, pictures; each written whole or not at all."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file, and its folder if there is none. Raises UserError if that cannot be."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _whole(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -36,12 +31,21 @@ def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
     """Likewise, a matplotlib figure as PNG; it is closed."""
     from matplotlib import pyplot
 
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    with _whole(Path(path)) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     pyplot.close(figure)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write under, which becomes `path` at the end."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def new_figure(*size: float, columns: int = 1) -> tuple[Any, Any]:

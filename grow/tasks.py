@@ -176,6 +176,16 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         }
 
 
+def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
+    """One split of a grow.recipe.Recipe's data, packed; bad rows are named. Raises UserError for rows that cannot be
+    used, if they are too many or all."""
+    encoded = encode(recipe.rows(split), tokenizer, recipe.template, recipe.max_length)
+    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
+    if not encoded.examples:
+        raise UserError(f"{recipe.data}: its split {split} has no row that can be used")
+    return PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+
+
 class Epochs(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run in the order in which they are seen: item i is a function of i alone.
 

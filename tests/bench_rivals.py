@@ -16,7 +16,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.bench_training import PER_STEP, WARMUP, compute_dtype
+from grow.model import compute_dtype
+from grow.recipe import read_recipe
+from tests.bench_training import PER_STEP, RECIPE, WARMUP
 
 
 class Clock(TrainerCallback):
@@ -41,8 +43,9 @@ def arguments(out: str, steps: int) -> dict[str, Any]:
 
 def texts(rows: Dataset) -> Dataset:
     """Prompt and completion, as the recipe has them."""
+    recipe = read_recipe(str(RECIPE))
     return rows.map(
-        lambda row: {"prompt": f"English: {row['en']}\nFrench:", "completion": f" {row['fr']}"},
+        lambda row: {"prompt": recipe.prompt.format(**row), "completion": recipe.completion.format(**row)},
         remove_columns=rows.column_names,
     )
 

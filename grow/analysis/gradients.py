@@ -1,20 +1,17 @@
 """How large the task's gradient is at each weight matrix of the base: a ranking without a pilot run."""
 
-import re
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from grow.analysis.ranking import Norms
+from grow.checkpoint.updates import matrix_of
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum
-from grow.methods.method import of_language_model
 from grow.model import checkpoint_activations, compute_dtype, gated_mlps, load
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, collate, encode
-
-_MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.weight$")
+from grow.tasks import Epochs, collate, read_sequences
 
 
 def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
@@ -28,9 +25,7 @@ def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.base, local_files_only=True)
-    encoded = encode(recipe.rows(recipe.train_split), tokenizer, recipe.template, recipe.max_length)
-    encoded.check(f"{recipe.data}, {recipe.train_split}", recipe.max_bad_rows)
-    sequences = PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+    sequences = read_sequences(recipe, tokenizer, recipe.train_split)
     order = Epochs(sequences, batches * recipe.train_batch_size, recipe.seed)
 
     model = load(recipe.base, compute_dtype())
@@ -39,11 +34,10 @@ def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
         checkpoint_activations(model)
     weights: dict[tuple[int, str], Any] = {}
     for name, parameter in model.named_parameters():
-        match = _MATRIX.search(name)
-        wanted = match is not None and parameter.dim() == 2 and of_language_model(name)
-        parameter.requires_grad_(wanted)
-        if match is not None and wanted:
-            weights[int(match[1]), match[2]] = parameter
+        place = matrix_of(name, parameter.shape)
+        parameter.requires_grad_(place is not None)
+        if place is not None:
+            weights[place] = parameter
     found = [
         _of_batch(model, weights, [order[batch * recipe.train_batch_size + i] for i in range(recipe.train_batch_size)])
         for batch in tqdm(range(batches), desc="gradients", leave=False, disable=None)

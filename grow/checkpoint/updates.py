@@ -6,6 +6,7 @@ own, the down-projection with the base's divided by k.
 
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grow.checkpoint.expand import expected_growth
@@ -44,12 +45,19 @@ def read_updates(path: str, start: str = "", tag: str = "") -> tuple[list[Update
     source = open_source(path, start, tag)
     found = []
     for name, before in _starts(source).items():
-        match = _MATRIX.fullmatch(name)
-        if match and len(before.shape) == 2 and of_language_model(name):
-            found.append(Update(int(match[1]), match[2].replace(".grown.", "."), before, source.tensor(name)))
+        place = matrix_of(name, before.shape)
+        if place is not None:
+            found.append(Update(place[0], place[1].replace(".grown.", "."), before, source.tensor(name)))
     if not found:
         raise UserError(f"{path}: none of its layers has a weight matrix that trained")
     return sorted(found, key=lambda update: (update.layer, update.matrix)), len(mlp_prefixes(source.start.tensors))
+
+
+def matrix_of(name: str, shape: Sequence[int]) -> tuple[int, str] | None:
+    """Layer and name in it of a weight matrix, such as (3, "mlp.gate_proj"); None of all that is not one of a decoder
+    layer's."""
+    match = _MATRIX.fullmatch(name)
+    return (int(match[1]), match[2]) if match and len(shape) == 2 and of_language_model(name) else None
 
 
 def _starts(source: Source) -> dict[str, Lazy]:

@@ -142,8 +142,8 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
     if not runs:
         raise UserError("report: name at least one run, or a file that `eval --out` wrote")
-    if any(name.endswith(".jsonl") for name in runs):
-        if len(runs) > 1:
-            raise UserError("report: the results of a study are reported alone; runs of different size are not mixed")
-        return say(study_report(Path(runs[0]), out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
-    return say(run(runs, out), lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
+    study = any(name.endswith(".jsonl") for name in runs)
+    if study and len(runs) > 1:
+        raise UserError("report: the results of a study are reported alone; runs of different size are not mixed")
+    result = study_report(Path(runs[0]), out) if study else run(runs, out)
+    return say(result, lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)

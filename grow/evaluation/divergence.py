@@ -8,42 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.dial import Dial, check_dial
-from grow.loss import labelled_logits
+from grow.loss import compare, labelled_logits
 from grow.mlp import GrownMLP
 from grow.model import gated_mlps
 from grow.tasks import Example, PackedDataset, collate
 
 PROSE = "gemma3_270m/prose/test.jsonl"
 """In the cache: the text to measure on where none is named, English fiction."""
-_AT_A_TIME = 256
-"""Positions whose distributions over the vocabulary are in memory at once, in fp32."""
 _TOKENS = 256
 """The longest passage; the rest of a longer one is left out."""
 _CLOSE = 0.01
 """How near to the bound, as a share of it, is near enough; and how exactly α is found."""
-
-
-def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each label: its log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32 each.
-
-    `logits` and `base` are [N, V] in any float type, `labels` [N]. Without a base the KL is zero.
-    """
-    likelihoods, divergences = [], []
-    for first in range(0, len(labels), _AT_A_TIME):
-        part = slice(first, first + _AT_A_TIME)
-        now = logits[part].float().log_softmax(-1)
-        likelihoods.append(now.gather(1, labels[part, None])[:, 0])
-        if base is not None:
-            before = base[part].float().log_softmax(-1)
-            divergences.append((before.exp() * (before - now)).sum(-1))
-    likelihood = torch.cat(likelihoods) if likelihoods else logits.new_zeros(0, dtype=torch.float32)
-    return likelihood, torch.cat(divergences) if divergences else torch.zeros_like(likelihood)
 
 
 def read_passages(path: str, tokenizer: Any, limit: int) -> list[Example]:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.evaluation.divergence import compare
-from grow.loss import labelled_logits
-from grow.model import grown_mlps, set_alpha
+from grow.loss import compare, labelled_logits
+from grow.model import base_inside, grown_mlps
 from grow.tasks import PackedDataset
 
 
@@ -63,12 +62,8 @@ def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
     logits, labels = labelled_logits(model, batch)
     base = None
     if grown:
-        inside = getattr(model, "module", model)
-        set_alpha(inside, 0)
-        try:
+        with base_inside(getattr(model, "module", model)):
             base, _ = labelled_logits(model, batch)
-        finally:
-            set_alpha(inside, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     likelihoods, divergences = compare(logits, base, labels)
     sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)

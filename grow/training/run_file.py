@@ -3,6 +3,7 @@ versions. A run that goes on must be the same run."""
 
 import json
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import file_checksums
 from grow.errors import UserError
 from grow.recipe import Recipe
+from grow.tables import write_json
 from grow.tasks import PackedDataset
 
 NAME = "run.json"
@@ -50,7 +52,7 @@ def write_run_file(
     facts = {
         "recipe": recipe.values(),
         "start": str(start.path.resolve()),
-        "start_checksums": _from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
+        "start_checksums": from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
         "data_checksums": {split: rows_checksum(sequences) for split, sequences in data.items()},
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
@@ -59,7 +61,7 @@ def write_run_file(
         "git_commit": _commit(),
         "versions": {name: version(name) for name in _LIBRARIES},
     }
-    before = _from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
+    before = from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
     for what in ("start_checksums", "data_checksums"):
         for name, checksum in before.get(what, {}).items():
             if facts[what].get(name) != checksum:
@@ -68,9 +70,7 @@ def write_run_file(
                     "put them back, or give another --output_dir"
                 )
     if dist.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / f"{NAME}.partial").write_text(json.dumps(facts, indent=2) + "\n")
-        (run / f"{NAME}.partial").rename(run / NAME)
+        write_json(run / NAME, facts)
 
 
 def rows_checksum(sequences: PackedDataset) -> str:
@@ -81,7 +81,8 @@ def rows_checksum(sequences: PackedDataset) -> str:
     return digest.hexdigest()
 
 
-def _from_rank_0(make: Any) -> Any:
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, where alone it is called, on every rank: all of them call this."""
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]

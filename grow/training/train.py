@@ -25,8 +25,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, encode
-from grow.training.run_file import check_recipe, write_run_file
+from grow.tasks import Epochs, PackedDataset, encode, read_sequences
+from grow.training.run_file import check_recipe, from_rank_0, write_run_file
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     watch = Watch()
     trainer = _trainer(recipe, run, start, watch)
-    checkpoint = _sound_checkpoint(run)
+    checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not watch.leaving:
         result = _finish(trainer, run, start)
@@ -71,8 +71,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     from grow.training.trainer import GrowTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
-    sequences = _sequences(recipe, tokenizer, recipe.train_split)
-    validation = _sequences(recipe, tokenizer, recipe.validation_split)
+    sequences = read_sequences(recipe, tokenizer, recipe.train_split)
+    validation = read_sequences(recipe, tokenizer, recipe.validation_split)
     steps = recipe.max_steps
     if steps < 1:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
@@ -164,28 +164,13 @@ def _base(recipe: Recipe) -> Path:
 
 
 def _sound_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint that is whole; says on rank 0 which are not. Every rank gets rank 0's answer."""
-    import torch.distributed as dist
-
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        for checkpoint in complete_checkpoints(run):
-            problem = broken(checkpoint)
-            if problem is None:
-                found = [checkpoint]
-                break
-            print(f"{checkpoint}: {problem}; going back to the checkpoint before it", file=sys.stderr)
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def _sequences(recipe: Recipe, tokenizer: Any, split: str) -> PackedDataset:
-    rows = recipe.rows(split)
-    encoded = encode(rows, tokenizer, recipe.template, recipe.max_length)
-    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
-    if not encoded.examples:
-        raise UserError(f"{recipe.data}: its split {split} has no row that can be used")
-    return PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0, recipe.seed)
+    """The newest complete checkpoint that is whole; says which are not."""
+    for checkpoint in complete_checkpoints(run):
+        problem = broken(checkpoint)
+        if problem is None:
+            return checkpoint
+        print(f"{checkpoint}: {problem}; going back to the checkpoint before it", file=sys.stderr)
+    return None
 
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
