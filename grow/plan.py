@@ -73,14 +73,14 @@ def parse_factor(factor: int | str) -> int:
 
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
-    "top:6:ranking.json", which holds {"layers": [best, second, …]}.
+    "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json".
 
     Raises UserError for anything else, and for a layer that the model does not have.
     """
     text = str(layers).strip()
     if text == "all":
         return tuple(range(num_layers))
-    chosen = _best(text) if text.startswith("top:") else _listed(text)
+    chosen = _ranked(text) if text.startswith(("top:", "bottom:")) else _listed(text)
     if max(chosen) >= num_layers:
         raise UserError(f"--layers {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
     return tuple(sorted(chosen))
@@ -101,20 +101,22 @@ def _listed(text: str) -> set[int]:
     return chosen
 
 
-def _best(text: str) -> set[int]:
-    match = re.fullmatch(r"top:(\d{1,6}):(.+)", text, re.ASCII)
-    if match is None or not int(match[1]):
+def _ranked(text: str) -> set[int]:
+    match = re.fullmatch(r"(top|bottom):(\d{1,6}):(.+)", text, re.ASCII)
+    if match is None or not int(match[2]):
         raise UserError(f"--layers {text}: write top:N:FILE, such as top:6:ranking.json")
+    end, count, file = match[1], int(match[2]), match[3]
     try:
-        ranked = json.loads(Path(match[2]).read_text(encoding="utf-8"))["layers"]
-        best = {layer for layer in ranked[: int(match[1])] if type(layer) is int and layer >= 0}
+        ranked = json.loads(Path(file).read_text(encoding="utf-8"))["layers"]
+        chosen = ranked[:count] if end == "top" else ranked[-count:]
+        layers = {layer for layer in chosen if type(layer) is int and layer >= 0}
     except OSError as error:
-        raise UserError(f"--layers {text}: {match[2]} cannot be read ({error.strerror})") from None
+        raise UserError(f"--layers {text}: {file} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f'--layers {text}: {match[2]} is not a ranking, {{"layers": [best, second, …]}}') from None
-    if len(best) < int(match[1]):
-        raise UserError(f"--layers {text}: {match[2]} ranks only {len(best)} layers")
-    return best
+        raise UserError(f'--layers {text}: {file} is not a ranking, {{"layers": [best, second, …]}}') from None
+    if len(layers) < count:
+        raise UserError(f"--layers {text}: {file} ranks only {len(layers)} layers")
+    return layers
 
 
 def ranges(layers: list[int]) -> str:

@@ -52,7 +52,8 @@ class Recipe:
     retention: str | None = None
     retention_prompt: str = "{prompt}"
     retention_completion: str = "{completion}"
-    # More of them, for `eval` alone: folders whose rows have a text, or a prompt and a completion.
+    # More of them, for `eval` alone: folders whose rows have a text, or a prompt and a completion; "FOLDER[:80]" for the
+    # first 80.
     retention_sets: list[str] = field(default_factory=list)
     # So many of the rows of `retention` are scored whenever the validation loss is, in training; 0: none.
     probe_rows: int = 64
@@ -98,10 +99,11 @@ class Recipe:
         return load_rows(self.data, split, self.data_revision, self.data_dir)
 
     def retention_rows(self, split: str = "test", folder: str = "") -> Any:
-        """Rows of old knowledge, likewise; of `retention` or of another folder."""
+        """Rows of old knowledge, likewise; of `retention` or of another folder, "FOLDER[:80]" the first 80."""
         from grow.tasks import load_rows
 
-        return load_rows(folder or str(self.retention), split)
+        name, bracket, first = (folder or str(self.retention)).partition("[:")
+        return load_rows(name, split + bracket + first)
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def test_the_best_layers_of_a_ranking(text_base: Path, tmp_path: Path) -> None:
     ranking = tmp_path / "ranking.json"
     ranking.write_text(json.dumps({"layers": [3, 1, 0, 2]}))
     assert expand(str(text_base), str(tmp_path / "grown"), layers=f"top:2:{ranking}")["layers"] == [1, 3]
+    assert expand(str(text_base), str(tmp_path / "rest"), layers=f"bottom:2:{ranking}")["layers"] == [0, 2]
     for layers, message in ((f"top:5:{ranking}", "ranks only 4"), ("top:2:none.json", "none.json"), ("top:2", "top:N")):
         with pytest.raises(UserError, match=message):
             expand(str(text_base), str(tmp_path / "other"), layers=layers)

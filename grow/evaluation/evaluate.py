@@ -106,7 +106,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     for folder in recipe.retention_sets:
         rows = recipe.retention_rows(folder=folder)
         template = Template("", "{text}") if "text" in rows.column_names else Template("{prompt}", "{completion}")
-        sets.append((folder.rstrip("/").rpartition("/")[2], rows, template, retention_limit))
+        name = folder.partition("[:")[0].rstrip("/").rpartition("/")[2]
+        sets.append((name, rows, template, retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
         raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")
     training = recipe.rows(recipe.train_split)

@@ -115,6 +115,8 @@ class Study:
             "train", self.recipe, *self.fields(), f"--method={cell.method}", f"--learning_rate={cell.learning_rate}",
             f"--seed={cell.seed}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
+        grow("rank", run, "--out", f"{run}-ranking")
+        ranking = json.loads(Path(f"{run}-ranking", "ranking.json").read_text())
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
             grow("consolidate", run, trained, *form)
@@ -138,6 +140,7 @@ class Study:
             "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}"',
             "base": point(json.loads(against.read_text())),
             "dial": [point(scores) for scores in result.get("dial", [result])],
+            "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
         }
         for left in (run, trained):
             shutil.rmtree(left)
