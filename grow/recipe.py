@@ -52,8 +52,8 @@ class Recipe:
     retention: str | None = None
     retention_prompt: str = "{prompt}"
     retention_completion: str = "{completion}"
-    # More of them, for `eval` alone: folders whose rows have a text, or a prompt and a completion; "FOLDER[:80]" for the
-    # first 80.
+    # More of them, for `eval` alone: folders whose rows have a text, or a prompt and a completion.
+    # "FOLDER[:80]": the first 80.
     retention_sets: list[str] = field(default_factory=list)
     # So many of the rows of `retention` are scored whenever the validation loss is, in training; 0: none.
     probe_rows: int = 64
