@@ -150,12 +150,8 @@ class Study:
 def point(scores: dict[str, Any]) -> dict[str, Any]:
     """What a line keeps of the scores at one place of the dial: no single rows."""
     sets = {"capitals": scores["retention"], **scores.get("retention_sets", {})}
-    kept = {
-        name: {
-            key: value for key, value in known.items() if key in ("log_likelihood", "rows", "from_base", "exact_match")
-        }
-        for name, known in sets.items()
-    }
+    keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
+    kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
     task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
     return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
