@@ -18,9 +18,12 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
     known.mkdir()
     rows = [{"prompt": f"{number}-{number}=", "completion": "0"} for number in range(30)]
     (known / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prose").mkdir()
+    (folder / "prose" / "test.jsonl").write_text("".join(f'{{"text": "{n}+{n}={2 * n}"}}\n' for n in range(30)))
     make_recipe(folder / "recipe.yaml", base, folder / "grown", sums, 1, retention=str(known))
     grid = {
-        "recipe": "recipe.yaml", "fields": {"max_steps": 4, "save_steps": 4},
+        "recipe": "recipe.yaml", "general_text": ["prose"],
+        "fields": {"max_steps": 4, "save_steps": 4, "retention_sets": [f"{folder}/prose[:12]"]},
         "alphas": list(ALPHAS), "limit": 20, "retention_limit": 20, "seeds": [0],
         "methods": {
             "sft": {"method": "sft", "learning_rate": [1e-3]},
@@ -56,10 +59,22 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     text = grow("report", results, "--out", tmp_path / "out").stdout
     assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
-    changes = [
-        place["retention"]["capitals"]["from_base"]["log_likelihood"]
-        for line in (first, second) for place in json.loads(line)["dial"]
-    ]  # fmt: skip
-    rows = [re.split(r" *\| *", line.replace("**", "")) for line in text.splitlines() if line.startswith("| ")][3:]
-    assert [row[5] for row in rows] == [f"{loss:.3f}" for loss in losses]
-    assert [row[7].split(" ")[0] for row in rows] == [f"{change:+.2f}" for change in changes]
+    places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
+    changes = [known["capitals"]["from_base"]["log_likelihood"] for known in places]
+    base = json.loads(first)["base"]["retention"]["prose"]
+    assert [known["prose"]["rows"] for known in places] == [12] * 4
+    rises = [known["prose"]["loss"] - base["loss"] for known in places]
+    tables = [
+        [re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in part.splitlines() if line.startswith("| ")][2:]
+        for part in re.split(r"\n\n(?=[A-Z]|\| method \| rate)", text)
+    ]
+    matched, kept, (_, *every) = tables
+    assert [row[4] for row in every] == [f"{loss:.3f}" for loss in losses]
+    assert [row[6].split(" ")[0] for row in every] == [f"{rise:+.3f}" for rise in rises]
+    assert [row[7].split(" ")[0] for row in every] == [f"{change:+.2f}" for change in changes]
+    assert [row[0] for row in matched] == [f"{m}, {a}" for m in ("sft", "some layers") for a in ("α = 1", "any α")]
+    for row, own in zip(matched[1::2], (slice(0, 2), slice(2, 4)), strict=True):
+        first_target = float(re.search(r"task loss at most \| ([\d.]+)", text)[1])
+        enough = [rise for rise, loss in zip(rises[own], losses[own], strict=True) if loss <= first_target]
+        assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
+    assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)

@@ -1,21 +1,27 @@
-"""What the lines of a study's results.jsonl (recipes/study/run.py) come to: a table, and the pictures of who learns
-most and forgets least.
+"""What the lines of a study's results.jsonl (recipes/study/run.py) come to: tables, and pictures of who learns most and
+forgets least.
 
-Old knowledge is what the log-likelihood of a row has changed by, against the base, row by row: the mean of each set's
-mean, so that no set weighs more for having more rows. Below zero something was forgotten.
+Two measures of old knowledge, both against the base and row by row. General text: how much more a token costs, nats,
+the mean over the sets of running text (the measure of forgetting in PEFT's method comparison). Questions: how the
+log-likelihood of an answer changed, nats, the mean over the sets of questions. The two are never added: a model that
+learns to answer briefly gains on questions what it loses elsewhere.
 """
 
 import json
 from collections import defaultdict
-from math import sqrt
+from collections.abc import Iterable
+from math import nan, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grow.analysis.curves import draw_curves, draw_layers
 from grow.errors import UserError
-from grow.tables import markdown, new_figure, write_figure, write_text
+from grow.tables import markdown, write_text
 
 Point = dict[str, Any]
+MARGIN = 0.01
+"""General text is kept if a token costs no more than this share more than it cost the base: 99 % of what was known."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,29 +39,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
-    """One place of the dial of one run: `loss` of the task, nats per token; `kept`, the change of old knowledge, nats
-    per row, with its 95 % half-width `margin` (sets are independent: their variances add)."""
-    changes = {name: known["from_base"] for name, known in place["retention"].items()}
-    widths = [(change["interval"][1] - change["interval"][0]) / 2 for change in changes.values()]
-    return {
-        "label": line["label"],
-        "learning_rate": line["learning_rate"],
-        "alpha": place["alpha"],
-        "seed": line["seed"],
-        "loss": place["task"]["loss"],
-        "accuracy": place["task"]["token_accuracy"],
-        "kept": fmean(change["log_likelihood"] for change in changes.values()),
-        "margin": sqrt(sum(width**2 for width in widths)) / len(widths),
-        "sets": {name: change["log_likelihood"] for name, change in changes.items()},
-    }
+    """One place of the dial of one run.
+
+    `loss` and `accuracy` of the task, nats per token; `text`, the rise of what a token of general text costs, nats, and
+    `text_margin`, half its 95 % interval (sets are independent: their variances add); `questions` and
+    `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit.
+    """
+    texts, sets, widths = set(line["general_text"]), {}, {}
+    for name, known in place["retention"].items():
+        change, before = known["from_base"], line["base"]["retention"][name]
+        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0
+        sets[name] = change["log_likelihood"] * unit
+        widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * unit
+    groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
+    found: Point = {"loss": place["task"]["loss"], "accuracy": place["task"]["token_accuracy"], "sets": sets}
+    for group, names in groups.items():
+        found[group] = fmean(sets[name] for name in names) if names else nan
+        found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
+    same = {key: line[key] for key in ("label", "learning_rate", "seed")}
+    return same | {"alpha": place["alpha"]} | found
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
-    """Writes OUT/study.md and OUT/study.png. Raises UserError as read_lines does."""
+    """Writes OUT/study.md, study.png and layers.png. Raises UserError as read_lines does."""
     lines, folder = read_lines(path), Path(out)
+    base = lines[0]["base"]
     points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
-    text = _table(points, lines[0]["base"])
-    plot(points, lines[0]["base"]["task"]["loss"], folder / "study.png")
+    text = "\n".join([_matched(points, base), _kept(points, lines[0]), _table(points, base)])
+    draw_curves(points, base["task"]["loss"], folder / "study.png")
+    draw_layers(lines, folder / "layers.png")
     write_text(folder / "study.md", text)
     return {"table": str(folder / "study.md"), "plot": str(folder / "study.png"), "text": text}
 
@@ -67,61 +79,95 @@ def over_seeds(points: list[Point]) -> list[Point]:
         groups[one["label"], one["learning_rate"], one["alpha"]].append(one)
     found = []
     for same in groups.values():
-        means = {key: fmean(one[key] for one in same) for key in ("loss", "accuracy", "kept")}
+        means = {key: fmean(one[key] for one in same) for key in ("loss", "accuracy", "text", "questions")}
+        for key in ("text_margin", "questions_margin"):
+            means[key] = sqrt(sum(one[key] ** 2 for one in same)) / len(same)
         sets = {name: fmean(one["sets"][name] for one in same) for name in same[0]["sets"]}
-        margin = sqrt(sum(one["margin"] ** 2 for one in same)) / len(same)
-        found.append(same[0] | means | {"sets": sets, "margin": margin, "seeds": len(same)})
+        found.append(same[0] | means | {"sets": sets, "seeds": len(same)})
     return found
 
 
-def frontier(points: list[Point]) -> list[Point]:
-    """Those that no other beats in both, task and old knowledge; by their loss on the task."""
-    best, kept = [], float("-inf")
-    for one in sorted(points, key=lambda p: (p["loss"], -p["kept"])):
-        if one["kept"] > kept:
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, task and general text; by their loss on the task."""
+    best, least = [], float("inf")
+    for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
+        if one["text"] < least:
             best.append(one)
-            kept = one["kept"]
+            least = one["text"]
     return best
+
+
+def at_most(points: Iterable[Point], loss: float) -> Point | None:
+    """Of the points that have learnt the task at least to that loss, the one that forgot least; None if none has."""
+    return min((one for one in points if one["loss"] <= loss), key=lambda p: p["text"], default=None)
+
+
+def _methods(points: list[Point]) -> dict[str, list[Point]]:
+    methods: dict[str, list[Point]] = defaultdict(list)
+    for one in points:
+        methods[one["label"]].append(one)
+    return methods
+
+
+def targets(points: list[Point], base_loss: float) -> list[float]:
+    """Five task losses at which to compare: the best that any method reached, rounded up, and parts of the way back."""
+    best = min(one["loss"] for one in points)
+    return [round(best + (base_loss - best) * share + 0.005, 2) for share in (0.0, 0.025, 0.05, 0.1, 0.2)]
+
+
+def _matched(points: list[Point], base: dict[str, Any]) -> str:
+    """Forgetting at matched task score: a row for each method as trained, and one over the whole dial."""
+    losses = targets(points, base["task"]["loss"])
+    rows = []
+    for label, own in _methods(points).items():
+        for what, some in (("α = 1", [one for one in own if one["alpha"] == 1]), ("any α", own)):
+            found = [at_most(some, loss) for loss in losses]
+            rows.append([f"{label}, {what}", *map(_forgot, found)])
+    header = ["task loss at most", *(f"{loss:.2f}" for loss in losses)]
+    return "General text, rise in nats per token, of the point that forgot least at that task loss.\n\n" + markdown(
+        header, rows
+    )
+
+
+def _forgot(one: Point | None) -> str:
+    if one is None:
+        return "–"
+    return f"{one['text']:+.3f} ± {one['text_margin']:.3f} ({one['learning_rate']:g}, {one['alpha']:g})"
+
+
+def _kept(points: list[Point], line: dict[str, Any]) -> str:
+    """In which range of rates a method, as trained, keeps general text."""
+    known = line["base"]["retention"]
+    bound = MARGIN * fmean(known[name]["loss"] for name in line["general_text"]) if line["general_text"] else nan
+    rows = []
+    for label, own in _methods(points).items():
+        rates: dict[str, list[str]] = {"kept": [], "undecided": [], "lost": []}
+        for one in sorted((one for one in own if one["alpha"] == 1), key=lambda p: p["learning_rate"]):
+            low, high = one["text"] - one["text_margin"], one["text"] + one["text_margin"]
+            verdict = "kept" if high <= bound else "lost" if low > bound else "undecided"
+            rates[verdict].append(f"{one['learning_rate']:g}")
+        rows.append([label, *(", ".join(some) or "–" for some in rates.values())])
+    return (
+        "Rates at which general text is kept, as trained: "
+        f"a token costs at most {MARGIN:.0%} more ({bound:.3f} nats).\n\n"
+        + markdown(["method", "kept", "undecided", "lost"], rows)
+    )
 
 
 def _table(points: list[Point], base: dict[str, Any]) -> str:
     names, ahead = list(points[0]["sets"]), frontier(points)
-    rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{base['task']['token_accuracy']:.1%}", "0"]]
+    rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{base['task']['token_accuracy']:.1%}", "0", "0"]]
     rows[0] += ["0"] * len(names)
     for one in points:
         row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"]), f"{one['loss']:.3f}"]
-        row += [f"{one['accuracy']:.1%}", f"{one['kept']:+.2f} ± {one['margin']:.2f}"]
-        row += [f"{one['sets'][name]:+.2f}" for name in names]
+        row += [f"{one['accuracy']:.1%}", f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
+        row += [f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
+        row += [f"{one['sets'][name]:+.3f}" for name in names]
         rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
-    columns = ["method", "rate", "α", "seeds", "task loss", "accuracy", "old knowledge", *names]
+    columns = ["method", "rate", "α", "seeds", "task loss", "accuracy", "general text", "questions", *names]
     known = ", ".join(f"{known['rows']} of {name}" for name, known in base["retention"].items())
     return markdown(columns, rows) + (
-        f"\n{base['task']['rows']} rows of the task; {known}. Old knowledge is the change of a row's log-likelihood "
-        "against the base, nats, with its 95 % interval. In bold: no other row is better in both.\n"
+        f"\n{base['task']['rows']} rows of the task; {known}. General text: the rise of what a token costs, nats; "
+        "questions: the change of an answer's log-likelihood, nats; against the base, with 95 % intervals over rows. "
+        "In bold: no other row is better in both task and general text.\n"
     )
-
-
-def plot(points: list[Point], base_loss: float, path: Path) -> None:
-    """Task against old knowledge: left each method over its rates, at α = 1; right over α, at each rate."""
-    figure, (left, right) = new_figure(12, 4.8, columns=2)
-    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(one["label"] for one in points))}
-    for label, colour in colours.items():
-        own = [one for one in points if one["label"] == label]
-        trained = sorted((one for one in own if one["alpha"] == 1), key=lambda p: p["learning_rate"])
-        left.errorbar(
-            [one["loss"] for one in trained], [one["kept"] for one in trained],
-            yerr=[one["margin"] for one in trained], marker="o", markersize=4, capsize=2, color=colour, label=label,
-        )  # fmt: skip
-        for rate in sorted({one["learning_rate"] for one in own}):
-            curve = sorted((one for one in own if one["learning_rate"] == rate), key=lambda p: p["alpha"])
-            x, y = [base_loss, *(one["loss"] for one in curve)], [0.0, *(one["kept"] for one in curve)]
-            right.plot(x, y, marker=".", linewidth=1, color=colour)
-    left.legend(fontsize=8)
-    left.set(title="Over rates, as trained", ylabel="old knowledge, change of log-likelihood per row, nats")
-    right.set(title="Over α, a line for each rate")
-    for axes in (left, right):
-        axes.set(xlabel="task loss on held-out rows, nats per token (better: left, up)")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=1)
-        axes.grid(alpha=0.3)
-    write_figure(path, figure)

@@ -138,6 +138,7 @@ class Study:
             "git_commit": facts["git_commit"],
             "dtype": facts["dtype"],
             "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}"',
+            "general_text": self.grid.get("general_text", []),
             "base": point(json.loads(against.read_text())),
             "dial": [point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
