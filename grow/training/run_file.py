@@ -35,9 +35,9 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
         return
     before, now = read_json(run / NAME)["recipe"], recipe.values()
     for name in now:
-        if name not in _FREE and now[name] != before.get(name):
+        if name in before and name not in _FREE and now[name] != before[name]:
             raise UserError(
-                f"{run}: holds a run with {name} {before.get(name)!r}, not {now[name]!r}; "
+                f"{run}: holds a run with {name} {before[name]!r}, not {now[name]!r}; "
                 "give another --output_dir or remove it"
             )
 

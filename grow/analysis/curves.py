@@ -1,0 +1,58 @@
+"""The pictures of a study: task against old knowledge, and how far each layer moved."""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grow.tables import new_figure, write_figure
+
+
+def draw_curves(points: list[dict[str, Any]], base_loss: float, path: Path) -> None:
+    """Task against general text: left each method over its rates, at α = 1; right over α, a line for each rate.
+
+    `points` are those of grow.analysis.study.over_seeds.
+    """
+    figure, (left, right) = new_figure(12, 4.8, columns=2)
+    labels = list(dict.fromkeys(one["label"] for one in points))
+    for colour, label in enumerate(labels):
+        own = [one for one in points if one["label"] == label]
+        trained = sorted((one for one in own if one["alpha"] == 1), key=lambda p: p["learning_rate"])
+        left.errorbar(
+            [one["loss"] for one in trained], [one["text"] for one in trained],
+            yerr=[one["text_margin"] for one in trained], marker="o", markersize=4, capsize=2, color=f"C{colour}",
+            label=label,
+        )  # fmt: skip
+        for rate in sorted({one["learning_rate"] for one in own}):
+            curve = sorted((one for one in own if one["learning_rate"] == rate), key=lambda p: p["alpha"])
+            x, y = [base_loss, *(one["loss"] for one in curve)], [0.0, *(one["text"] for one in curve)]
+            right.plot(x, y, marker=".", linewidth=1, color=f"C{colour}")
+    left.legend(fontsize=8)
+    left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
+    right.set(title="Over α, a line for each rate")
+    for axes in (left, right):
+        axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=0.05)
+        axes.grid(alpha=0.3)
+    write_figure(path, figure)
+
+
+def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
+    """How far each layer's MLP moved, Frobenius norm: a line for each method, at its rate with the best task loss.
+
+    Means over seeds. `lines` are those of a results.jsonl.
+    """
+    rates: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        rates[line["label"]][line["learning_rate"]].append(line)
+    figure, axes = new_figure(7, 4)
+    for label, by_rate in rates.items():
+        rate, best = min(by_rate.items(), key=lambda item: fmean(line["dial"][-1]["task"]["loss"] for line in item[1]))
+        layers = sorted(map(int, best[0]["updates"]))
+        norms = [fmean(line["updates"][str(layer)] for line in best) for layer in layers]
+        axes.plot(layers, norms, marker="o", markersize=4, label=f"{label}, {rate:g}")
+    axes.set(title="How far each layer's MLP moved", xlabel="layer", ylabel="update, Frobenius norm", ylim=(0, None))
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    write_figure(path, figure)

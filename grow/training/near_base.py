@@ -1,0 +1,60 @@
+"""How far a grown model is from the base inside it on general text, as a term of the loss.
+
+The base needs no second model and no memory of its own: it is the same forward pass with the dial at 0.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.errors import UserError
+from grow.loss import compare, labelled_logits
+from grow.model import base_inside
+from grow.tasks import IGNORED, PackedDataset, collate, encode, load_rows
+from grow.template import Template
+
+_POSITIONS = 64
+"""Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
+
+
+def general_text(folder: str, max_length: int, tokenizer: Any) -> PackedDataset:
+    """The rows of a folder's split train, which have a column text, packed. Raises UserError if there are none."""
+    rows = load_rows(folder, "train")
+    template = Template("", "{text}")
+    template.check(rows.column_names)
+    examples = encode(rows, tokenizer, template, max_length, end=False).examples
+    if not examples:
+        raise UserError(f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens")
+    return PackedDataset(examples, max_length, tokenizer.pad_token_id or 0)
+
+
+class NearBase:
+    """KL(base ‖ model) of the next token, nats, on one sequence of general text a rank and step.
+
+    Which one depends on the step alone, so that a run that goes on sees what it would have seen.
+    """
+
+    def __init__(self, trainer: Any, sequences: PackedDataset):
+        self.trainer, self.sequences, self.step = trainer, sequences, -1
+
+    def divergence(self) -> Tensor | float:
+        """The mean over places: [] fp32; 0 but for the first micro-batch of a step, which stands for all of them."""
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.state.global_step == self.step:
+            return 0.0
+        self.step = trainer.state.global_step
+        place = (self.step * args.world_size + args.process_index) % len(self.sequences)
+        batch = {name: tensor.to(args.device) for name, tensor in collate([self.sequences[place]]).items()}
+        _thin_out(batch["labels"])
+        with torch.no_grad(), base_inside(trainer.model):
+            base, _ = labelled_logits(trainer.model_wrapped, batch)
+        logits, labels = labelled_logits(trainer.model_wrapped, batch)
+        return compare(logits, base, labels)[1].mean() * args.gradient_accumulation_steps
+
+
+def _thin_out(labels_BL: Tensor) -> None:
+    places = (labels_BL != IGNORED).nonzero()
+    every = max(1, len(places) // _POSITIONS)
+    dropped = places[torch.arange(len(places), device=places.device) % every != 0]
+    labels_BL[dropped[:, 0], dropped[:, 1]] = IGNORED

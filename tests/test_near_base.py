@@ -1,0 +1,84 @@
+"""A grown model that is held near the base inside it: it learns, stays nearer, and goes on in the same bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.errors import UserError
+from grow.loss import compare, labelled_logits
+from grow.model import base_inside, load
+from grow.recipe import read_recipe
+from grow.tasks import IGNORED, collate
+from grow.training.near_base import general_text
+from grow.training.train import check_run
+from tests.running import train, train_and_resume
+from tests.tiny import make_recipe
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rows = [{"text": f"{n} and {n + 1} are {2 * n + 1}."} for n in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def distance(checkpoint: Path, text: Path) -> float:
+    """KL from the base inside, nats, the mean over all tokens of the text."""
+    model = load(checkpoint, torch.float32)
+    sequences = general_text(str(text), 32, AutoTokenizer.from_pretrained(checkpoint))
+    found = []
+    for sequence in sequences:
+        batch = collate([sequence])
+        with torch.no_grad():
+            now, labels = labelled_logits(model, batch)
+            with base_inside(model):
+                base, _ = labelled_logits(model, batch)
+        assert len(labels) == (batch["labels"] != IGNORED).sum()
+        found += compare(now, base, labels)[1].tolist()
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks"),
+    [("g_freeze", 2, 1), pytest.param("g_train", 3, 2, marks=pytest.mark.full)],
+)
+def test_near_the_base(
+    method: str, stage: int, ranks: int, text_base: Path, sums: Path, text: Path, tmp_path: Path
+) -> None:
+    grown, distances = tmp_path / "grown", []
+    expand(str(text_base), str(grown), layers="1,2")
+    assert distance(grown, text) == 0, "growth starts as its base"
+    for weight in (0.0, 20.0):
+        run = tmp_path / f"run-{weight}"
+        fields = {"method": method, "dtype": "float32", "output_dir": str(run), "learning_rate": 2e-2}
+        held = {"kl_weight": weight, "kl_text": str(text)} if weight else {}
+        recipe = make_recipe(tmp_path / f"{weight}.yaml", text_base, grown, sums, stage, **fields, **held)
+        if weight:
+            train_and_resume(recipe, ranks)
+        else:
+            train(recipe, ranks)
+        consolidate(str(run), str(tmp_path / f"trained-{weight}"), "grown")
+        distances.append(distance(tmp_path / f"trained-{weight}", text))
+    assert 0 < distances[1] < distances[0] / 2
+
+
+def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tmp_path: Path) -> None:
+    grown = tmp_path / "grown"
+    expand(str(text_base), str(grown), layers="1")
+    recipe = str(make_recipe(tmp_path / "r.yaml", text_base, grown, sums, 2))
+    for fields, message in (
+        ({"kl_weight": 1.0}, "go together"),
+        ({"kl_text": str(text)}, "go together"),
+        ({"kl_weight": -1.0, "kl_text": str(text)}, "above 0"),
+        ({"kl_weight": 1.0, "kl_text": str(tmp_path / "none")}, "no such folder"),
+        ({"kl_weight": 1.0, "kl_text": str(sums)}, "text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_run(read_recipe(recipe, fields))
