@@ -11,6 +11,7 @@ import yaml
 from tests.tiny import ROOT, grow, make_recipe, run
 
 ALPHAS = (0.5, 1)
+FIELDS = {"adam_beta1": 0.5}
 
 
 def make_grid(folder: Path, base: Path, sums: Path) -> Path:
@@ -27,7 +28,7 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
         "alphas": list(ALPHAS), "limit": 20, "retention_limit": 20, "seeds": [0],
         "methods": {
             "sft": {"method": "sft", "learning_rate": [1e-3]},
-            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2]},
+            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS},
         },
     }  # fmt: skip
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -53,6 +54,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     again, second = results.read_text().splitlines()
     assert again == first, "what is done stays"
     assert not list((tmp_path / "work").glob("*seed-0")), "checkpoints are removed"
+    assert json.loads(second)["fields"] == FIELDS
     for line in map(json.loads, (first, second)):
         assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]

@@ -194,15 +194,19 @@ def _scatter(text: str) -> bytes:
 
 
 def make_data(
-    rows: Callable[[], Iterable[tuple[str, Row]]], limit: int | None = None, **shares: float
+    rows: Callable[[], Iterable[tuple[str, Row]]], limit: int | None = None, rest: str = "", **shares: float
 ) -> Callable[[Path], None]:
     """What makes a folder of JSONL files, one a split, from rows and each split's share of them; of each split the
-    first `limit` rows, which are as good as drawn at random."""
+    first `limit` rows, which are as good as drawn at random, and as many of those after them as the split `rest`."""
 
     def make(folder: Path) -> None:
         for name, part in split(rows(), shares).items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part[:limit])
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            write(folder / f"{name}.jsonl", part[:limit])
+            if rest and limit:
+                write(folder / f"{rest}.jsonl", part[limit : 2 * limit])
+
+    def write(path: Path, part: list[Row]) -> None:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
 
     return make
 
@@ -215,7 +219,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
     "qa_wikidata": make_data(wikidata_rows, limit=2500, test=1.0),
     "winowhy": make_data(winowhy_rows, test=1.0),
-    "prose": make_data(prose_rows, limit=1000, test=1.0),
+    "prose": make_data(prose_rows, limit=1000, rest="train", test=1.0),
     "german": make_data(german_rows, limit=1000, test=1.0),
     "code": make_data(code_rows, limit=1000, test=1.0),
 }

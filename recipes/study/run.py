@@ -30,13 +30,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none."""
+    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the method's own."""
 
     label: str
     method: str
     layers: str
     learning_rate: float
     seed: int
+    fields: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -49,7 +50,9 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
     for seed in seeds:
         for label, method in grid["methods"].items():
             for rate in method["learning_rate"]:
-                yield Cell(label, method["method"], str(method.get("layers", "")), float(rate), seed)
+                yield Cell(
+                    label, method["method"], str(method.get("layers", "")), float(rate), seed, method.get("fields", {})
+                )
 
 
 class Study:
@@ -77,11 +80,11 @@ class Study:
         lines = [text for text, again in zip(lines, same, strict=True) if not again]
         write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
 
-    def fields(self) -> list[str]:
-        """The grid's fields, as arguments."""
+    def fields(self, **more: Any) -> list[str]:
+        """The grid's fields and more, as arguments."""
         return [
             f"--{name}={','.join(value) if isinstance(value, list) else value}"
-            for name, value in self.grid["fields"].items()
+            for name, value in (self.grid["fields"] | more).items()
         ]
 
     def base_scores(self) -> Path:
@@ -112,8 +115,8 @@ class Study:
         against, start = self.base_scores(), self.start(cell)
         run, trained, out = (self.work / f"{cell.name}{end}".replace(" ", "-") for end in ("", "-trained", "-scores"))
         grow(
-            "train", self.recipe, *self.fields(), f"--method={cell.method}", f"--learning_rate={cell.learning_rate}",
-            f"--seed={cell.seed}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
+            "train", self.recipe, *self.fields(**cell.fields), f"--method={cell.method}", f"--seed={cell.seed}",
+            f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         grow("rank", run, "--out", f"{run}-ranking")
         ranking = json.loads(Path(f"{run}-ranking", "ranking.json").read_text())
@@ -131,6 +134,7 @@ class Study:
             "label": cell.label,
             "method": cell.method,
             "layers": cell.layers,
+            "fields": cell.fields,
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
             "max_steps": self.grid["fields"]["max_steps"],
