@@ -160,7 +160,7 @@ def test_a_full_disk_ends_the_run_and_the_run_goes_on(
         path = recipe(setting, tmp_path, output_dir=str(disk / "run"))
         (disk / "filler").write_bytes(b"x" * 3_900_000)
         _, said = finish(path, code=1)
-        assert "cannot be written (0 MB free" in said and "Traceback" not in said
+        assert "cannot be written (0 MB free; [Errno 28] No space left" in said and "Traceback" not in said
         (disk / "filler").unlink()
         finish(path)
         assert weights(disk / "run", tmp_path / "stock") == undisturbed[1]
