@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from grow.arguments import checked
 from grow.commands import checkpoints, runs, studies
-from grow.errors import Fault, Preempted, UserError, one_line
+from grow.errors import LEFT, Fault, Preempted, UserError, one_line
 
 COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__.replace("_", "-"): command
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Preempted as left:
         if os.environ.get("RANK", "0") == "0":
             print(f"grow: {one_line(left)}", file=sys.stderr)
-        return 75
+        return LEFT
     except SystemExit as leaving:  # Fire's help
         return int(leaving.code or 0)
     return 0

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+LEFT = 75
+"""The exit code of Preempted, sysexits.h's "try again"."""
+
 
 class UserError(Exception):
     """A mistake in what was asked for, exit code 2. The message is one line: it names the thing and says what to do."""

@@ -4,6 +4,7 @@ Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts a
 suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,6 +72,34 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(scale), None, None
+
+
+def moved(parameter: Tensor, start: Tensor, weights: Tensor) -> Tensor:
+    """Σ w (θ − θ*)² over a parameter, in fp32: three tensors of one shape, the weights fp32 → [].
+
+    Autograd's own backward pass would keep and make several copies in fp32, four bytes a parameter each; this one goes
+    by blocks and keeps none.
+    """
+    return _Moved.apply(parameter, start, weights)
+
+
+class _Moved(torch.autograd.Function):
+    """d / d θ is 2 w (θ − θ*)."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.stack([(w * (p.float() - s.float()).square()).sum() for p, s, w in _blocks(*tensors)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        parameter = ctx.saved_tensors[0]
+        parts = [(2 * scale * w * (p.float() - s.float())).to(p.dtype) for p, s, w in _blocks(*ctx.saved_tensors)]
+        return torch.cat(parts).view_as(parameter), None, None
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.flatten().split(2**20) for tensor in tensors), strict=True)
 
 
 def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from grow.errors import UserError
-from grow.loss import loss_sum
+from grow.loss import loss_sum, moved
 from grow.methods.ewc import Ewc
 from grow.methods.flow import Flow
 from grow.methods.stm import Stm
@@ -118,6 +118,29 @@ def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Pa
         parameter.data += 0.01
         expected += 1.5 * (fisher[name] * (parameter - model.get_parameter(name)) ** 2).sum().item()
     assert torch.as_tensor(method.penalty()).item() == pytest.approx(expected, rel=1e-3) and expected > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ewcs_penalty_keeps_nothing_and_its_gradient_is_autograds(dtype: torch.dtype) -> None:
+    """Real models train their vocabulary's embedding too: several copies of it in fp32 do not fit."""
+    torch.manual_seed(0)
+    theta, start = torch.randn(2, 1100, 1000).to(dtype)  # more than are in memory at once
+    theta.requires_grad_()
+    fisher = torch.rand(1100, 1000)
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = moved(theta, start, fisher)
+    assert set(kept) <= {tensor.data_ptr() for tensor in (theta, start, fisher)}
+    (gradient,) = torch.autograd.grad(3 * value, theta)
+    plain = (fisher * (theta.float() - start.float()) ** 2).sum()
+    assert value.item() == pytest.approx(plain.item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(3 * plain, theta)
+    assert torch.allclose(gradient, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_ewc_is_refused_by_name_where_it_cannot_work(text_base: Path, sums: Path, tmp_path: Path) -> None:

@@ -105,16 +105,19 @@ def test_killed_in_the_first_epoch_and_in_the_second(
     assert weights(tmp_path / "run", tmp_path / "stock") == bits
 
 
-def test_a_signal_to_one_rank_makes_all_leave_together(setting: dict[str, Path], tmp_path: Path) -> None:
-    path = recipe(setting, tmp_path)
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_a_signal_to_one_rank_makes_all_leave_together(setting: dict[str, Path], stage: int, tmp_path: Path) -> None:
+    path = recipe(setting, tmp_path, deepspeed=str(ROOT / f"recipes/deepspeed/zero{stage}.json"))
     first, second = start(path, ranks=2)
-    for step, _ in enumerate(losses(first, []), 1):
+    said: list[str] = []
+    for step, _ in enumerate(losses(first, said), 1):
         if step == 5:
             second.send_signal(signal.SIGUSR1)
             asked = time.monotonic()
     assert first.wait(60) == second.wait(60) == 75
     assert time.monotonic() - asked < 30
     assert second.stdout is not None and not second.stdout.read().count("grow:"), "one line, from rank 0"
+    assert re.fullmatch(r"grow: .*: left at step \d+ of 16, as asked, .*\n", said[-1])
     (newest,) = [folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if folder.name != "checkpoint-4"]
     assert (tmp_path / "run" / newest / "COMPLETE").exists() and not (tmp_path / "run" / "COMPLETE").exists()
     ranks = start(path, ranks=2)
@@ -160,7 +163,7 @@ def test_a_full_disk_ends_the_run_and_the_run_goes_on(
         path = recipe(setting, tmp_path, output_dir=str(disk / "run"))
         (disk / "filler").write_bytes(b"x" * 3_900_000)
         _, said = finish(path, code=1)
-        assert "cannot be written (0 MB free" in said and "Traceback" not in said
+        assert "cannot be written (0 MB free; [Errno 28] No space left" in said and "Traceback" not in said
         (disk / "filler").unlink()
         finish(path)
         assert weights(disk / "run", tmp_path / "stock") == undisturbed[1]

@@ -7,6 +7,7 @@ RUN/COMPLETE                  written last of all: the run is done
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from xxhash import xxh3_128
@@ -16,6 +17,8 @@ from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
 MARKER = "COMPLETE"
+Facts = list[int | str]
+"""A file's bytes and its XXH3-128."""
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -43,23 +46,28 @@ def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
     return [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
 
 
-def settle(checkpoint: Path, rank: int) -> dict[str, list[int | str]]:
+def settle(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:
     """Makes the files that a rank wrote durable. Returns their bytes and checksums, by name.
 
-    Each rank its own, since only on its own node they are still in memory.
+    Each rank its own, since only on its own node they are still in memory. `written` has those of files that are
+    durable already.
     """
-    files: dict[str, list[int | str]] = {}
+    files: dict[str, Facts] = {}
     for path in sorted(checkpoint.rglob("*")):
         name = str(path.relative_to(checkpoint))
         writer = re.search(r"zero_pp_rank_(\d+)_|rng_state_(\d+)\.", name)
         if path.is_file() and int(writer[1] or writer[2] if writer else 0) == rank:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[name] = [path.stat().st_size, _checksum(path)]
+            files[name] = written.get(path) or _settle(path)
     return files
 
 
-def seal(checkpoint: Path, files: dict[str, list[int | str]]) -> None:
+def _settle(path: Path) -> Facts:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return [path.stat().st_size, _checksum(path)]
+
+
+def seal(checkpoint: Path, files: dict[str, Facts]) -> None:
     """Marks a checkpoint as complete: it holds these files (what settle returned, of all ranks)."""
     write_marker(checkpoint / MARKER, json.dumps({"files": files}))
 

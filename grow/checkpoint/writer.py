@@ -24,7 +24,7 @@ from grow.errors import UserError
 MAX_SHARD_SIZE = "5GB"
 GROWTH_SHARD_SIZE = "1GB"
 """Smaller, so that several workers have something to do; the same on every machine, so that files are."""
-_WRITEBACK = 32 * 2**20
+WRITEBACK = 32 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -83,10 +83,10 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
             write_all(file.fileno(), data)
             wrote(len(data))
             written += len(data)
-            if written - flushed >= _WRITEBACK:
+            if written - flushed >= WRITEBACK:
                 # The disk begins now rather than at the sync: this starts writing and does not wait.
-                os.posix_fadvise(file.fileno(), flushed, _WRITEBACK, os.POSIX_FADV_DONTNEED)
-                flushed += _WRITEBACK
+                os.posix_fadvise(file.fileno(), flushed, WRITEBACK, os.POSIX_FADV_DONTNEED)
+                flushed += WRITEBACK
         if written != sum(tensor.nbytes for tensor in tensors.values()):
             raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())

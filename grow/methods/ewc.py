@@ -69,8 +69,9 @@ class Ewc(Method):
 
     def penalty(self) -> Tensor | float:
         """The penalty at the present parameters."""
-        terms = [(fisher * (p.float() - start.float()) ** 2).sum() for p, start, fisher in self.held]
-        return self.ewc_lambda / 2 * sum(terms)
+        from grow.loss import moved
+
+        return self.ewc_lambda / 2 * sum(moved(*held) for held in self.held)
 
 
 def _row_loss(trainer: Any, example: Any) -> Tensor:

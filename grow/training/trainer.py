@@ -28,6 +28,7 @@ from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 from grow.training.callbacks import Pace, Watch
+from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
 from grow.training.probe import Probe
 from grow.training.resume import load_checkpoint
@@ -145,8 +146,6 @@ class GrowTrainer(transformers.Trainer):
         """Writes nothing: the ZeRO checkpoint has what trained, and `python -m grow consolidate` makes models of it."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # The zip format's own checksums take a third of what writing takes; a checkpoint is sealed with better ones.
-        torch.serialization.set_crc32_options(False)
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
@@ -159,7 +158,7 @@ class GrowTrainer(transformers.Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            parts = gather_object([settle(folder, self.args.process_index)])
+            parts = gather_object([settle(folder, self.args.process_index, self.files.written)])
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
             free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise Fault(
@@ -174,6 +173,7 @@ class GrowTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.model_wrapped.checkpoint_engine = self.files = StreamEngine()
         self.method.begin(self)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
