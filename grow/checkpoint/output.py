@@ -98,10 +98,10 @@ class OutputFolder:
             ) from error
 
     def _finish(self) -> None:
-        for folder in (*filter(Path.is_dir, self.partial.iterdir()), self.partial):
-            sync_folder(folder)
+        with ThreadPoolExecutor() as workers:  # at once, so that the file system's journal takes them together
+            list(workers.map(sync, (*self.partial.rglob("*"), self.partial)))
         self.partial.rename(self.out)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
         self.journal.remove()
 
     def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
@@ -151,6 +151,7 @@ class OutputFolder:
             raise
         except OSError:
             self._copy(source, target)
+            sync(target)
             self._finished(name, file_checksums(target)[1])
 
     def copy(self, source: Path, name: str = "") -> None:
@@ -165,18 +166,14 @@ class OutputFolder:
         refuse_devices(source)
         with source.open("rb") as original, target.open("xb") as file:
             shutil.copyfileobj(original, file, 2**20)
-            file.flush()
-            os.fsync(file.fileno())
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file and syncs it."""
+        """Writes a small file."""
         with (self.partial / name).open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file and syncs it."""
+        """Writes a JSON file."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_index(self, files: Mapping[str, str], sizes: Mapping[str, int]) -> None:
@@ -199,8 +196,8 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out}: already there; choose another name or remove it")
 
 
-def sync_folder(path: Path) -> None:
-    """Makes a folder's entries durable."""
+def sync(path: Path) -> None:
+    """Makes a file, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
-from grow.checkpoint.output import sync_folder
+from grow.checkpoint.output import sync
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
@@ -86,7 +86,7 @@ def write_marker(path: Path, text: str = "") -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _checksum(path: Path) -> str:
