@@ -77,9 +77,7 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     written, flushed = 0, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
-        for name, block in _one_ahead(_checked_blocks(tensors)):
-            data = bytes_of(block)
-            digests[name].update(data)
+        for data in _one_ahead(_checked(tensors, digests)):
             write_all(file.fileno(), data)
             wrote(len(data))
             written += len(data)
@@ -93,7 +91,7 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _one_ahead(blocks: Iterator[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
     """The same, each computed while the one before it is being written."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, blocks, None)
@@ -117,14 +115,17 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _checked_blocks(tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, Rows]]:
+def _checked(tensors: Mapping[str, Lazy], digests: Mapping[str, xxh3_128]) -> Iterator[memoryview]:
+    """The tensors' bytes by blocks, of which the checksums are taken too."""
     for name, tensor in tensors.items():
         for block in tensor.blocks():
             if block.dtype != DTYPES[tensor.dtype]:
                 raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
             if not finite(block, tensor.dtype):
                 raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
-            yield name, block
+            data = bytes_of(block)
+            digests[name].update(data)
+            yield data
 
 
 def bytes_of(rows: Rows) -> memoryview:
