@@ -109,6 +109,7 @@ class OutputFolder:
 
         Returns each tensor's checksum.
         """
+        processors = len(os.sched_getaffinity(0))
         total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
         showing, stopped = Lock(), False
 
@@ -122,10 +123,12 @@ class OutputFolder:
             if name in self.finished:
                 wrote(sum(tensor.nbytes for tensor in shards[name].values()))
             else:
-                self._finished(name, write_shard(self.partial / name, shards[name], wrote))
+                # A second thread for a shard is of use where there are processors left; else it is in the others' way.
+                made = write_shard(self.partial / name, shards[name], wrote, ahead=len(shards) < processors)
+                self._finished(name, made)
             return self.finished[name]["tensors"]
 
-        with ThreadPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as workers:
+        with ThreadPoolExecutor(min(len(shards), processors)) as workers:
             futures = [workers.submit(write, name) for name in shards]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -67,17 +67,19 @@ def files_of(shards: Mapping[str, Mapping[str, Lazy]]) -> dict[str, str]:
     return {name: file for file, tensors in shards.items() for name in tensors}
 
 
-def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object]) -> dict[str, str]:
+def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object], ahead: bool) -> dict[str, str]:
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 
-    `wrote` is called with the number of bytes just written. Raises UserError for a tensor that holds NaN or infinity:
-    whatever is broken, a checkpoint of it would not be better.
+    `wrote` is called with the number of bytes just written. `ahead` takes a second thread, which computes each block
+    while the one before it is being written. Raises UserError for a tensor that holds NaN or infinity: whatever is
+    broken, a checkpoint of it would not be better.
     """
     digests = {name: xxh3_128() for name in tensors}
     written, flushed = 0, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
-        for data in _one_ahead(_checked(tensors, digests)):
+        blocks = _checked(tensors, digests)
+        for data in _one_ahead(blocks) if ahead else blocks:
             write_all(file.fileno(), data)
             wrote(len(data))
             written += len(data)
