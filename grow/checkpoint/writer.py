@@ -84,9 +84,10 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
             wrote(len(data))
             written += len(data)
             if written - flushed >= _WRITEBACK:
-                # The disk begins now rather than at the sync: this starts writing and does not wait.
-                os.posix_fadvise(file.fileno(), flushed, _WRITEBACK, os.POSIX_FADV_DONTNEED)
+                # The disk begins now rather than at the sync: this starts writing and does not wait. What is written
+                # leaves the page cache, out of which it would push what is read.
                 flushed += _WRITEBACK
+                os.posix_fadvise(file.fileno(), 0, flushed, os.POSIX_FADV_DONTNEED)
         if written != sum(tensor.nbytes for tensor in tensors.values()):
             raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())
