@@ -20,13 +20,17 @@ COMMANDS: dict[str, Callable[..., str]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 75 preempted, 1 a fault."""
-    import fire
-
     try:
-        command = checked(sys.argv[1:] if arguments is None else arguments, COMMANDS)
-        fire.Fire(COMMANDS, command=command, name="grow")
+        name, positional, flags = checked(sys.argv[1:] if arguments is None else arguments, COMMANDS)
+        if "help" in flags:
+            import fire
+
+            # After "--" Fire itself takes it, else a command with **fields would take it for a field.
+            fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
+        else:
+            print(COMMANDS[name](*positional, **flags))
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and command[0] == "train":
+        if isinstance(error, OSError) and name == "train":
             raise  # elsewhere it is the disk, or the network before it; here it could be anything
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same
             print(f"grow: {one_line(error)}", file=sys.stderr)

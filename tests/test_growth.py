@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.dtypes import scale
 from grow.checkpoint.expand import expand
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
@@ -35,6 +37,16 @@ def single_file_base(real_base: Path, tmp_path_factory: pytest.TempPathFactory) 
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((real_base / name).read_bytes())
     return folder
+
+
+def test_every_bfloat16_is_halved_as_torch_does_it() -> None:
+    """A block for each sign and exponent, since zeros, subnormals and NaN are halved in their own way."""
+    for bits in np.arange(2**16, dtype=np.uint16).reshape(512, 128):
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            made = scale(bits, "BF16", 0.5)
+        halved, expected = (torch.from_numpy(b.copy()).view(torch.bfloat16) for b in (made, bits))
+        assert torch.equal(halved.nan_to_num(7), (expected * 0.5).nan_to_num(7))
+        assert torch.equal(halved.signbit(), expected.signbit()) or expected.isnan().any()
 
 
 def test_real_model_all_layers_from_shards(real_base: Path, tmp_path: Path) -> None:

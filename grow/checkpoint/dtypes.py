@@ -79,10 +79,11 @@ def _scaled(bits: Rows, factor: float) -> Rows:
 
 def _halved(bits: Rows) -> Rows:
     """bfloat16 times ½: one less in the exponent, but for zeros, subnormals and what is not finite."""
-    exponent = bits & np.uint16(0x7F80)
-    special = (exponent <= 0x0080) | (exponent == 0x7F80)
     halved = bits - np.uint16(0x0080)
-    if special.any():
+    # The least of the positive is the smallest as an unsigned integer, that of the negative the smallest as a signed.
+    small = bits.min(initial=0x7FFF) < 0x0100 or bits.view(np.int16).min(initial=0) < 0x0100 - 0x8000
+    if small or not finite(bits, "BF16"):
+        special = np.nonzero((bits & np.uint16(0x7FFF)) - np.uint16(0x0100) >= np.uint16(0x7E80))
         halved[special] = _scaled(bits[special], 0.5)
     return halved
 

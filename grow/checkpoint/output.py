@@ -98,10 +98,10 @@ class OutputFolder:
             ) from error
 
     def _finish(self) -> None:
-        for folder in (*filter(Path.is_dir, self.partial.iterdir()), self.partial):
-            sync_folder(folder)
+        with ThreadPoolExecutor() as workers:  # at once, so that the file system's journal takes them together
+            list(workers.map(sync, (*self.partial.rglob("*"), self.partial)))
         self.partial.rename(self.out)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
         self.journal.remove()
 
     def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
@@ -109,6 +109,7 @@ class OutputFolder:
 
         Returns each tensor's checksum.
         """
+        processors = len(os.sched_getaffinity(0))
         total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
         showing, stopped = Lock(), False
 
@@ -122,10 +123,12 @@ class OutputFolder:
             if name in self.finished:
                 wrote(sum(tensor.nbytes for tensor in shards[name].values()))
             else:
-                self._finished(name, write_shard(self.partial / name, shards[name], wrote))
+                # A second thread for a shard is of use where there are processors left; else it is in the others' way.
+                made = write_shard(self.partial / name, shards[name], wrote, ahead=len(shards) < processors)
+                self._finished(name, made)
             return self.finished[name]["tensors"]
 
-        with ThreadPoolExecutor(min(len(shards), len(os.sched_getaffinity(0)))) as workers:
+        with ThreadPoolExecutor(min(len(shards), processors)) as workers:
             futures = [workers.submit(write, name) for name in shards]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -151,6 +154,7 @@ class OutputFolder:
             raise
         except OSError:
             self._copy(source, target)
+            sync(target)
             self._finished(name, file_checksums(target)[1])
 
     def copy(self, source: Path, name: str = "") -> None:
@@ -165,18 +169,14 @@ class OutputFolder:
         refuse_devices(source)
         with source.open("rb") as original, target.open("xb") as file:
             shutil.copyfileobj(original, file, 2**20)
-            file.flush()
-            os.fsync(file.fileno())
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file and syncs it."""
+        """Writes a small file."""
         with (self.partial / name).open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file and syncs it."""
+        """Writes a JSON file."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_index(self, files: Mapping[str, str], sizes: Mapping[str, int]) -> None:
@@ -199,8 +199,8 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out}: already there; choose another name or remove it")
 
 
-def sync_folder(path: Path) -> None:
-    """Makes a folder's entries durable."""
+def sync(path: Path) -> None:
+    """Makes a file, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

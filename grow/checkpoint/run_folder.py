@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
-from grow.checkpoint.output import sync_folder
+from grow.checkpoint.output import sync
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
@@ -94,7 +94,7 @@ def write_marker(path: Path, text: str = "") -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _checksum(path: Path) -> str:

@@ -67,33 +67,34 @@ def files_of(shards: Mapping[str, Mapping[str, Lazy]]) -> dict[str, str]:
     return {name: file for file, tensors in shards.items() for name in tensors}
 
 
-def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object]) -> dict[str, str]:
+def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object], ahead: bool) -> dict[str, str]:
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 
-    `wrote` is called with the number of bytes just written. Raises UserError for a tensor that holds NaN or infinity:
-    whatever is broken, a checkpoint of it would not be better.
+    `wrote` is called with the number of bytes just written. `ahead` takes a second thread, which computes each block
+    while the one before it is being written. Raises UserError for a tensor that holds NaN or infinity: whatever is
+    broken, a checkpoint of it would not be better.
     """
     digests = {name: xxh3_128() for name in tensors}
     written, flushed = 0, 0
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), header(tensors))
-        for name, block in _one_ahead(_checked_blocks(tensors)):
-            data = bytes_of(block)
-            digests[name].update(data)
+        blocks = _checked(tensors, digests)
+        for data in _one_ahead(blocks) if ahead else blocks:
             write_all(file.fileno(), data)
             wrote(len(data))
             written += len(data)
             if written - flushed >= WRITEBACK:
-                # The disk begins now rather than at the sync: this starts writing and does not wait.
-                os.posix_fadvise(file.fileno(), flushed, WRITEBACK, os.POSIX_FADV_DONTNEED)
+                # The disk begins now rather than at the sync: this starts writing and does not wait. What is written
+                # leaves the page cache, out of which it would push what is read.
                 flushed += WRITEBACK
+                os.posix_fadvise(file.fileno(), 0, flushed, os.POSIX_FADV_DONTNEED)
         if written != sum(tensor.nbytes for tensor in tensors.values()):
             raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _one_ahead(blocks: Iterator[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
     """The same, each computed while the one before it is being written."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, blocks, None)
@@ -117,14 +118,17 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _checked_blocks(tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, Rows]]:
+def _checked(tensors: Mapping[str, Lazy], digests: Mapping[str, xxh3_128]) -> Iterator[memoryview]:
+    """The tensors' bytes by blocks, of which the checksums are taken too."""
     for name, tensor in tensors.items():
         for block in tensor.blocks():
             if block.dtype != DTYPES[tensor.dtype]:
                 raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
             if not finite(block, tensor.dtype):
                 raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
-            yield name, block
+            data = bytes_of(block)
+            digests[name].update(data)
+            yield data
 
 
 def bytes_of(rows: Rows) -> memoryview:

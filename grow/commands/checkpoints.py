@@ -3,6 +3,8 @@
 Heavy imports happen inside a command, so that --help answers at once.
 """
 
+import os
+
 from grow.arguments import number
 from grow.errors import UserError
 from grow.text import Bar, memory_text, plan_text, say, verify_text
@@ -58,6 +60,10 @@ def expand(
         max_shard_size: The largest file of growth, such as 1GB.
         json: Print one JSON object.
     """
+    # As it is imported, numpy would start threads for products of matrices, which spin a while and of which there are
+    # none here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from grow.checkpoint.expand import expand as run
 
     with Bar("expanding") as bar:
