@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grow.analysis.study import study_report
 from tests.tiny import ROOT, grow, make_recipe, run
 
 ALPHAS = (0.5, 1)
@@ -80,3 +81,11 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         enough = [rise for rise, loss in zip(rises[own], losses[own], strict=True) if loss <= first_target]
         assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
     assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)
+
+
+def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
+    text = study_report(ROOT / "recipes/study/results.jsonl", str(tmp_path))["text"]
+    pages = [(ROOT / name).read_text() for name in ("README.md", "recipes/study/README.md")]
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    assert all(table in pages[1] for table in tables) and tables[0] in pages[0]
