@@ -66,7 +66,8 @@ def test_near_the_base(
             train(recipe, ranks)
         consolidate(str(run), str(tmp_path / f"trained-{weight}"), "grown")
         distances.append(distance(tmp_path / f"trained-{weight}", text))
-    assert 0 < distances[1] < distances[0] / 2
+    # In four steps, of which the first knows no distance yet.
+    assert 0 < distances[1] < distances[0] * 0.7
 
 
 def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tmp_path: Path) -> None:
