@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.model import base_inside
 from grow.tasks import IGNORED
 
 _AT_A_TIME = 256
@@ -117,6 +118,13 @@ def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor
             divergences.append((before.exp() * (before - now)).sum(-1))
     likelihood = torch.cat(likelihoods) if likelihoods else logits.new_zeros(0, dtype=torch.float32)
     return likelihood, torch.cat(divergences) if divergences else torch.zeros_like(likelihood)
+
+
+@torch.no_grad()
+def base_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Those of the base inside a grown or adapted model, where there is a label: [N, V]. The dial stays where it is."""
+    with base_inside(getattr(model, "module", model)):
+        return labelled_logits(model, batch)[0]
 
 
 @torch.no_grad()

@@ -102,8 +102,8 @@ class Recipe:
         """Rows of old knowledge, likewise; of `retention` or of another folder, "FOLDER[:80]" the first 80."""
         from grow.tasks import load_rows
 
-        name, bracket, first = (folder or str(self.retention)).partition("[:")
-        return load_rows(name, split + bracket + first)
+        path, part = sliced(folder or str(self.retention))
+        return load_rows(path, split + part)
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -133,6 +133,12 @@ class Recipe:
         """Every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "method_fields"} | own
+
+
+def sliced(folder: str) -> tuple[str, str]:
+    """ "FOLDER[:80]" → its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
+    path, bracket, part = folder.partition("[:")
+    return path, bracket + part
 
 
 def field_types() -> dict[str, Any]:

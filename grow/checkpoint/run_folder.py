@@ -62,8 +62,7 @@ def settle(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[s
 
 
 def _settle(path: Path) -> Facts:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return [path.stat().st_size, _checksum(path)]
 
 

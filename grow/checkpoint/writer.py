@@ -24,7 +24,7 @@ from grow.errors import UserError
 MAX_SHARD_SIZE = "5GB"
 GROWTH_SHARD_SIZE = "1GB"
 """Smaller, so that several workers have something to do; the same on every machine, so that files are."""
-WRITEBACK = 32 * 2**20
+_WRITEBACK = 32 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -75,23 +75,35 @@ def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], 
     broken, a checkpoint of it would not be better.
     """
     digests = {name: xxh3_128() for name in tensors}
-    written, flushed = 0, 0
+    head = header(tensors)
     with path.open("xb", buffering=0) as file:
-        write_all(file.fileno(), header(tensors))
+        stream = Stream(file.fileno())
+        stream.write(head)
         blocks = _checked(tensors, digests)
         for data in _one_ahead(blocks) if ahead else blocks:
-            write_all(file.fileno(), data)
+            stream.write(data)
             wrote(len(data))
-            written += len(data)
-            if written - flushed >= WRITEBACK:
-                # The disk begins now rather than at the sync: this starts writing and does not wait. What is written
-                # leaves the page cache, out of which it would push what is read.
-                flushed += WRITEBACK
-                os.posix_fadvise(file.fileno(), 0, flushed, os.POSIX_FADV_DONTNEED)
-        if written != sum(tensor.nbytes for tensor in tensors.values()):
-            raise ValueError(f"{path}: {written} bytes were given for {list(tensors)}")
+        if stream.written != len(head) + sum(tensor.nbytes for tensor in tensors.values()):
+            raise ValueError(f"{path}: {stream.written - len(head)} bytes were given for {list(tensors)}")
         os.fsync(file.fileno())
     return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+class Stream:
+    """A file that is written from beginning to end, and goes to the disk meanwhile; its descriptor is the caller's."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.written, self._flushed = descriptor, 0, 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Raises OSError if the disk does not take it."""
+        write_all(self.descriptor, data)
+        self.written += len(data)
+        if self.written - self._flushed >= _WRITEBACK:
+            # The disk begins now rather than at the sync: this starts writing and does not wait. What is written leaves
+            # the page cache, out of which it would push what is read.
+            self._flushed += _WRITEBACK
+            os.posix_fadvise(self.descriptor, 0, self._flushed, os.POSIX_FADV_DONTNEED)
 
 
 def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:

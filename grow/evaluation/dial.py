@@ -15,8 +15,8 @@ from grow.bottleneck import CONFIG
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
-from grow.loss import labelled_logits
-from grow.model import base_inside, compute_dtype, load, set_alpha
+from grow.loss import base_logits, labelled_logits
+from grow.model import compute_dtype, load, set_alpha
 from grow.plan import canonical
 
 
@@ -76,5 +76,4 @@ class Dial:
         """The base's logits where there is a label, as grow.loss.labelled_logits has them; the dial stays."""
         if self._base is not None:
             return labelled_logits(self._base, batch)[0]
-        with base_inside(self.model):
-            return labelled_logits(self.model, batch)[0]
+        return base_logits(self.model, batch)

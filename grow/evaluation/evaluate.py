@@ -16,7 +16,7 @@ from grow.evaluation.dial import Dial, check_dial
 from grow.evaluation.overlap import overlapping
 from grow.evaluation.scoring import choices, right_options, score
 from grow.evaluation.writing import translation_scores, write
-from grow.recipe import Recipe
+from grow.recipe import Recipe, sliced
 from grow.tasks import Example, encode
 from grow.template import Template
 
@@ -106,7 +106,7 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     for folder in recipe.retention_sets:
         rows = recipe.retention_rows(folder=folder)
         template = Template("", "{text}") if "text" in rows.column_names else Template("{prompt}", "{completion}")
-        name = folder.partition("[:")[0].rstrip("/").rpartition("/")[2]
+        name = sliced(folder)[0].rstrip("/").rpartition("/")[2]
         sets.append((name, rows, template, retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
         raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")

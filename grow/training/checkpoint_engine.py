@@ -9,7 +9,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from xxhash import xxh3_128
 
 from grow.checkpoint.run_folder import Facts
-from grow.checkpoint.writer import WRITEBACK, write_all
+from grow.checkpoint.writer import Stream
 
 _BLOCK = 2**20
 
@@ -31,33 +31,27 @@ class StreamEngine(TorchCheckpointEngine):
         # The zip format's own checksums take a third of what writing takes; these here are better.
         torch.serialization.set_crc32_options(False)
         with Path(path).open("wb", buffering=0) as file:
-            stream: Any = _Stream(file.fileno())
+            stream: Any = _Summed(file.fileno())
             try:
                 torch.save(state_dict, stream)
             except RuntimeError as error:  # what torch makes of ours when it closes the file nonetheless
                 raise (error.__context__ or error) from None
             os.fsync(file.fileno())
-        self.written[Path(path)] = [stream.written, stream.digest.hexdigest()]
+        self.written[Path(path)] = [stream.file.written, stream.digest.hexdigest()]
 
 
-class _Stream:
+class _Summed:
     """What torch.save writes to."""
 
-    def __init__(self, file: int) -> None:
-        self.file, self.digest = file, xxh3_128()
-        self.written = self.flushed = 0
+    def __init__(self, descriptor: int) -> None:
+        self.file, self.digest = Stream(descriptor), xxh3_128()
 
     def write(self, data: memoryview) -> int:
         data = memoryview(data).cast("B")
         for begin in range(0, len(data), _BLOCK):
             block = data[begin : begin + _BLOCK]
             self.digest.update(block)  # which leaves it in the processor's cache
-            write_all(self.file, block)
-            self.written += len(block)
-            if self.written - self.flushed >= WRITEBACK:
-                # The disk begins now rather than at the sync: this starts writing and does not wait.
-                os.posix_fadvise(self.file, self.flushed, WRITEBACK, os.POSIX_FADV_DONTNEED)
-                self.flushed += WRITEBACK
+            self.file.write(block)
         return len(data)
 
     def flush(self) -> None:

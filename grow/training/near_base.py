@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from grow.errors import UserError
-from grow.loss import compare, labelled_logits
-from grow.model import base_inside
+from grow.loss import base_logits, compare, labelled_logits
 from grow.tasks import IGNORED, PackedDataset, collate, encode, load_rows
 from grow.template import Template
 
@@ -47,8 +46,7 @@ class NearBase:
         place = (self.step * args.world_size + args.process_index) % len(self.sequences)
         batch = {name: tensor.to(args.device) for name, tensor in collate([self.sequences[place]]).items()}
         _thin_out(batch["labels"])
-        with torch.no_grad(), base_inside(trainer.model):
-            base, _ = labelled_logits(trainer.model_wrapped, batch)
+        base = base_logits(trainer.model_wrapped, batch)
         logits, labels = labelled_logits(trainer.model_wrapped, batch)
         return compare(logits, base, labels)[1].mean() * args.gradient_accumulation_steps
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.loss import compare, labelled_logits
-from grow.model import base_inside, grown_mlps
+from grow.loss import base_logits, compare, labelled_logits
+from grow.model import grown_mlps
 from grow.tasks import PackedDataset
 
 
@@ -60,10 +60,7 @@ class Probe:
 def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
     """Sums over a batch's labels: log-likelihood, KL from the base, their count; [3] fp64."""
     logits, labels = labelled_logits(model, batch)
-    base = None
-    if grown:
-        with base_inside(getattr(model, "module", model)):
-            base, _ = labelled_logits(model, batch)
+    base = base_logits(model, batch) if grown else None
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     likelihoods, divergences = compare(logits, base, labels)
     sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)
