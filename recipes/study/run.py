@@ -1,9 +1,10 @@
 """Runs a grid of training runs and scores, one after the other on this machine; goes on where it was stopped.
 
-    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--work FOLDER] [--seeds 0,1,2]
+    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--work FOLDER] [--keep]
 
 GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
-dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed.
+dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed
+(unless `--keep`: `rank` and `effective-rank` read them).
 A cell that has a line there is not run again, unless `--only` names it. Stopped in the middle of a cell, it goes on
 from its last checkpoint.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import fire
 import yaml
 
+from grow.checkpoint.run_folder import last_checkpoint, validation_losses
 from grow.errors import UserError
 from grow.recipe import read_recipe
 from grow.tables import write_text
@@ -58,8 +60,8 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
 class Study:
     """A grid, where its results are, and where it works."""
 
-    def __init__(self, path: Path, work: Path):
-        self.path, self.work = path, work
+    def __init__(self, path: Path, work: Path, keep: bool = False):
+        self.path, self.work, self.keep = path, work, keep
         self.grid: dict[str, Any] = yaml.safe_load(path.read_text())
         self.recipe = str((path.parent / self.grid["recipe"]).resolve())
         self.results = path.parent / "results.jsonl"
@@ -143,11 +145,12 @@ class Study:
             "dtype": facts["dtype"],
             "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}"',
             "general_text": self.grid.get("general_text", []),
+            "validation_loss": validation_losses(last_checkpoint(run))[-1][1],
             "base": point(json.loads(against.read_text())),
             "dial": [point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
         }
-        for left in (run, trained):
+        for left in () if self.keep else (run, trained):
             shutil.rmtree(left)
         return line
 
@@ -170,11 +173,11 @@ def grow(*arguments: str | Path) -> None:
         raise SystemExit(code)
 
 
-def main(grid: str, only: str = "", work: str = "", seeds: str = "") -> None:
+def main(grid: str, only: str = "", seeds: str = "", work: str = "", keep: bool = False) -> None:
     """Runs what is missing of a grid; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
-    study = Study(path, Path(work) if work else cache / "study" / path.stem)
+    study = Study(path, Path(work) if work else cache / "study" / path.stem, keep)
     chosen = [int(seed) for seed in str(seeds).strip("()").split(",") if seed.strip()] or study.grid["seeds"]
     wanted = [cell for cell in cells(study.grid, chosen) if only in ("", cell.name)]
     if not wanted:
