@@ -1,11 +1,13 @@
 """Runs a grid of training runs and scores, one after the other on this machine; goes on where it was stopped.
 
-    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--work FOLDER] [--keep]
+    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--alphas 0.25,0.5,1]
+                                         [--work FOLDER] [--keep]
 
 GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
 dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed
 (unless `--keep`: `rank` and `effective-rank` read them).
-A cell that has a line there is not run again, unless `--only` names it. Stopped in the middle of a cell, it goes on
+A cell that has a line there is not run again, unless `--only` names it, say with more
+places of the dial. Stopped in the middle of a cell, it goes on
 from its last checkpoint.
 """
 
@@ -60,9 +62,10 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
 class Study:
     """A grid, where its results are, and where it works."""
 
-    def __init__(self, path: Path, work: Path, keep: bool = False):
+    def __init__(self, path: Path, work: Path, alphas: str = "", keep: bool = False):
         self.path, self.work, self.keep = path, work, keep
         self.grid: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.alphas = alphas or ",".join(map(str, self.grid["alphas"]))
         self.recipe = str((path.parent / self.grid["recipe"]).resolve())
         self.results = path.parent / "results.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -125,8 +128,7 @@ class Study:
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
             grow("consolidate", run, trained, *form)
-        alphas = ",".join(map(str, self.grid["alphas"]))
-        dial = [f"--alpha={alphas}", "--against", str(against)]
+        dial = [f"--alpha={self.alphas}", "--against", str(against)]
         self.score(trained, out, *dial, *(() if cell.layers else ("--start", self.base)))
         result = json.loads(out.read_text())
         facts = json.loads((run / "run.json").read_text())
@@ -143,7 +145,7 @@ class Study:
             "trained_parameters": facts["trained_parameters"],
             "git_commit": facts["git_commit"],
             "dtype": facts["dtype"],
-            "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}"',
+            "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
             "validation_loss": validation_losses(last_checkpoint(run))[-1][1],
             "base": point(json.loads(against.read_text())),
@@ -173,11 +175,13 @@ def grow(*arguments: str | Path) -> None:
         raise SystemExit(code)
 
 
-def main(grid: str, only: str = "", seeds: str = "", work: str = "", keep: bool = False) -> None:
+def main(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
     """Runs what is missing of a grid; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
-    study = Study(path, Path(work) if work else cache / "study" / path.stem, keep)
+    study = Study(
+        path, Path(work) if work else cache / "study" / path.stem, str(alphas).strip("()").replace(" ", ""), keep
+    )
     chosen = [int(seed) for seed in str(seeds).strip("()").split(",") if seed.strip()] or study.grid["seeds"]
     wanted = [cell for cell in cells(study.grid, chosen) if only in ("", cell.name)]
     if not wanted:
