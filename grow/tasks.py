@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from grow.errors import UserError
 from grow.template import Template
@@ -203,9 +203,16 @@ class Epochs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         epoch, place = divmod(index, len(self.sequences))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.sequences), generator=generator)
+            self._epoch, self._order = epoch, self._permutation(epoch)
         return self.sequences[int(self._order[place])]
+
+    def seen(self) -> Dataset[dict[str, Tensor]]:
+        """Each sequence that the run comes to, once: all, unless it ends within its first epoch."""
+        return Subset(self.sequences, self._permutation(0)[: self.length].tolist())
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        return torch.randperm(len(self.sequences), generator=generator)
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

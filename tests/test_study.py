@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,10 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     study(grid, "--only", "sft 0.001 seed 0")
     results = tmp_path / "results.jsonl"
     (first,) = results.read_text().splitlines()
-    said = study(grid)
-    assert "== 2 of 2: some layers 0.01 seed 0" in said and "== 1 of 2" not in said
+    with ThreadPoolExecutor() as pool:
+        said = "".join(pool.map(study, (grid, grid)))
+    assert said.count("== 2 of 2: some layers 0.01 seed 0") == 1, "a cell that one runs, the other leaves to it"
+    assert "== 1 of 2" not in said
     assert study(grid).count("==") == 0
     again, second = results.read_text().splitlines()
     assert again == first, "what is done stays"

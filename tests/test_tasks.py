@@ -1,6 +1,7 @@
 """Rows, labels, packing and order."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,9 @@ def test_order_is_a_function_of_the_index(text_base: Path) -> None:
     assert epochs[0] != epochs[1]
     backwards = Epochs(sequences, 3 * count, 3)
     assert [tuple(backwards[i]["rows"].tolist()) for i in reversed(range(3 * count))] == in_order[::-1]
+    for length in (3, 3 * count):
+        seen: Any = Epochs(sequences, length, 3).seen()
+        assert [tuple(item["rows"].tolist()) for item in seen] == in_order[: min(length, count)], "none twice"
 
 
 def test_bad_rows_are_named_and_too_many_end_the_run(text_base: Path, tmp_path: Path) -> None:

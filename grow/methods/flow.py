@@ -18,16 +18,13 @@ class Flow(Method):
     arXiv 2502.02797). The weights are scaled to a mean of 1, so that a learning rate means what it does without."""
 
     def begin(self, trainer: Any) -> None:
-        """Makes weights of the base's losses on the training rows."""
+        """Makes weights of the base's losses on the training rows that the run comes to."""
         import torch
 
-        losses = trainer.start_losses()
-        sequences = trainer.train_dataset.sequences
-        packed = [row for rows in sequences.packed for row in rows]
-        row_losses = torch.stack([losses[row].nanmean() for row in packed])
-        weights = (-row_losses / row_losses.median()).exp()
-        self.weights = weights.new_zeros(len(sequences.examples))
-        self.weights[packed] = weights / weights.mean()
+        losses = torch.stack([row.nanmean() for row in trainer.start_losses()])
+        seen = ~losses.isnan()
+        weights = (-losses / losses[seen].median()).exp()
+        self.weights = weights.div(weights[seen].mean()).where(seen, 0)
 
     def token_weights(self, rows: Tensor) -> Tensor | None:
         """The weight of each label's row."""

@@ -112,14 +112,15 @@ class GrowTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def start_losses(self) -> list[Tensor]:
-        """The loss in nats of every label of the training rows, in the model as it is: one tensor an example, fp32, as
-        long as its labels, NaN where there is none. The rows are shared out to the ranks; each has all losses."""
+        """The loss in nats of every label of the training rows that the run comes to, in the model as it is: one tensor
+        an example, fp32, as long as its labels, NaN where there is none and for all other rows. The rows are shared out
+        to the ranks; each has all losses."""
         sequences = self.train_dataset.sequences
         lengths = [len(example.labels) for example in sequences.examples]
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
         losses = torch.zeros(sum(lengths), device=self.args.device)
         counted = torch.zeros_like(losses)
-        for batch in self.own_batches(sequences):
+        for batch in self.own_batches(self.train_dataset.seen()):
             with self.compute_loss_context_manager():
                 logprobs, _, rows = token_scores(self.model_wrapped, batch)
             places = starts[rows] + batch["position_ids"][batch["labels"] != IGNORED]
@@ -127,7 +128,7 @@ class GrowTrainer(transformers.Trainer):
         losses, counted = self.accelerator.reduce(torch.stack([losses, counted]), "sum")
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
 
-    def own_batches(self, sequences: PackedDataset) -> Iterator[dict[str, Tensor]]:
+    def own_batches(self, sequences: Any) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
         weights in each); sequences that fill the last ones up have no labels."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index

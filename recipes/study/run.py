@@ -1,16 +1,16 @@
-"""Runs a grid of training runs and scores, one after the other on this machine; goes on where it was stopped.
+"""Runs a grid of training runs and scores, one after the other; goes on where it was stopped.
 
     python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--alphas 0.25,0.5,1]
-                                         [--work FOLDER] [--keep]
+                                     [--work FOLDER] [--keep]
 
 GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
 dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed
-(unless `--keep`: `rank` and `effective-rank` read them).
-A cell that has a line there is not run again, unless `--only` names it, say with more
-places of the dial. Stopped in the middle of a cell, it goes on
-from its last checkpoint.
+(unless `--keep`: `rank` and `effective-rank` read them). A cell that has a line there is not run again, unless `--only`
+names it, say with more places of the dial. Stopped in the middle of a cell, it goes on from its last checkpoint.
+Several may run side by side in one work folder, one for each GPU: a cell that one runs, the others leave to it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +23,7 @@ from typing import Any
 
 import fire
 import yaml
+from filelock import FileLock, Timeout
 
 from grow.checkpoint.run_folder import last_checkpoint, validation_losses
 from grow.errors import UserError
@@ -71,6 +72,10 @@ class Study:
         self.work.mkdir(parents=True, exist_ok=True)
         self.base = read_recipe(self.recipe).base
 
+    def lock(self, name: str) -> FileLock:
+        """What one of several runners holds while it makes something that they share."""
+        return FileLock(self.work / f"{name}.lock".replace("/", "_"))
+
     def done(self) -> set[str]:
         """The names of the cells that have a result."""
         if not self.results.exists():
@@ -80,10 +85,11 @@ class Study:
 
     def note(self, line: dict[str, Any]) -> None:
         """Puts a cell's line into the results; in the place of an older one, if it has one."""
-        lines = self.results.read_text().splitlines() if self.results.exists() else []
-        same = [(old["grid"], old["cell"]) == (line["grid"], line["cell"]) for old in map(json.loads, lines)]
-        lines = [text for text, again in zip(lines, same, strict=True) if not again]
-        write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
+        with self.lock("results"):
+            lines = self.results.read_text().splitlines() if self.results.exists() else []
+            same = [(old["grid"], old["cell"]) == (line["grid"], line["cell"]) for old in map(json.loads, lines)]
+            lines = [text for text, again in zip(lines, same, strict=True) if not again]
+            write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
 
     def fields(self, **more: Any) -> list[str]:
         """The grid's fields and more, as arguments."""
@@ -95,8 +101,9 @@ class Study:
     def base_scores(self) -> Path:
         """The base's scores, made once."""
         out = self.work / "base.json"
-        if not out.exists():
-            self.score(self.base, out)
+        with self.lock("base"):
+            if not out.exists():
+                self.score(self.base, out)
         return out
 
     def score(self, checkpoint: str | Path, out: Path, *more: str) -> None:
@@ -111,8 +118,9 @@ class Study:
         if not cell.layers:
             return Path(self.base)
         grown = self.work / f"grown-{cell.layers.replace('/', '_')}"
-        if not grown.exists():
-            grow("expand", self.base, grown, "--layers", cell.layers)
+        with self.lock(grown.name):
+            if not grown.exists():
+                grow("expand", self.base, grown, "--layers", cell.layers)
         return grown
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -145,7 +153,8 @@ class Study:
             "trained_parameters": facts["trained_parameters"],
             "git_commit": facts["git_commit"],
             "dtype": facts["dtype"],
-            "command": f'python recipes/study/run.py recipes/study/{self.path.name} --only "{cell.name}" --alphas {self.alphas}',
+            "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
+            f'--only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
             "validation_loss": validation_losses(last_checkpoint(run))[-1][1],
             "base": point(json.loads(against.read_text())),
@@ -179,19 +188,22 @@ def main(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str
     """Runs what is missing of a grid; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
-    study = Study(
-        path, Path(work) if work else cache / "study" / path.stem, str(alphas).strip("()").replace(" ", ""), keep
-    )
-    chosen = [int(seed) for seed in str(seeds).strip("()").split(",") if seed.strip()] or study.grid["seeds"]
+    study = Study(path, Path(work) if work else cache / "study" / path.stem, ",".join(_list(alphas)), keep)
+    # A cell's name ends in its seed.
+    chosen = [int(seed) for seed in _list(seeds) or only.split()[-1:] if seed.isdecimal()] or study.grid["seeds"]
     wanted = [cell for cell in cells(study.grid, chosen) if only in ("", cell.name)]
     if not wanted:
         raise UserError(f"{grid}: has no cell {only!r}")
-    done = study.done()
     for number, cell in enumerate(wanted, 1):
-        if cell.name in done and not only:
-            continue
-        print(f"== {number} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
-        study.note(study.run(cell))
+        with contextlib.suppress(Timeout), study.lock(cell.name).acquire(blocking=False):
+            if only or cell.name not in study.done():
+                print(f"== {number} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
+                study.note(study.run(cell))
+
+
+def _list(value: Any) -> list[str]:
+    """Of "0.5,1", which Fire may have made a tuple or a number of."""
+    return [part.strip() for part in str(value).strip("()").split(",") if part.strip()]
 
 
 if __name__ == "__main__":
