@@ -39,7 +39,7 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
     text = table(scores) + "\n" + samples(scores)
     write_text(folder / "report.md", text)
     _plot(scores, curves, folder / "report.png")
-    return {"table": str(folder / "report.md"), "plot": str(folder / "report.png"), "text": text}
+    return {"table": str(folder / "report.md"), "plots": [str(folder / "report.png")], "text": text}
 
 
 def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:

@@ -63,7 +63,8 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
     text = grow("report", results, "--out", tmp_path / "out").stdout
-    assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
+    for plot in ("grid", "grid-layers", "grid-steps"):
+        assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
     places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
     changes = [known["capitals"]["from_base"]["log_likelihood"] for known in places]

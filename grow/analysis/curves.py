@@ -56,3 +56,26 @@ def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     write_figure(path, figure)
+
+
+def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:
+    """Over the steps of training: left the task's validation loss, right what the probe says of old knowledge (the
+    change of a row's log-likelihood). A line for each method and rate, means over seeds."""
+    runs: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
+    for line in lines:
+        runs[f"{line['label']}, {line['learning_rate']:g}"].append(line["history"])
+    figure, (left, right) = new_figure(12, 4.4, columns=2)
+    for label, own in runs.items():
+        steps = [entry["step"] for entry in own[0]]
+        left.plot(steps, [fmean(entry["eval_loss"] for entry in at) for at in zip(*own, strict=True)], label=label)
+        if "retention" in own[0][0]:
+            known = [fmean(entry["retention"] for entry in at) for at in zip(*own, strict=True)]
+            right.plot(steps, [now - known[0] for now in known], label=label)
+    left.legend(fontsize=8)
+    left.set(title="The task, as trained", ylabel="validation loss, nats per token")
+    right.set(title="Old knowledge, as trained", ylabel="log-likelihood of a row, change in nats")
+    right.axhline(0, color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+    write_figure(path, figure)

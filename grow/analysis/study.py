@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grow.analysis.curves import draw_curves, draw_layers
+from grow.analysis.curves import draw_curves, draw_layers, draw_steps
 from grow.errors import UserError
 from grow.tables import markdown, write_text
 
@@ -61,15 +61,28 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
-    """Writes OUT/study.md, study.png and layers.png. Raises UserError as read_lines does."""
-    lines, folder = read_lines(path), Path(out)
-    base = lines[0]["base"]
-    points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
-    text = "\n".join([_matched(points, base), _kept(points, lines[0]), _table(points, base)])
-    draw_curves(points, base["task"]["loss"], folder / "study.png")
-    draw_layers(lines, folder / "layers.png")
+    """Writes OUT/study.md and, of each grid, GRID.png, GRID-layers.png and, where validation was frequent,
+    GRID-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
+    grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in read_lines(path):
+        grids[line["grid"]].append(line)
+    folder = Path(out)
+    parts: list[str] = []
+    plots: list[Path] = []
+    for grid, lines in grids.items():
+        base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
+        points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
+        title = f"{grid}: {len(lines)} runs of {lines[0]['max_steps']} steps.\n"
+        parts += [title, _matched(points, base), _kept(points, lines[0]), _table(points, base)]
+        plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
+        draw_curves(points, base["task"]["loss"], plots[-2])
+        draw_layers(lines, plots[-1])
+        if all(len(line.get("history", [])) > 2 for line in lines):
+            plots.append(folder / f"{name}-steps.png")
+            draw_steps(lines, plots[-1])
+    text = "\n".join(parts)
     write_text(folder / "study.md", text)
-    return {"table": str(folder / "study.md"), "plot": str(folder / "study.png"), "text": text}
+    return {"table": str(folder / "study.md"), "plots": list(map(str, plots)), "text": text}
 
 
 def over_seeds(points: list[Point]) -> list[Point]:

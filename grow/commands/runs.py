@@ -134,7 +134,7 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
     Args:
         runs: Training runs, and files of scores; or the results of a study, alone.
-        out: The folder for report.md and report.png, or study.md and study.png.
+        out: The folder for report.md and report.png, or study.md and each grid's pictures.
         json: Print one JSON object.
     """
     from grow.analysis.study import study_report
@@ -146,4 +146,4 @@ def report(*runs: str, out: str, json: bool = False) -> str:
     if study and len(runs) > 1:
         raise UserError("report: the results of a study are reported alone; runs of different size are not mixed")
     result = study_report(Path(runs[0]), out) if study else run(runs, out)
-    return say(result, lambda r: f"{r['text']}\nwritten: {r['table']}, {r['plot']}", json)
+    return say(result, lambda r: f"{r['text']}\nwritten: {', '.join([r['table'], *r['plots']])}", json)

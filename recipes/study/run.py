@@ -25,12 +25,13 @@ import fire
 import yaml
 from filelock import FileLock, Timeout
 
-from grow.checkpoint.run_folder import last_checkpoint, validation_losses
+from grow.checkpoint.run_folder import last_checkpoint
 from grow.errors import UserError
 from grow.recipe import read_recipe
 from grow.tables import write_text
 
 ROOT = Path(__file__).parent.parent.parent
+WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Study:
         self.score(trained, out, *dial, *(() if cell.layers else ("--start", self.base)))
         result = json.loads(out.read_text())
         facts = json.loads((run / "run.json").read_text())
+        history = json.loads((last_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
         line = {
             "grid": self.path.name,
             "cell": cell.name,
@@ -156,7 +158,7 @@ class Study:
             "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
             f'--only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
-            "validation_loss": validation_losses(last_checkpoint(run))[-1][1],
+            "history": [{key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e],
             "base": point(json.loads(against.read_text())),
             "dial": [point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
