@@ -82,6 +82,18 @@ def test_a_run_takes_what_the_plan_says(
     )
 
 
+def test_what_methods_hold_beside_is_counted(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, dtype="bfloat16"))
+    plain, held, ewc = (
+        describe(read_recipe(recipe, fields), 2)
+        for fields in ({"method": "sft"}, {"method": "sft", "kl_weight": 1.0, "kl_text": "x"}, {"method": "ewc"})
+    )
+    more = [there["stages"]["2"]["weights"] - plain["stages"]["2"]["weights"] for there in (held, ewc)]
+    assert more == [2 * plain["parameters"], 6 * plain["parameters"]], (
+        "the base; EWC's Fisher information in fp32 and it"
+    )
+
+
 def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method="sft")
     said = grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grow.errors import UserError
@@ -27,6 +28,10 @@ class Ewc(Method):
     ewc_lambda: float = 100.0
     ewc_rows: int = 200
     ewc_split: str = "train"
+
+    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+        """F and θ*."""
+        return (4 + width) * sum(prod(shape) for name, shape in shapes.items() if self.trains(name))
 
     def check(self, recipe: Any) -> None:
         """Raises UserError also where there is no text of old knowledge."""

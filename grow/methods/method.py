@@ -53,6 +53,10 @@ class Method:
         """The shapes of what `build` adds, by name, to a model with parameters of these shapes."""
         return {}
 
+    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+        """Bytes on every rank beside what ZeRO knows of; parameters have these shapes and `width` bytes a value."""
+        return 0
+
     def trains(self, name: str) -> bool:
         """Whether a parameter trains, by its name in memory."""
         return of_language_model(name)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from grow.methods.method import Method
+from grow.methods.held import Held
 
 
 @dataclass
-class Sft(Method):
-    """Nothing more than every method has."""
+class Sft(Held):
+    """Nothing more than every method has, but that it can be held near the base too."""

@@ -46,6 +46,8 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     stages = {str(stage): model_states(stage, shapes, trained, world_size, width, whole) for stage in (1, 2, 3)}
     micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.per_device_train_batch_size))
     moved = {stage: collectives(int(stage), shapes, trained, micro_batches, width, recipe) for stage in stages}
+    for states in stages.values():
+        states["weights"] += method.holds(shapes, width)
     stages["3 with CPU offload"] = offloaded(stages["3"])
     return {
         "method": recipe.method,

@@ -1,6 +1,7 @@
-"""How far a grown model is from the base inside it on general text, as a term of the loss.
+"""How far a model is from its base on general text, as a term of the loss.
 
-The base needs no second model and no memory of its own: it is the same forward pass with the dial at 0.
+The base inside a grown model needs no second model and no memory of its own: it is the same forward pass with the dial
+at 0.
 """
 
 from typing import Any
@@ -31,11 +32,12 @@ def general_text(folder: str, max_length: int, tokenizer: Any) -> PackedDataset:
 class NearBase:
     """KL(base ‖ model) of the next token, nats, on one sequence of general text a rank and step.
 
-    Which one depends on the step alone, so that a run that goes on sees what it would have seen.
+    `base` is the model to stay near; None: the one inside. Which sequence depends on the step alone, so that a run
+    that goes on sees what it would have seen.
     """
 
-    def __init__(self, trainer: Any, sequences: PackedDataset):
-        self.trainer, self.sequences, self.step = trainer, sequences, -1
+    def __init__(self, trainer: Any, sequences: PackedDataset, base: Any = None):
+        self.trainer, self.sequences, self.base, self.step = trainer, sequences, base, -1
 
     def divergence(self) -> Tensor | float:
         """The mean over places: [] fp32; 0 but for the first micro-batch of a step, which stands for all of them."""
@@ -46,7 +48,11 @@ class NearBase:
         place = (self.step * args.world_size + args.process_index) % len(self.sequences)
         batch = {name: tensor.to(args.device) for name, tensor in collate([self.sequences[place]]).items()}
         _thin_out(batch["labels"])
-        base = base_logits(trainer.model_wrapped, batch)
+        if self.base is None:
+            base = base_logits(trainer.model_wrapped, batch)
+        else:
+            with torch.no_grad():
+                base, _ = labelled_logits(self.base, batch)
         logits, labels = labelled_logits(trainer.model_wrapped, batch)
         return compare(logits, base, labels)[1].mean() * args.gradient_accumulation_steps
 
