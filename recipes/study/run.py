@@ -36,11 +36,12 @@ WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the method's own."""
+    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's."""
 
     label: str
     method: str
     layers: str
+    factor: int
     learning_rate: float
     seed: int
     fields: dict[str, Any]
@@ -56,9 +57,8 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
     for seed in seeds:
         for label, method in grid["methods"].items():
             for rate in method["learning_rate"]:
-                yield Cell(
-                    label, method["method"], str(method.get("layers", "")), float(rate), seed, method.get("fields", {})
-                )
+                layers, factor = str(method.get("layers", "")), method.get("factor", 2)
+                yield Cell(label, method["method"], layers, factor, float(rate), seed, method.get("fields", {}))
 
 
 class Study:
@@ -118,10 +118,10 @@ class Study:
         """What the cell's training starts from: the base, or the base grown."""
         if not cell.layers:
             return Path(self.base)
-        grown = self.work / f"grown-{cell.layers.replace('/', '_')}"
+        grown = self.work / f"grown-{cell.layers.replace('/', '_')}-{cell.factor}"
         with self.lock(grown.name):
             if not grown.exists():
-                grow("expand", self.base, grown, "--layers", cell.layers)
+                grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}")
         return grown
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -148,6 +148,7 @@ class Study:
             "label": cell.label,
             "method": cell.method,
             "layers": cell.layers,
+            "factor": cell.factor,
             "fields": cell.fields,
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
