@@ -34,7 +34,7 @@ def text(tmp_path: Path) -> Path:
 def distance(checkpoint: Path, base: Path, text: Path) -> float:
     """KL from the base, nats, the mean over all tokens of the text."""
     model, before = load(checkpoint, torch.float32), load(base, torch.float32)
-    sequences = general_text(str(text), 32, AutoTokenizer.from_pretrained(checkpoint))
+    sequences = general_text([str(text)], 32, AutoTokenizer.from_pretrained(checkpoint))
     found = []
     for sequence in sequences:
         batch = collate([sequence])
@@ -73,6 +73,12 @@ def test_near_the_base(
         distances.append(distance(tmp_path / f"trained-{weight}", text_base, text))
     # In four steps, of which the first knows no distance yet.
     assert 0 < distances[1] < distances[0] * 0.7
+
+
+def test_general_text_may_be_in_several_folders(text_base: Path, text: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    once, twice = (general_text([str(text)] * times, 32, tokenizer).examples for times in (1, 2))
+    assert twice == once + once and len(once) == 40
 
 
 def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tmp_path: Path) -> None:

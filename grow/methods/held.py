@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Held(Method):
-    """`kl_weight` times KL(base ‖ model) of the next token, on general text, can be added to the loss: `kl_text` is a
-    folder whose split train has rows with a column text. It costs a forward pass of the base and a step's work on one
+    """`kl_weight` times KL(base ‖ model) of the next token, on general text, can be added to the loss: `kl_text` are
+    folders whose split train has rows with a column text. It costs a forward pass of the base and a step's work on one
     sequence more (grow.training.near_base).
 
     A grown model has its base inside. Other methods then hold a second model on every rank, whole, and so do not work
@@ -24,13 +24,13 @@ class Held(Method):
     """
 
     kl_weight: float = 0.0
-    kl_text: str = ""
+    kl_text: list[str] = field(default_factory=list)
 
     def check(self, recipe: Any) -> None:
         """Raises UserError also for a weight without text, and where the base cannot be held."""
         super().check(recipe)
         if self.kl_weight < 0 or (self.kl_weight > 0) != bool(self.kl_text):
-            raise UserError("kl_weight (above 0) and kl_text, a folder of general text, go together")
+            raise UserError("kl_weight (above 0) and kl_text, folders of general text, go together")
         if self.kl_weight and not self.grows and recipe.zero.get("stage") == 3:
             raise UserError(
                 f"{recipe.deepspeed}: {recipe.method} with kl_weight holds a second model and does not work with "

@@ -18,14 +18,18 @@ _POSITIONS = 64
 """Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
 
 
-def general_text(folder: str, max_length: int, tokenizer: Any) -> PackedDataset:
-    """The rows of a folder's split train, which have a column text, packed. Raises UserError if there are none."""
-    rows = load_rows(folder, "train")
-    template = Template("", "{text}")
-    template.check(rows.column_names)
-    examples = encode(rows, tokenizer, template, max_length, end=False).examples
-    if not examples:
-        raise UserError(f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens")
+def general_text(folders: list[str], max_length: int, tokenizer: Any) -> PackedDataset:
+    """The rows of the folders' split train, which have a column text, packed. Raises UserError for one without any."""
+    template, examples = Template("", "{text}"), []
+    for folder in folders:
+        rows = load_rows(folder, "train")
+        template.check(rows.column_names)
+        own = encode(rows, tokenizer, template, max_length, end=False).examples
+        if not own:
+            raise UserError(
+                f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens"
+            )
+        examples += own
     return PackedDataset(examples, max_length, tokenizer.pad_token_id or 0)
 
 

@@ -220,8 +220,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "qa_wikidata": make_data(wikidata_rows, limit=2500, test=1.0),
     "winowhy": make_data(winowhy_rows, test=1.0),
     "prose": make_data(prose_rows, limit=1000, rest="train", test=1.0),
-    "german": make_data(german_rows, limit=1000, test=1.0),
-    "code": make_data(code_rows, limit=1000, test=1.0),
+    "german": make_data(german_rows, limit=1000, rest="train", test=1.0),
+    "code": make_data(code_rows, limit=1000, rest="train", test=1.0),
 }
 
 
