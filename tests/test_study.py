@@ -67,7 +67,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
     places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
-    changes = [known["capitals"]["from_base"]["log_likelihood"] for known in places]
+    changes = [known["known"]["from_base"]["log_likelihood"] for known in places]
     base = json.loads(first)["base"]["retention"]["prose"]
     assert [known["prose"]["rows"] for known in places] == [12] * 4
     rises = [known["prose"]["loss"] - base["loss"] for known in places]

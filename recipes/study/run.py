@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.errors import UserError
-from grow.recipe import read_recipe
+from grow.recipe import read_recipe, sliced
 from grow.tables import write_text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,7 +71,8 @@ class Study:
         self.recipe = str((path.parent / self.grid["recipe"]).resolve())
         self.results = path.parent / "results.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
-        self.base = read_recipe(self.recipe).base
+        settings = read_recipe(self.recipe, self.grid["fields"])
+        self.base, self.retention = settings.base, Path(sliced(settings.retention or "")[0]).name
 
     def lock(self, name: str) -> FileLock:
         """What one of several runners holds while it makes something that they share."""
@@ -160,22 +161,21 @@ class Study:
             f'--only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
             "history": [{key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e],
-            "base": point(json.loads(against.read_text())),
-            "dial": [point(scores) for scores in result.get("dial", [result])],
+            "base": self.point(json.loads(against.read_text())),
+            "dial": [self.point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
         }
         for left in () if self.keep else (run, trained):
             shutil.rmtree(left)
         return line
 
-
-def point(scores: dict[str, Any]) -> dict[str, Any]:
-    """What a line keeps of the scores at one place of the dial: no single rows."""
-    sets = {"capitals": scores["retention"], **scores.get("retention_sets", {})}
-    keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
-    kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
-    task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
-    return {"alpha": scores["alpha"], "task": task, "retention": kept}
+    def point(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """What a line keeps of the scores at one place of the dial: no single rows."""
+        sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
+        keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
+        kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
+        task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
+        return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
 
 def grow(*arguments: str | Path) -> None:
