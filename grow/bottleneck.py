@@ -36,6 +36,7 @@ class AdaptedMLP:
     """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
 
     alpha: float
+    own_alpha: float = 1.0
     adapter: Bottleneck
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ COMMANDS: dict[str, Callable[..., str]] = {
     for command in (
         checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.show, runs.train,
         checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach, runs.eval, runs.report,
-        studies.rank, studies.effective_rank, studies.dial,
+        studies.rank, studies.effective_rank, studies.dial, studies.layer_dial,
     )
 }  # fmt: skip
 

@@ -43,7 +43,8 @@ class GrownMLP:
     """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
 
     factor: int
-    alpha: float
+    alpha: float | Tensor
+    own_alpha: float
     grown: GrownBranch
     trained: Any
     gate_proj: nn.Linear
@@ -80,7 +81,10 @@ class GrownMLP:
         grown = self.grown(x)
         if self.alpha != 1:
             grown = self.alpha * grown
-        return torch.add(grown, base, alpha=1 - self.alpha * (k - 1) / k)
+        share = 1 - self.alpha * (k - 1) / k
+        if isinstance(share, Tensor):  # α is being learnt (grow.evaluation.layer_dial)
+            return grown + share * base
+        return torch.add(grown, base, alpha=share)
 
 
 def grow_mlp(mlp: Any, factor: int) -> None:
@@ -90,5 +94,5 @@ def grow_mlp(mlp: Any, factor: int) -> None:
     """
     cls = type(mlp)
     mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
-    mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
+    mlp.factor, mlp.alpha, mlp.own_alpha, mlp.trained = factor, 1.0, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)

@@ -44,6 +44,7 @@ def attach(model: nn.Module, plan: GrowthPlan) -> None:
     for layer in plan.layers:
         mlp: Any = mlps[layer]
         grow_mlp(mlp, plan.factor)
+        mlp.own_alpha = plan.own_alpha(layer)
         if plan.trained_up:
             mlp.add_trained()
 
@@ -111,11 +112,12 @@ def grown_mlps(model: nn.Module) -> Iterator[Any]:
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
-    """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained); no effect on others."""
+    """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained, or where the checkpoint
+    says that each layer's own is); no effect on others."""
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
     for mlp in _with_dial(model):
-        mlp.alpha = alpha
+        mlp.alpha = alpha * mlp.own_alpha
 
 
 def _with_dial(model: nn.Module) -> Iterator[Any]:

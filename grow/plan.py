@@ -30,11 +30,17 @@ class GrowthPlan:
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies.
     `layers` are the indices of the grown decoder layers, ascending.
     `trained_up` says that beside their own up-projections they hold trained ones, which g_train made.
+    `alphas`: where α = 1 is in each of these layers, as a share of what was trained; empty: everywhere at 1.
     """
 
     factor: int
     layers: tuple[int, ...]
     trained_up: bool = False
+    alphas: tuple[float, ...] = ()
+
+    def own_alpha(self, layer: int) -> float:
+        """What the dial is multiplied by in a grown layer."""
+        return self.alphas[self.layers.index(layer)] if self.alphas else 1.0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":
@@ -53,7 +59,10 @@ class GrowthPlan:
             sound = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
             if not sound or not layers or layers != sorted(set(layers)):
                 raise ValueError
-            return cls(factor, tuple(layers), bool(growth.get("trained_up")))
+            alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
+            if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):
+                raise ValueError
+            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas)
         except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"

@@ -109,6 +109,16 @@ def dial_text(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def layer_dial_text(r: dict[str, Any]) -> str:
+    """Of `layer-dial`."""
+    lines = [f"layer {layer:<3} α = {alpha:g}" for layer, alpha in zip(r["layers"], r["alphas"], strict=True)]
+    lines += [f"{what}: {r[key][0]:.3f} at first, {r[key][1]:.3f} at the end" for what, key in _LEARNT]
+    return "\n".join([*lines, f"written: {r['out']}"])
+
+
+_LEARNT = (("task loss, nats per token", "task_loss"), ("KL from the base, nats per token", "kl"))
+
+
 class Bar:
     """A progress bar in bytes, on a terminal only."""
 

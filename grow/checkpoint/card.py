@@ -42,6 +42,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     if growth["trained"] is None:
         text += "Nothing has been trained yet: it computes what its base does."
     title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
+    text += _own_alphas(growth)
     return _card(base, title, text + _training(growth["trained"] or {}) + _scores(growth.get("scores")))
 
 
@@ -58,9 +59,17 @@ def stock_card(
         )
     else:
         text = f"Made from `{base['name']}`, with its own shape. "
+    text += _own_alphas(growth or {})
     if alpha != 1:
         text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
     return _card(base, "Trained", text + _training(about) + _scores(scores))
+
+
+def _own_alphas(growth: dict[str, Any]) -> str:
+    alphas = growth.get("alphas")
+    if not alphas:
+        return ""
+    return f"Each layer has an α of its own, its place between the base and what was trained: {alphas}. "
 
 
 def _training(about: dict[str, Any]) -> str:

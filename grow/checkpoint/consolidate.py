@@ -84,7 +84,8 @@ def _stock_tensors(
             raise UserError(
                 f"layers {others} are not grown, and stock models have one width: add --uniform to pad them with zeros"
             )
-        mlps = {prefix: layer in plan.layers for layer, prefix in prefixes.items()}
+        own = {layer: alpha * plan.own_alpha(layer) for layer in plan.layers}
+        mlps = {prefix: own.get(layer) for layer, prefix in prefixes.items()}
     tensors = {}
     for name, info in start.tensors.items():
         prefix, _, last = name.rpartition(".mlp.")
@@ -93,16 +94,16 @@ def _stock_tensors(
             continue
         target = dtype if dtype and is_float(info.dtype) else info.dtype
         if plan is not None and mlp in mlps and "_proj." in last:
-            tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], alpha, target)
+            tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], target)
         else:
             tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
     return tensors
 
 
-def _merged(source: Source, mlp: str, last: str, k: int, grown: bool, alpha: float, target: str) -> Lazy:
-    """One of a stock MLP's tensors, from the base's own and the copies."""
+def _merged(source: Source, mlp: str, last: str, k: int, alpha: float | None, target: str) -> Lazy:
+    """One of a stock MLP's tensors, from the base's own and the copies; `alpha` is None if it has not grown."""
     own = source.start.lazy(f"{mlp}.{last}")
-    if not grown:
+    if alpha is None:
         own = own.to(target)
         if last == "down_proj.bias":
             return own
@@ -146,7 +147,8 @@ def _write_stock(
     shards = split_into_shards(tensors, max_shard_size, "model")
     if len(shards) == 1:
         shards = {SINGLE_NAME: tensors}
-    request = [source.identity, "stock", alpha, dtype, {name: list(part) for name, part in shards.items()}]
+    alphas = [alpha, *(plan.alphas if plan else ())]
+    request = [source.identity, "stock", alphas, dtype, {name: list(part) for name, part in shards.items()}]
     with OutputFolder(out, {"request": request}) as folder:
         folder.write_shards(shards, progress)
         for file in side_files(start.path):

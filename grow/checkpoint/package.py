@@ -3,11 +3,12 @@
 growth package     growth-0000i-of-0000n.safetensors, growth.json: what a training run ends in, without the base
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.expand import grown_name, link_base
-from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_growth, write_metadata
+from grow.checkpoint.metadata import BASE_FOLDER, check_growth, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint, read_header
 from grow.checkpoint.source import Source, open_source
@@ -92,6 +93,26 @@ def attach(base_path: str, package: str, out: str) -> dict[str, Any]:
         folder.write_index(weight_map, {name: info.nbytes for name, info in (own.tensors | added).items()})
         write_metadata(folder, facts, own.config)
     return {"base": base_path, "growth": package, "out": out}
+
+
+def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, Any]:
+    """Writes OUT, the same grown checkpoint with another place of the dial in each grown layer at α = 1: every shard
+    linked. Raises UserError if PATH is no grown checkpoint, or if these are no α, one a layer."""
+    refuse_existing(Path(out))
+    source = _open_grown(path)
+    grown, known = source.start, read_growth(source.start.path)
+    facts = check_growth(known | {"alphas": list(alphas)}, Path(out))
+    with OutputFolder(out, {"alphas of": source.identity, "alphas": list(alphas)}) as folder:
+        for shard in grown.shards:
+            folder.link(shard, shard.name)
+        for file in side_files(grown.path):
+            folder.copy(file)
+        for file in sorted((grown.path / BASE_FOLDER).iterdir()):
+            folder.copy(file, f"{BASE_FOLDER}/{file.name}")
+        weight_map = {name: info.file.name for name, info in grown.tensors.items()}
+        folder.write_index(weight_map, {name: info.nbytes for name, info in grown.tensors.items()})
+        write_metadata(folder, facts, grown.config)
+    return {"source": path, "out": out, "layers": facts["layers"], "alphas": list(alphas)}
 
 
 def _check_base(where: Path, present: dict[str, Path], files: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 Heavy imports happen inside a command, so that --help answers at once.
 """
 
+import os
 from typing import Any
 
 from grow.arguments import number
 from grow.errors import UserError, unknown
-from grow.text import dial_text, say
+from grow.text import dial_text, layer_dial_text, say
 
 
 def rank(
@@ -108,3 +109,39 @@ def dial(
     from grow.evaluation.divergence import find_alpha
 
     return say(find_alpha(checkpoint, start, text, count, bound), dial_text, json)
+
+
+def layer_dial(
+    checkpoint: str, out: str, recipe: str, text: str = "", kl_weight: str = "2", steps: str = "40", json: bool = False,
+    **fields: str,
+) -> str:  # fmt: skip
+    """Learns a place of the dial for each layer of a grown checkpoint: what α = 1 is there. α = 0 stays the base.
+
+    Minimises the task's loss on the recipe's validation rows + kl_weight times KL(base ‖ model) on general text, over
+    one number a layer. OUT is the same checkpoint, its shards linked.
+
+    Example: python -m grow layer-dial GROWN OUT --recipe recipes/gemma3_270m/translation.yaml
+
+    Args:
+        checkpoint: A grown checkpoint, trained.
+        out: The folder to write.
+        recipe: The task.
+        text: Folders of general text, with commas, whose split train has a column text; English fiction unless given,
+            which recipes/gemma3_270m/fetch.py prose brings.
+        kl_weight: What a nat of KL weighs beside a nat of the task's loss: more of it stays nearer to the base.
+        steps: How many, of one sequence of each.
+        json: Print one JSON object.
+        fields: Fields of the recipe that are given another value.
+    """
+    weight, count = number("--kl-weight", kl_weight, float), number("--steps", steps)
+    if not weight > 0 or count < 1:
+        raise UserError(f"layer-dial: --kl-weight {kl_weight} and --steps {steps}: both are more than 0")
+
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    folders = text.split(",") if text else [os.path.expandvars("${GROW_CACHE}/gemma3_270m/prose")]
+
+    from grow.evaluation.layer_dial import layer_dial as run
+
+    return say(run(checkpoint, out, settings, folders, weight, count), layer_dial_text, json)

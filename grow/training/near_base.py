@@ -51,14 +51,22 @@ class NearBase:
         self.step = trainer.state.global_step
         place = (self.step * args.world_size + args.process_index) % len(self.sequences)
         batch = {name: tensor.to(args.device) for name, tensor in collate([self.sequences[place]]).items()}
-        _thin_out(batch["labels"])
-        if self.base is None:
-            base = base_logits(trainer.model_wrapped, batch)
-        else:
-            with torch.no_grad():
-                base, _ = labelled_logits(self.base, batch)
-        logits, labels = labelled_logits(trainer.model_wrapped, batch)
-        return compare(logits, base, labels)[1].mean() * args.gradient_accumulation_steps
+        return divergence(trainer.model_wrapped, batch, self.base) * args.gradient_accumulation_steps
+
+
+def divergence(model: Any, batch: dict[str, Tensor], base: Any = None) -> Tensor:
+    """KL(base ‖ model), nats, the mean over some of the batch's labels, whose others are taken away: [] fp32.
+
+    `base` None: the one inside.
+    """
+    _thin_out(batch["labels"])
+    if base is None:
+        expected = base_logits(model, batch)
+    else:
+        with torch.no_grad():
+            expected, _ = labelled_logits(base, batch)
+    logits, labels = labelled_logits(model, batch)
+    return compare(logits, expected, labels)[1].mean()
 
 
 def _thin_out(labels_BL: Tensor) -> None:
