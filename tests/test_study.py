@@ -22,15 +22,17 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
     rows = [{"prompt": f"{number}-{number}=", "completion": "0"} for number in range(30)]
     (known / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prose").mkdir()
-    (folder / "prose" / "test.jsonl").write_text("".join(f'{{"text": "{n}+{n}={2 * n}"}}\n' for n in range(30)))
+    for split in ("train", "test"):
+        (folder / "prose" / f"{split}.jsonl").write_text("".join(f'{{"text": "{n}+{n}={2 * n}"}}\n' for n in range(30)))
     make_recipe(folder / "recipe.yaml", base, folder / "grown", sums, 1, retention=str(known))
+    dial = {"layer_dial": {"text": f"{folder}/prose", "steps": 2}}
     grid = {
         "recipe": "recipe.yaml", "general_text": ["prose"],
         "fields": {"max_steps": 4, "save_steps": 4, "retention_sets": [f"{folder}/prose[:12]"]},
         "alphas": list(ALPHAS), "limit": 20, "retention_limit": 20, "seeds": [0],
         "methods": {
             "sft": {"method": "sft", "learning_rate": [1e-3]},
-            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS},
+            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS} | dial,
         },
     }  # fmt: skip
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -58,7 +60,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     again, second = results.read_text().splitlines()
     assert again == first, "what is done stays"
     assert not list((tmp_path / "work").glob("*seed-0")), "checkpoints are removed"
-    assert json.loads(second)["fields"] == FIELDS
+    assert json.loads(second)["fields"] == FIELDS and len(json.loads(second)["layer_dial"]) == 2
     for line in map(json.loads, (first, second)):
         assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]

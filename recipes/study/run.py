@@ -26,6 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from grow.checkpoint.run_folder import last_checkpoint
+from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 from grow.recipe import read_recipe, sliced
 from grow.tables import write_text
@@ -36,7 +37,8 @@ WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's."""
+    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's, `layer_dial`
+    the arguments of that command, if each layer gets an α of its own."""
 
     label: str
     method: str
@@ -45,6 +47,7 @@ class Cell:
     learning_rate: float
     seed: int
     fields: dict[str, Any]
+    layer_dial: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -58,7 +61,8 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
         for label, method in grid["methods"].items():
             for rate in method["learning_rate"]:
                 layers, factor = str(method.get("layers", "")), method.get("factor", 2)
-                yield Cell(label, method["method"], layers, factor, float(rate), seed, method.get("fields", {}))
+                more = (method.get(key, {}) for key in ("fields", "layer_dial"))
+                yield Cell(label, method["method"], layers, factor, float(rate), seed, *more)
 
 
 class Study:
@@ -95,10 +99,7 @@ class Study:
 
     def fields(self, **more: Any) -> list[str]:
         """The grid's fields and more, as arguments."""
-        return [
-            f"--{name}={','.join(value) if isinstance(value, list) else value}"
-            for name, value in (self.grid["fields"] | more).items()
-        ]
+        return arguments(self.grid["fields"] | more)
 
     def base_scores(self) -> Path:
         """The base's scores, made once."""
@@ -138,8 +139,13 @@ class Study:
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
             grow("consolidate", run, trained, *form)
+        scored = trained
+        if cell.layer_dial:
+            scored = trained.with_name(f"{trained.name}-by-layer")
+            if not scored.exists():
+                grow("layer-dial", trained, scored, "--recipe", self.recipe, *arguments(cell.layer_dial))
         dial = [f"--alpha={self.alphas}", "--against", str(against)]
-        self.score(trained, out, *dial, *(() if cell.layers else ("--start", self.base)))
+        self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
         result = json.loads(out.read_text())
         facts = json.loads((run / "run.json").read_text())
         history = json.loads((last_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
@@ -151,6 +157,7 @@ class Study:
             "layers": cell.layers,
             "factor": cell.factor,
             "fields": cell.fields,
+            "layer_dial": read_json(scored / "config.json")["growth"]["alphas"] if cell.layer_dial else [],
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
             "max_steps": self.grid["fields"]["max_steps"],
@@ -165,7 +172,7 @@ class Study:
             "dial": [self.point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
         }
-        for left in () if self.keep else (run, trained):
+        for left in () if self.keep else {run, trained, scored}:
             shutil.rmtree(left)
         return line
 
@@ -178,9 +185,14 @@ class Study:
         return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
 
-def grow(*arguments: str | Path) -> None:
+def arguments(values: dict[str, Any]) -> list[str]:
+    """Of a command: a list with commas."""
+    return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
+
+
+def grow(*words: str | Path) -> None:
     """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0."""
-    command = [sys.executable, "-m", "grow", *map(str, arguments)]
+    command = [sys.executable, "-m", "grow", *map(os.path.expandvars, map(str, words))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr).returncode
     if code:
