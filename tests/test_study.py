@@ -65,7 +65,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
     text = grow("report", results, "--out", tmp_path / "out").stdout
-    for plot in ("grid", "grid-layers", "grid-steps"):
+    for plot in ("grid", "grid-layers", "grid-over-steps"):
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
     places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
@@ -93,5 +93,5 @@ def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     text = study_report(ROOT / "recipes/study/results.jsonl", str(tmp_path))["text"]
     pages = [(ROOT / name).read_text() for name in ("README.md", "recipes/study/README.md")]
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 3
+    assert tables and len(tables) % 3 == 0  # a grid has three
     assert all(table in pages[1] for table in tables) and tables[0] in pages[0]

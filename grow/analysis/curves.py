@@ -9,7 +9,8 @@ from grow.tables import new_figure, write_figure
 
 
 def draw_curves(points: list[dict[str, Any]], base_loss: float, path: Path) -> None:
-    """Task against general text: left each method over its rates, at α = 1; right over α, a line for each rate.
+    """Task against general text: left each method over its rates, at α = 1; right over α, a line for each rate, where
+    most of the task has been learnt.
 
     `points` are those of grow.analysis.study.over_seeds.
     """
@@ -27,13 +28,16 @@ def draw_curves(points: list[dict[str, Any]], base_loss: float, path: Path) -> N
             curve = sorted((one for one in own if one["learning_rate"] == rate), key=lambda p: p["alpha"])
             x, y = [base_loss, *(one["loss"] for one in curve)], [0.0, *(one["text"] for one in curve)]
             right.plot(x, y, marker=".", linewidth=1, color=f"C{colour}")
-    left.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    best, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
+    right.set_xlim(best - 0.02 * (base_loss - best), best + 0.2 * (base_loss - best))
     left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
     right.set(title="Over α, a line for each rate")
     for axes in (left, right):
         axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_yscale("symlog", linthresh=0.05)
+        axes.set_ylim(bottom=min(2 * lowest, -0.01))
         axes.grid(alpha=0.3)
     write_figure(path, figure)
 

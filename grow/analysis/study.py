@@ -62,7 +62,7 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
     """Writes OUT/study.md and, of each grid, GRID.png, GRID-layers.png and, where validation was frequent,
-    GRID-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
+    GRID-over-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
@@ -78,7 +78,7 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
         draw_curves(points, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
         if all(len(line.get("history", [])) > 2 for line in lines):
-            plots.append(folder / f"{name}-steps.png")
+            plots.append(folder / f"{name}-over-steps.png")
             draw_steps(lines, plots[-1])
     text = "\n".join(parts)
     write_text(folder / "study.md", text)

@@ -135,21 +135,33 @@ class Study:
             f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         grow("rank", run, "--out", f"{run}-ranking")
-        ranking = json.loads(Path(f"{run}-ranking", "ranking.json").read_text())
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
             grow("consolidate", run, trained, *form)
-        scored = trained
-        if cell.layer_dial:
-            scored = trained.with_name(f"{trained.name}-by-layer")
-            if not scored.exists():
-                grow("layer-dial", trained, scored, "--recipe", self.recipe, *arguments(cell.layer_dial))
+        scored = self.by_layer(cell, trained)
         dial = [f"--alpha={self.alphas}", "--against", str(against)]
         self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
-        result = json.loads(out.read_text())
-        facts = json.loads((run / "run.json").read_text())
-        history = json.loads((last_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
-        line = {
+        line = self.line(cell, run, scored, read_json(against), read_json(out))
+        for left in () if self.keep else {run, trained, scored}:
+            shutil.rmtree(left)
+        return line
+
+    def by_layer(self, cell: Cell, trained: Path) -> Path:
+        """The checkpoint with an α of its own in each layer, if the cell wants that; else the one given."""
+        if not cell.layer_dial:
+            return trained
+        out = trained.with_name(f"{trained.name}-by-layer")
+        if not out.exists():
+            grow("layer-dial", trained, out, "--recipe", self.recipe, *arguments(cell.layer_dial))
+        return out
+
+    def line(self, cell: Cell, run: Path, scored: Path, base: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """What stays of a cell."""
+        facts, ranking = read_json(run / "run.json"), read_json(Path(f"{run}-ranking", "ranking.json"))
+        history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
+        # By step: a run that goes on looks once more at where it goes on from.
+        watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
+        return {
             "grid": self.path.name,
             "cell": cell.name,
             "label": cell.label,
@@ -167,14 +179,11 @@ class Study:
             "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
             f'--only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
-            "history": [{key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e],
-            "base": self.point(json.loads(against.read_text())),
+            "history": list(watched.values()),
+            "base": self.point(base),
             "dial": [self.point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
         }
-        for left in () if self.keep else {run, trained, scored}:
-            shutil.rmtree(left)
-        return line
 
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
         """What a line keeps of the scores at one place of the dial: no single rows."""
