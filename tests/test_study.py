@@ -48,7 +48,13 @@ def study(grid: Path, *more: str, code: int = 0) -> str:
 @pytest.mark.full
 def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: Path, tmp_path: Path) -> None:
     grid = make_grid(tmp_path, text_base, sums)
-    assert "has no cell" in study(grid, "--only", "sft 1 seed 0", code=2)
+    for words, message in (
+        (("--only", "sft 1 seed 0"), "has no cell"),
+        (("--seed", "1"), "did you mean --seeds"),
+        (("--alphas", "0.5,x"), "a number is needed"),
+    ):
+        error = study(grid, *words, code=2)
+        assert error.count("\n") == 1 and message in error
     study(grid, "--only", "sft 0.001 seed 0")
     results = tmp_path / "results.jsonl"
     (first,) = results.read_text().splitlines()

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fire
 import yaml
 from filelock import FileLock, Timeout
+from xxhash import xxh3_64_hexdigest
 
+from grow.arguments import checked, number
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
@@ -102,8 +103,9 @@ class Study:
         return arguments(self.grid["fields"] | more)
 
     def base_scores(self) -> Path:
-        """The base's scores, made once."""
-        out = self.work / "base.json"
+        """The base's scores, made once for what is scored."""
+        scored = json.dumps([self.grid[key] for key in ("recipe", "fields", "limit", "retention_limit")])
+        out = self.work / f"base-{xxh3_64_hexdigest(scored.encode())}.json"
         with self.lock("base"):
             if not out.exists():
                 self.score(self.base, out)
@@ -208,31 +210,34 @@ def grow(*words: str | Path) -> None:
         raise SystemExit(code)
 
 
-def main(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
+def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
     """Runs what is missing of a grid; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
-    study = Study(path, Path(work) if work else cache / "study" / path.stem, ",".join(_list(alphas)), keep)
+    if not path.is_file():
+        raise UserError(f"{grid}: no grid there")
+    for alpha in alphas.split(",") if alphas else ():
+        number("--alphas", alpha, float)
+    runner = Study(path, Path(work) if work else cache / "study" / path.stem, alphas, keep)
     # A cell's name ends in its seed.
-    chosen = [int(seed) for seed in _list(seeds) or only.split()[-1:] if seed.isdecimal()] or study.grid["seeds"]
-    wanted = [cell for cell in cells(study.grid, chosen) if only in ("", cell.name)]
+    named = [int(seed) for seed in (seeds.split(",") if seeds else only.split()[-1:]) if seed.strip().isdecimal()]
+    wanted = [cell for cell in cells(runner.grid, named or runner.grid["seeds"]) if only in ("", cell.name)]
     if not wanted:
         raise UserError(f"{grid}: has no cell {only!r}")
-    for number, cell in enumerate(wanted, 1):
-        with contextlib.suppress(Timeout), study.lock(cell.name).acquire(blocking=False):
-            if only or cell.name not in study.done():
-                print(f"== {number} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
-                study.note(study.run(cell))
-
-
-def _list(value: Any) -> list[str]:
-    """Of "0.5,1", which Fire may have made a tuple or a number of."""
-    return [part.strip() for part in str(value).strip("()").split(",") if part.strip()]
+    for place, cell in enumerate(wanted, 1):
+        with contextlib.suppress(Timeout), runner.lock(cell.name).acquire(blocking=False):
+            if only or cell.name not in runner.done():
+                print(f"== {place} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
+                runner.note(runner.run(cell))
 
 
 if __name__ == "__main__":
     try:
-        fire.Fire(main)
+        _, words, flags = checked(["study", *(sys.argv[1:] or ["--help"])], {"study": study})
+        if "help" in flags:
+            print(__doc__)
+        else:
+            study(*words, **flags)  # type: ignore[arg-type]
     except UserError as error:
         print(f"run.py: {error}", file=sys.stderr)
         sys.exit(2)
