@@ -10,7 +10,7 @@ learns to answer briefly gains on questions what it loses elsewhere.
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from math import nan, sqrt
+from math import isnan, nan, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -174,7 +174,7 @@ def _table(points: list[Point], base: dict[str, Any]) -> str:
     for one in points:
         row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"]), f"{one['loss']:.3f}"]
         row += [f"{one['accuracy']:.1%}", f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
-        row += [f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
+        row += ["–" if isnan(one["questions"]) else f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
         row += [f"{one['sets'][name]:+.3f}" for name in names]
         rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
     columns = ["method", "rate", "α", "seeds", "task loss", "accuracy", "general text", "questions", *names]
