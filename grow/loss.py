@@ -121,8 +121,11 @@ def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def base_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Those of the base inside a grown or adapted model, where there is a label: [N, V]. The dial stays where it is."""
+def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | None = None) -> Tensor:
+    """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside, as a
+    grown or an adapted model has it; the dial stays where it is."""
+    if base is not None:
+        return labelled_logits(base, batch)[0]
     with base_inside(getattr(model, "module", model)):
         return labelled_logits(model, batch)[0]
 

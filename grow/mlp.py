@@ -44,7 +44,7 @@ class GrownMLP:
 
     factor: int
     alpha: float | Tensor
-    own_alpha: float
+    own_alpha: float = 1.0
     grown: GrownBranch
     trained: Any
     gate_proj: nn.Linear
@@ -94,5 +94,5 @@ def grow_mlp(mlp: Any, factor: int) -> None:
     """
     cls = type(mlp)
     mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
-    mlp.factor, mlp.alpha, mlp.own_alpha, mlp.trained = factor, 1.0, 1.0, None
+    mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)

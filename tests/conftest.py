@@ -1,5 +1,6 @@
 """What tests share: tiny random models of each class, built by stock transformers, and the real 270M."""
 
+import json
 import os
 from pathlib import Path
 
@@ -46,3 +47,12 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_data
 
     return make_data(tmp_path_factory.mktemp("data") / "sums")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of general text, to stay near the base on."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"text": f"{n} and {n + 1} are {2 * n + 1}."} for n in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

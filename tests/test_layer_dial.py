@@ -1,6 +1,5 @@
 """A place of the dial for each layer: learnt, it does better than one for all; and every command knows it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from grow.recipe import read_recipe
 from grow.tasks import collate, read_sequences
 from grow.training.near_base import divergence, general_text
 from tests.running import train
-from tests.tiny import grow, make_recipe
+from tests.tiny import grow, logits, make_recipe
 
 WEIGHT = 3.0
 
@@ -39,19 +38,6 @@ def trained(
     train(recipe, 1)
     consolidate(str(folder / "run"), str(folder / "trained"), "grown")
     yield recipe, folder / "trained"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    rows = [{"text": f"{n} and {n + 1} are {2 * n + 1}."} for n in range(40)]
-    (tmp_path / "text" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "text"
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(60)[None] % 250).logits
 
 
 def objective(path: Path, recipe: Path, text: Path, alpha: float) -> float:

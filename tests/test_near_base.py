@@ -1,6 +1,5 @@
 """A model that is held near its base: it learns, stays nearer, and goes on in the same bits."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ from tests.running import train, train_and_resume
 from tests.tiny import ROOT, make_recipe
 
 ZERO_3 = str(ROOT / "recipes/deepspeed/zero3.json")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    rows = [{"text": f"{n} and {n + 1} are {2 * n + 1}."} for n in range(40)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def distance(checkpoint: Path, base: Path, text: Path) -> float:

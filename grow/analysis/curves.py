@@ -8,24 +8,23 @@ from typing import Any
 from grow.tables import new_figure, write_figure
 
 
-def draw_curves(points: list[dict[str, Any]], base_loss: float, path: Path) -> None:
+def draw_curves(methods: dict[str, list[dict[str, Any]]], base_loss: float, path: Path) -> None:
     """Task against general text: left each method over its rates, at α = 1; right over α, a line for each rate, where
     most of the task has been learnt.
 
-    `points` are those of grow.analysis.study.over_seeds.
+    `methods` has the points of each, by rate and α (grow.analysis.study.over_seeds).
     """
     figure, (left, right) = new_figure(12, 4.8, columns=2)
-    labels = list(dict.fromkeys(one["label"] for one in points))
-    for colour, label in enumerate(labels):
-        own = [one for one in points if one["label"] == label]
-        trained = sorted((one for one in own if one["alpha"] == 1), key=lambda p: p["learning_rate"])
+    points = [one for own in methods.values() for one in own]
+    for colour, (label, own) in enumerate(methods.items()):
+        trained = [one for one in own if one["alpha"] == 1]
         left.errorbar(
             [one["loss"] for one in trained], [one["text"] for one in trained],
             yerr=[one["text_margin"] for one in trained], marker="o", markersize=4, capsize=2, color=f"C{colour}",
             label=label,
         )  # fmt: skip
         for rate in sorted({one["learning_rate"] for one in own}):
-            curve = sorted((one for one in own if one["learning_rate"] == rate), key=lambda p: p["alpha"])
+            curve = [one for one in own if one["learning_rate"] == rate]
             x, y = [base_loss, *(one["loss"] for one in curve)], [0.0, *(one["text"] for one in curve)]
             right.plot(x, y, marker=".", linewidth=1, color=f"C{colour}")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)

@@ -73,9 +73,10 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
         base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
         title = f"{grid}: {len(lines)} runs of {lines[0]['max_steps']} steps.\n"
-        parts += [title, _matched(points, base), _kept(points, lines[0]), _table(points, base)]
+        methods = _methods(points)
+        parts += [title, _matched(methods, base), _kept(methods, lines[0]), _table(points, base)]
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
-        draw_curves(points, base["task"]["loss"], plots[-2])
+        draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
         if all(len(line.get("history", [])) > 2 for line in lines):
             plots.append(folder / f"{name}-over-steps.png")
@@ -116,10 +117,11 @@ def at_most(points: Iterable[Point], loss: float) -> Point | None:
 
 
 def _methods(points: list[Point]) -> dict[str, list[Point]]:
+    """The points of each method, by rate and then by α."""
     methods: dict[str, list[Point]] = defaultdict(list)
     for one in points:
         methods[one["label"]].append(one)
-    return methods
+    return {label: sorted(own, key=lambda p: (p["learning_rate"], p["alpha"])) for label, own in methods.items()}
 
 
 def targets(points: list[Point], base_loss: float) -> list[float]:
@@ -128,11 +130,11 @@ def targets(points: list[Point], base_loss: float) -> list[float]:
     return [round(best + (base_loss - best) * share + 0.005, 2) for share in (0.0, 0.025, 0.05, 0.1, 0.2)]
 
 
-def _matched(points: list[Point], base: dict[str, Any]) -> str:
+def _matched(methods: dict[str, list[Point]], base: dict[str, Any]) -> str:
     """Forgetting at matched task score: a row for each method as trained, and one over the whole dial."""
-    losses = targets(points, base["task"]["loss"])
+    losses = targets([one for own in methods.values() for one in own], base["task"]["loss"])
     rows = []
-    for label, own in _methods(points).items():
+    for label, own in methods.items():
         for what, some in (("α = 1", [one for one in own if one["alpha"] == 1]), ("any α", own)):
             found = [at_most(some, loss) for loss in losses]
             rows.append([f"{label}, {what}", *map(_forgot, found)])
@@ -148,14 +150,14 @@ def _forgot(one: Point | None) -> str:
     return f"{one['text']:+.3f} ± {one['text_margin']:.3f} ({one['learning_rate']:g}, {one['alpha']:g})"
 
 
-def _kept(points: list[Point], line: dict[str, Any]) -> str:
+def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     """In which range of rates a method, as trained, keeps general text."""
     known = line["base"]["retention"]
     bound = MARGIN * fmean(known[name]["loss"] for name in line["general_text"]) if line["general_text"] else nan
     rows = []
-    for label, own in _methods(points).items():
+    for label, own in methods.items():
         rates: dict[str, list[str]] = {"kept": [], "undecided": [], "lost": []}
-        for one in sorted((one for one in own if one["alpha"] == 1), key=lambda p: p["learning_rate"]):
+        for one in (one for one in own if one["alpha"] == 1):
             low, high = one["text"] - one["text_margin"], one["text"] + one["text_margin"]
             verdict = "kept" if high <= bound else "lost" if low > bound else "undecided"
             rates[verdict].append(f"{one['learning_rate']:g}")

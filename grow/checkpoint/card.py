@@ -56,10 +56,9 @@ def stock_card(
         text = (
             f"Made from `{base['name']}` by growing its MLPs (layers {ranges(layers)}, {growth['factor']} times as "
             "wide) and training the added copies, then joined to one plain MLP a layer. "
-        )
+        ) + _own_alphas(growth)
     else:
         text = f"Made from `{base['name']}`, with its own shape. "
-    text += _own_alphas(growth or {})
     if alpha != 1:
         text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
     return _card(base, "Trained", text + _training(about) + _scores(scores))

@@ -10,8 +10,9 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float, widest
+from grow.checkpoint.expand import link_again
 from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
-from grow.checkpoint.metadata import BASE_FOLDER, read_growth, write_metadata
+from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.source import Source, open_source
@@ -179,14 +180,8 @@ def write_grown(source: Source, out: str, max_shard_size: int, progress: Progres
     added = source.growth()
     shards = split_into_shards(added, max_shard_size, "growth")
     with OutputFolder(out, {"request": [source.identity, "grown", list(shards)]}) as folder:
-        for shard in start.shards:
-            if not shard.name.startswith("growth-"):
-                folder.link(shard, shard.name)
+        link_again(folder, start, (shard for shard in start.shards if not shard.name.startswith("growth-")))
         checksums = folder.write_shards(shards, progress)
-        for file in side_files(start.path):
-            folder.copy(file)
-        for file in sorted((start.path / BASE_FOLDER).iterdir()):
-            folder.copy(file, f"{BASE_FOLDER}/{file.name}")
         weight_map = {name: info.file.name for name, info in start.tensors.items() if not is_growth(name)}
         weight_map |= files_of(shards)
         sizes = {name: info.nbytes for name, info in start.tensors.items()}

@@ -4,6 +4,7 @@ The base's shards are linked, not copied; only the added copies are computed and
 """
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,16 @@ def link_base(folder: OutputFolder, base: Checkpoint) -> None:
     for name in ("config.json", INDEX_NAME, "README.md"):
         if (base.path / name).is_file():
             folder.copy(base.path / name, f"{BASE_FOLDER}/{name}")
+
+
+def link_again(folder: OutputFolder, grown: Checkpoint, shards: Iterable[Path]) -> None:
+    """Puts some shards and all small files of a grown checkpoint into another, likewise; both have one base."""
+    for shard in shards:
+        folder.link(shard, shard.name)
+    for file in side_files(grown.path):
+        folder.copy(file)
+    for file in sorted((grown.path / BASE_FOLDER).iterdir()):
+        folder.copy(file, f"{BASE_FOLDER}/{file.name}")
 
 
 def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.expand import grown_name, link_base
+from grow.checkpoint.expand import grown_name, link_again, link_base
 from grow.checkpoint.metadata import BASE_FOLDER, check_growth, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint, read_header
@@ -103,12 +103,7 @@ def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, 
     grown, known = source.start, read_growth(source.start.path)
     facts = check_growth(known | {"alphas": list(alphas)}, Path(out))
     with OutputFolder(out, {"alphas of": source.identity, "alphas": list(alphas)}) as folder:
-        for shard in grown.shards:
-            folder.link(shard, shard.name)
-        for file in side_files(grown.path):
-            folder.copy(file)
-        for file in sorted((grown.path / BASE_FOLDER).iterdir()):
-            folder.copy(file, f"{BASE_FOLDER}/{file.name}")
+        link_again(folder, grown, grown.shards)
         weight_map = {name: info.file.name for name, info in grown.tensors.items()}
         folder.write_index(weight_map, {name: info.nbytes for name, info in grown.tensors.items()})
         write_metadata(folder, facts, grown.config)

@@ -15,7 +15,7 @@ from grow.bottleneck import CONFIG
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
-from grow.loss import base_logits, labelled_logits
+from grow.loss import base_logits
 from grow.model import compute_dtype, load, set_alpha
 from grow.plan import canonical
 
@@ -74,6 +74,4 @@ class Dial:
 
     def base_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The base's logits where there is a label, as grow.loss.labelled_logits has them; the dial stays."""
-        if self._base is not None:
-            return labelled_logits(self._base, batch)[0]
-        return base_logits(self.model, batch)
+        return base_logits(self.model, batch, self._base)

@@ -60,11 +60,7 @@ def divergence(model: Any, batch: dict[str, Tensor], base: Any = None) -> Tensor
     `base` None: the one inside.
     """
     _thin_out(batch["labels"])
-    if base is None:
-        expected = base_logits(model, batch)
-    else:
-        with torch.no_grad():
-            expected, _ = labelled_logits(base, batch)
+    expected = base_logits(model, batch, base)
     logits, labels = labelled_logits(model, batch)
     return compare(logits, expected, labels)[1].mean()
 
