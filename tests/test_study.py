@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grow.analysis.study import study_report
+from grow.analysis.study import over_seeds, study_report, verdict
 from tests.tiny import ROOT, grow, make_recipe, run
 
 ALPHAS = (0.5, 1)
@@ -71,6 +71,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
     text = grow("report", results, "--out", tmp_path / "out").stdout
+    text += "\n" + (tmp_path / "out" / "grid.md").read_text()
     for plot in ("grid", "grid-layers", "grid-over-steps"):
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
@@ -86,6 +87,9 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     matched, kept, (_, *every) = (table for table in tables if table)
     assert [row[4] for row in every] == [f"{loss:.3f}" for loss in losses]
     assert [row[6].split(" ")[0] for row in every] == [f"{rise:+.3f}" for rise in rises]
+    bound = 0.01 * base["loss"]
+    sides = [("✓" if rise <= bound else "✗", row[9][-1]) for row, rise in zip(every, rises, strict=True)]
+    assert all(mark in ("?", side) for side, mark in sides)
     assert [row[7].split(" ")[0] for row in every] == [f"{change:+.2f}" for change in changes]
     assert [row[0] for row in matched] == [f"{m}, {a}" for m in ("sft", "some layers") for a in ("α = 1", "any α")]
     for row, own in zip(matched[1::2], (slice(0, 2), slice(2, 4)), strict=True):
@@ -95,9 +99,30 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)
 
 
+def test_seeds_are_brought_together() -> None:
+    """Their means and their range; margins over rows do not shrink, since the rows are the same."""
+    one = {"label": "sft", "learning_rate": 1e-5, "alpha": 1, "seed": 0, "accuracy": 0.5, "questions": 0.25}
+    one |= {"questions_margin": 0.02, "text_margin": 0.01, "sets": {"a": 0.5}, "set_margins": {"a": 0.1}}
+    seeds = [one | {"loss": loss, "text": text, "seed": n} for n, (loss, text) in enumerate([(1.5, 0.1), (1.7, 0.3)])]
+    other = one | {"loss": 2.0, "text": 0.5, "alpha": 0.5}
+    mean, alone = over_seeds([*seeds, other])
+    assert (mean["loss"], mean["text"], mean["text_margin"], mean["seeds"]) == (1.6, 0.2, 0.01, 2)
+    assert mean["ranges"]["loss"] == (1.5, 1.7) and mean["set_margins"] == {"a": 0.1}
+    assert (alone["loss"], alone["seeds"], alone["ranges"]["text"]) == (2.0, 1, (0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("rise", "margin", "said"),
+    [(0.02, 0.005, "kept"), (0.02, 0.02, "undecided"), (0.04, 0.02, "undecided"), (0.06, 0.02, "lost")],
+)
+def test_a_verdict_needs_the_whole_interval(rise: float, margin: float, said: str) -> None:
+    assert verdict(rise, margin, 0.03) == said
+
+
 def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     text = study_report(ROOT / "recipes/study/results.jsonl", str(tmp_path))["text"]
     pages = [(ROOT / name).read_text() for name in ("README.md", "recipes/study/README.md")]
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert tables and len(tables) % 3 == 0  # a grid has three
-    assert all(table in pages[1] for table in tables) and tables[0] in pages[0]
+    assert tables and all(table in pages[1] for table in tables) and tables[0] in pages[0]
+    points = [path for path in tmp_path.glob("*.md") if path.name != "study.md"]
+    assert points and all(path.read_text() == (ROOT / "recipes/study" / path.name).read_text() for path in points)

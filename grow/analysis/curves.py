@@ -1,37 +1,50 @@
 """The pictures of a study: task against old knowledge, and how far each layer moved."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from grow.tables import new_figure, write_figure
 
+Point = dict[str, Any]
+"""One place of the dial of one run, or of several seeds (grow.analysis.study.point)."""
 
-def draw_curves(methods: dict[str, list[dict[str, Any]]], base_loss: float, path: Path) -> None:
-    """Task against general text: left each method over its rates, at α = 1; right over α, a line for each rate, where
-    most of the task has been learnt.
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, task and general text; by their loss on the task."""
+    best, least = [], float("inf")
+    for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
+        if one["text"] < least:
+            best.append(one)
+            least = one["text"]
+    return best
+
+
+def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -> None:
+    """Task against general text: left each method over its rates, at α = 1; right the best of all its rates and α (its
+    frontier), where most of the task has been learnt.
 
     `methods` has the points of each, by rate and α (grow.analysis.study.over_seeds).
     """
     figure, (left, right) = new_figure(12, 4.8, columns=2)
     points = [one for own in methods.values() for one in own]
-    for colour, (label, own) in enumerate(methods.items()):
+    for place, (label, own) in enumerate(methods.items()):
+        look: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": ("-", "--")[place // 10 % 2], "markersize": 4}
         trained = [one for one in own if one["alpha"] == 1]
         left.errorbar(
             [one["loss"] for one in trained], [one["text"] for one in trained],
-            yerr=[one["text_margin"] for one in trained], marker="o", markersize=4, capsize=2, color=f"C{colour}",
-            label=label,
+            yerr=[one["text_margin"] for one in trained], marker="o", capsize=2, label=label, **look,
         )  # fmt: skip
-        for rate in sorted({one["learning_rate"] for one in own}):
-            curve = [one for one in own if one["learning_rate"] == rate]
-            x, y = [base_loss, *(one["loss"] for one in curve)], [0.0, *(one["text"] for one in curve)]
-            right.plot(x, y, marker=".", linewidth=1, color=f"C{colour}")
+        best = frontier(own)
+        x, y = [*(one["loss"] for one in best), base_loss], [*(one["text"] for one in best), 0.0]
+        right.plot(x, y, marker="o", **look)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    best, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
-    right.set_xlim(best - 0.02 * (base_loss - best), best + 0.2 * (base_loss - best))
+    least, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
+    right.set_xlim(least - 0.02 * (base_loss - least), least + 0.2 * (base_loss - least))
     left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
-    right.set(title="Over α, a line for each rate")
+    right.set(title="The best over rates and α")
     for axes in (left, right):
         axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")
         axes.axhline(0, color="grey", linewidth=0.8)

@@ -15,13 +15,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grow.analysis.curves import draw_curves, draw_layers, draw_steps
+from grow.analysis.curves import Point, draw_curves, draw_layers, draw_steps, frontier
 from grow.errors import UserError
 from grow.tables import markdown, write_text
 
-Point = dict[str, Any]
 MARGIN = 0.01
-"""General text is kept if a token costs no more than this share more than it cost the base: 99 % of what was known."""
+"""Kept is what costs no more than this share more than it cost the base, a token of general text or an answer: 99 % of
+what was known. Where the 95 % interval crosses that bound, it is undecided."""
+MARKS = {"kept": "✓", "undecided": "?", "lost": "✗"}
+
+
+_SPREAD = {"loss": ".3f", "text": "+.3f", "questions": "+.2f"}
+"""What is shown of every seed, and how."""
+
+
+_MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -43,7 +51,8 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
     `loss` and `accuracy` of the task, nats per token; `text`, the rise of what a token of general text costs, nats, and
     `text_margin`, half its 95 % interval (sets are independent: their variances add); `questions` and
-    `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit.
+    `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and
+    `set_margins`.
     """
     texts, sets, widths = set(line["general_text"]), {}, {}
     for name, known in place["retention"].items():
@@ -53,6 +62,7 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
         widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * unit
     groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
     found: Point = {"loss": place["task"]["loss"], "accuracy": place["task"]["token_accuracy"], "sets": sets}
+    found["set_margins"] = widths
     for group, names in groups.items():
         found[group] = fmean(sets[name] for name in names) if names else nan
         found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
@@ -61,20 +71,24 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
-    """Writes OUT/study.md and, of each grid, GRID.png, GRID-layers.png and, where validation was frequent,
-    GRID-over-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
+    """Writes OUT/study.md, which compares methods; and of each grid GRID.md, which has all its points, GRID.png,
+    GRID-layers.png and, where validation was frequent, GRID-over-steps.png. Grids are of different size and stand
+    apart. Raises UserError as read_lines does."""
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
     folder = Path(out)
     parts: list[str] = []
+    all_points: list[str] = []
     plots: list[Path] = []
     for grid, lines in grids.items():
         base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
         title = f"{grid}: {len(lines)} runs of {lines[0]['max_steps']} steps.\n"
         methods = _methods(points)
-        parts += [title, _matched(methods, base), _kept(methods, lines[0]), _table(points, base)]
+        parts += [title, _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
+        all_points.append(str(folder / f"{name}.md"))
+        write_text(all_points[-1], f"{title}\n{_table(points, lines[0])}")
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
@@ -83,32 +97,30 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
             draw_steps(lines, plots[-1])
     text = "\n".join(parts)
     write_text(folder / "study.md", text)
-    return {"table": str(folder / "study.md"), "plots": list(map(str, plots)), "text": text}
+    return {"table": str(folder / "study.md"), "points": all_points, "plots": list(map(str, plots)), "text": text}
 
 
 def over_seeds(points: list[Point]) -> list[Point]:
-    """Means over the seeds of a method, rate and α; `seeds` says of how many."""
+    """Means over the seeds of a method, rate and α; `seeds` says of how many, `ranges` from where to where they go.
+
+    Margins are not narrower than one seed's: all score the same rows, whose own chance does not average out.
+    """
     groups: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
     for one in points:
         groups[one["label"], one["learning_rate"], one["alpha"]].append(one)
     found = []
     for same in groups.values():
-        means = {key: fmean(one[key] for one in same) for key in ("loss", "accuracy", "text", "questions")}
-        for key in ("text_margin", "questions_margin"):
-            means[key] = sqrt(sum(one[key] ** 2 for one in same)) / len(same)
-        sets = {name: fmean(one["sets"][name] for one in same) for name in same[0]["sets"]}
-        found.append(same[0] | means | {"sets": sets, "seeds": len(same)})
+        means: dict[str, Any] = {key: fmean(one[key] for one in same) for key in _MEANS}
+        for key in ("sets", "set_margins"):
+            means[key] = {name: fmean(one[key][name] for one in same) for name in same[0][key]}
+        ranges = {key: (min(one[key] for one in same), max(one[key] for one in same)) for key in _SPREAD}
+        found.append(same[0] | means | {"seeds": len(same), "ranges": ranges})
     return found
 
 
-def frontier(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both, task and general text; by their loss on the task."""
-    best, least = [], float("inf")
-    for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
-        if one["text"] < least:
-            best.append(one)
-            least = one["text"]
-    return best
+def verdict(rise: float, margin: float, bound: float) -> str:
+    """Whether what costs so much more, ± the margin, is "kept", "lost" or "undecided"."""
+    return "kept" if rise + margin <= bound else "lost" if rise - margin > bound else "undecided"
 
 
 def at_most(points: Iterable[Point], loss: float) -> Point | None:
@@ -158,9 +170,7 @@ def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     for label, own in methods.items():
         rates: dict[str, list[str]] = {"kept": [], "undecided": [], "lost": []}
         for one in (one for one in own if one["alpha"] == 1):
-            low, high = one["text"] - one["text_margin"], one["text"] + one["text_margin"]
-            verdict = "kept" if high <= bound else "lost" if low > bound else "undecided"
-            rates[verdict].append(f"{one['learning_rate']:g}")
+            rates[verdict(one["text"], one["text_margin"], bound)].append(f"{one['learning_rate']:g}")
         rows.append([label, *(", ".join(some) or "–" for some in rates.values())])
     return (
         "Rates at which general text is kept, as trained: "
@@ -169,7 +179,24 @@ def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     )
 
 
-def _table(points: list[Point], base: dict[str, Any]) -> str:
+def _seeds(points: list[Point]) -> list[str]:
+    """How much the points that have several seeds differ from seed to seed: a table, or none."""
+    rows = []
+    for one in (one for one in points if one["seeds"] > 1):
+        row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"])]
+        for key, form in _SPREAD.items():
+            low, high = one["ranges"][key]
+            row.append(f"{one[key]:{form}} ({low:{form}} to {high:{form}})")
+        rows.append(row)
+    header = ["method", "rate", "α", "seeds", "task loss", "general text", "questions"]
+    return ["Over seeds: mean (least to most).\n\n" + markdown(header, rows)] if rows else []
+
+
+def _table(points: list[Point], line: dict[str, Any]) -> str:
+    base, texts = line["base"], set(line["general_text"])
+    costs = {
+        name: known["loss"] if name in texts else -known["log_likelihood"] for name, known in base["retention"].items()
+    }
     names, ahead = list(points[0]["sets"]), frontier(points)
     rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{base['task']['token_accuracy']:.1%}", "0", "0"]]
     rows[0] += ["0"] * len(names)
@@ -177,12 +204,16 @@ def _table(points: list[Point], base: dict[str, Any]) -> str:
         row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"]), f"{one['loss']:.3f}"]
         row += [f"{one['accuracy']:.1%}", f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
         row += ["–" if isnan(one["questions"]) else f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
-        row += [f"{one['sets'][name]:+.3f}" for name in names]
+        for name in names:
+            rise = one["sets"][name] * (1 if name in texts else -1)
+            mark = MARKS[verdict(rise, one["set_margins"][name], MARGIN * costs[name])]
+            row.append(f"{one['sets'][name]:+.3f} {mark}")
         rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
     columns = ["method", "rate", "α", "seeds", "task loss", "accuracy", "general text", "questions", *names]
     known = ", ".join(f"{known['rows']} of {name}" for name, known in base["retention"].items())
     return markdown(columns, rows) + (
         f"\n{base['task']['rows']} rows of the task; {known}. General text: the rise of what a token costs, nats; "
         "questions: the change of an answer's log-likelihood, nats; against the base, with 95 % intervals over rows. "
+        f"✓: it costs at most {MARGIN:.0%} more; ✗: it costs more; ?: the interval crosses that bound. "
         "In bold: no other row is better in both task and general text.\n"
     )
