@@ -42,6 +42,7 @@ def distance(checkpoint: Path, base: Path, text: Path) -> float:
         ("g_freeze", 2, 1),
         pytest.param("g_train", 3, 2, marks=pytest.mark.full),
         pytest.param("sft", 2, 1, marks=pytest.mark.full),
+        pytest.param("lora", 2, 1, marks=pytest.mark.full),
     ],
 )
 def test_near_the_base(
@@ -59,7 +60,8 @@ def test_near_the_base(
             train_and_resume(recipe, ranks)
         else:
             train(recipe, ranks)
-        consolidate(str(run), str(tmp_path / f"trained-{weight}"), "stock" if method == "sft" else "grown")
+        form = "grown" if method.startswith("g_") else "stock"
+        consolidate(str(run), str(tmp_path / f"trained-{weight}"), form)
         distances.append(distance(tmp_path / f"trained-{weight}", text_base, text))
     # In four steps, of which the first knows no distance yet.
     assert 0 < distances[1] < distances[0] * 0.7

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grow.errors import UserError
+from grow.methods.held import Held
 from grow.methods.peft_method import PeftMethod
 
 if TYPE_CHECKING:
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Lora(PeftMethod):
+class Lora(Held, PeftMethod):
     """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
-    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it."""
+    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. It can be held near the base."""
 
     part: ClassVar[str] = ".lora_"
 
