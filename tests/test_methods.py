@@ -19,6 +19,7 @@ from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.methods import METHODS
 from grow.methods.adapter import Adapter
+from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
 from grow.model import grown_mlps, load
 from grow.recipe import read_recipe
@@ -93,6 +94,39 @@ def test_g_train_is_exact_at_step_0_and_its_dial_ends_where_it_should(tiny_base:
         assert not torch.equal(logits(model), expected)
         mlp.alpha = 0
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "dtype"), [(2, 1, "float32"), pytest.param(3, 2, "float32", marks=pytest.mark.full)]
+)
+def test_g_lora(text_base: Path, sums: Path, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+    grown, folder = tmp_path / "grown", tmp_path / "run"
+    expand(str(text_base), str(grown), layers="1,2")
+    fields = {"method": "g_lora", "dtype": dtype, "lora_rank": 4, "learning_rate": 1e-2}
+    trained = train_and_resume(make_recipe(tmp_path / "r.yaml", text_base, grown, sums, stage, **fields), ranks)
+    copies = {name.removesuffix(".weight") for name in Checkpoint(grown).tensors if ".grown." in name}
+    assert {name.partition(".lora_")[0] for name in trained} == copies and len(trained) == 2 * len(copies) == 12
+
+    # It ends in a growth package; α = 0 is the base.
+    attach(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
+    assert verify(str(tmp_path / "attached"), str(text_base))["problems"] == []
+    base_logits = logits(load(text_base, torch.float32))
+    assert torch.equal(logits(load(tmp_path / "attached", torch.float32, alpha=0)), base_logits)
+
+    # The stock checkpoint computes what the model in training does; the update of each copy has rank 4.
+    consolidate(str(folder), str(tmp_path / "stock"), uniform=True, dtype="float32")
+    model: Any = load(grown, torch.float32)
+    GLora(lora_rank=4).prepare(model)
+    assert torch.equal(logits(model), base_logits), "exact at step 0"
+    assert not model.load_state_dict(trained, strict=False).unexpected_keys
+    stock = load(tmp_path / "stock")
+    assert (logits(stock) - logits(model)).abs().max() < 1e-4
+    assert (base_logits - logits(model)).abs().max() > 1e-2
+    for name in copies:
+        start = load(grown, torch.float32).get_parameter(f"{name}.weight")
+        weight = stock.get_parameter(f"{name.replace('.grown', '')}.weight")
+        copy = weight[:, -start.shape[1] :] if "down_proj" in name else weight[-start.shape[0] :]
+        assert torch.linalg.matrix_rank(copy - start, rtol=1e-4) == 4
 
 
 def test_a_new_method_is_one_class_and_a_line(

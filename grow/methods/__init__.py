@@ -4,6 +4,7 @@ from grow.methods.adapter import Adapter
 from grow.methods.ewc import Ewc
 from grow.methods.flow import Flow
 from grow.methods.g_freeze import GFreeze
+from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
 from grow.methods.lora import Lora
 from grow.methods.method import Method
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "ewc": Ewc,
     "flow": Flow,
     "g_freeze": GFreeze,
+    "g_lora": GLora,
     "g_train": GTrain,
     "lora": Lora,
     "osf": Osf,

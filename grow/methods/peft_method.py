@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PeftMethod(Method):
-    """Trains an adapter in every linear layer of the language model; the layers themselves are frozen.
+    """Trains an adapter in every linear layer of the language model, or some; the layers themselves are frozen.
 
     `part` stands in the names of the adapter's parameters, after that of the layer.
     """
@@ -38,24 +38,25 @@ class PeftMethod(Method):
         parameters, by their names within the layer without the adapter's own name."""
         raise NotImplementedError
 
+    def targets(self, name: str) -> bool:
+        """Whether a linear layer gets an adapter, by its name or its weight's."""
+        return ".layers." in name and of_language_model(name)
+
     def build(self, model: Any) -> None:
         """Puts the adapters in. The model keeps its class, so all else sees the model that it was."""
         import peft
         from torch import nn
 
-        layers = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and ".layers." in name and of_language_model(name)
-        ]
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        layers = list(filter(self.targets, linear))
         peft.inject_adapter_in_model(self.config(layers), model)
 
     def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The adapters of every linear layer."""
+        """The adapters of those layers."""
         return {
             name.removesuffix(".weight") + part: size
             for name, shape in shapes.items()
-            if len(shape) == 2 and ".layers." in name and of_language_model(name)
+            if len(shape) == 2 and self.targets(name)
             for part, size in self.parts(*shape).items()
         }
 
