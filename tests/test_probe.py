@@ -16,13 +16,23 @@ from grow.template import Template
 from tests.tiny import grow, make_data, make_recipe, run
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.full)])
-def test_the_probe_sees_what_a_second_model_would(text_base: Path, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage", "rate"),
+    [
+        ("g_freeze", 3, 1e-3),
+        pytest.param("g_freeze", 2, 1e-3, marks=pytest.mark.full),
+        pytest.param("g_lora", 3, 1e-2, marks=pytest.mark.full),
+    ],
+)
+def test_the_probe_sees_what_a_second_model_would(
+    text_base: Path, method: str, stage: int, rate: float, tmp_path: Path
+) -> None:
     expand(str(text_base), str(tmp_path / "grown"), layers="1,3")
     data = make_data(tmp_path / "data")
     recipe = make_recipe(
         tmp_path / "recipe.yaml", text_base, tmp_path / "grown", data, stage, retention=str(data), probe_rows=20,
-        retention_prompt="{question}", retention_completion="{answer}", dtype="float32", learning_rate=1e-3,
+        retention_prompt="{question}", retention_completion="{answer}", dtype="float32", learning_rate=rate,
+        method=method,
     )  # fmt: skip
     said = run("launch/train.sh", recipe, NPROC="2").stdout
     lines = [ast.literal_eval(line) for line in re.findall(r"\{'.*?'\}", said)]

@@ -72,15 +72,22 @@ def _moved(mlp: Any) -> dict[str, float]:
     they started (Frobenius norm over gate, up and down; for k > 2 their start's offsets count too)."""
     from grow.training.trainer import gathered
 
-    pairs = [(getattr(mlp, name).weight, getattr(mlp.grown, name).weight) for name in ("gate_proj", "up_proj")]
-    downs = (mlp.down_proj.weight, mlp.grown.down_proj.weight)
-    with gathered(*(weight for pair in (*pairs, downs) for weight in pair)):
+    originals = [getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
+    with gathered(*originals, *mlp.grown.parameters()):
         copies = mlp.factor - 1
-        dot = own = other = moved = torch.zeros((), device=downs[0].device)
-        for original, copy in pairs:
-            original, copy = original.detach().float().repeat(copies, 1), copy.detach().float()
+        dot = own = other = moved = torch.zeros((), device=originals[0].device)
+        for original, name in zip(originals[:2], ("gate_proj", "up_proj"), strict=True):
+            original, copy = original.detach().float().repeat(copies, 1), _weight(getattr(mlp.grown, name))
             dot, own, other = dot + (original * copy).sum(), own + original.square().sum(), other + copy.square().sum()
             moved = moved + (copy - original).square().sum()
-        start = downs[0].detach().float().repeat(1, copies) / mlp.factor
-        moved = moved + (downs[1].detach().float() - start).square().sum()
+        start = originals[2].detach().float().repeat(1, copies) / mlp.factor
+        moved = moved + (_weight(mlp.grown.down_proj) - start).square().sum()
         return {"cosine": float(dot / (own * other).sqrt()), "update": float(moved.sqrt())}
+
+
+def _weight(layer: Any) -> Tensor:
+    """Of a linear layer, in fp32; with what PEFT's LoRA adds to it, if there is one (g_lora)."""
+    weight = layer.weight.detach().float()
+    if hasattr(layer, "get_delta_weight"):
+        weight = weight + sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)
+    return weight
