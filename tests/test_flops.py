@@ -28,7 +28,8 @@ def counted(model: torch.nn.Module, labels: int, length: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "method, layers", [("sft", None), ("g_freeze", "all"), ("g_freeze", "2-3"), ("g_train", "0,3"), ("lora", None)]
+    "method, layers",
+    [("sft", None), ("g_freeze", "all"), ("g_freeze", "2-3"), ("g_train", "0,3"), ("g_lora", "1,2"), ("lora", None)],
 )
 def test_a_steps_flops_are_those_that_torch_counts(
     text_base: Path, tmp_path: Path, method: str, layers: str | None

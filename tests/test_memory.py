@@ -61,6 +61,7 @@ def measured_rank(recipe: Path, *rank: Any) -> None:
         pytest.param(1, "adapter", "bfloat16", marks=pytest.mark.full),
         pytest.param(2, "lora", "float32", marks=pytest.mark.full),
         pytest.param(3, "lora", "bfloat16", marks=pytest.mark.full),
+        pytest.param(2, "g_lora", "bfloat16", marks=pytest.mark.full),
     ],
 )
 def test_a_run_takes_what_the_plan_says(
