@@ -84,7 +84,8 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     for grid, lines in grids.items():
         base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
-        title = f"{grid}: {len(lines)} runs of {lines[0]['max_steps']} steps.\n"
+        runs = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
+        title = f"{grid}: {runs} of {lines[0]['max_steps']} steps.\n"
         methods = _methods(points)
         parts += [title, _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
         all_points.append(str(folder / f"{name}.md"))
