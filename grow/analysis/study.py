@@ -23,12 +23,8 @@ MARGIN = 0.01
 """Kept is what costs no more than this share more than it cost the base, a token of general text or an answer: 99 % of
 what was known. Where the 95 % interval crosses that bound, it is undecided."""
 MARKS = {"kept": "✓", "undecided": "?", "lost": "✗"}
-
-
 _SPREAD = {"loss": ".3f", "text": "+.3f", "questions": "+.2f"}
 """What is shown of every seed, and how."""
-
-
 _MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
@@ -21,5 +20,3 @@ class GLora(Lora, GFreeze):
     def trains(self, name: str) -> bool:
         """Their LoRA alone."""
         return self.part in name
-
-    write_result: ClassVar = GFreeze.write_result
