@@ -10,6 +10,7 @@ from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.errors import UserError
 from grow.loss import compare, labelled_logits
+from grow.methods import METHODS
 from grow.model import load
 from grow.recipe import read_recipe
 from grow.tasks import IGNORED, collate
@@ -60,7 +61,7 @@ def test_near_the_base(
             train_and_resume(recipe, ranks)
         else:
             train(recipe, ranks)
-        form = "grown" if method.startswith("g_") else "stock"
+        form = "grown" if METHODS[method].grows else "stock"
         consolidate(str(run), str(tmp_path / f"trained-{weight}"), form)
         distances.append(distance(tmp_path / f"trained-{weight}", text_base, text))
     # In four steps, of which the first knows no distance yet.

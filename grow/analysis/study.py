@@ -176,16 +176,24 @@ def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     )
 
 
+_HEAD = ("method", "rate", "α", "seeds")
+
+
+def _head(one: Point) -> list[str]:
+    """A point's cells under _HEAD."""
+    return [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"])]
+
+
 def _seeds(points: list[Point]) -> list[str]:
     """How much the points that have several seeds differ from seed to seed: a table, or none."""
     rows = []
     for one in (one for one in points if one["seeds"] > 1):
-        row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"])]
+        row = _head(one)
         for key, form in _SPREAD.items():
             low, high = one["ranges"][key]
             row.append(f"{one[key]:{form}} ({low:{form}} to {high:{form}})")
         rows.append(row)
-    header = ["method", "rate", "α", "seeds", "task loss", "general text", "questions"]
+    header = [*_HEAD, "task loss", "general text", "questions"]
     return ["Over seeds: mean (least to most).\n\n" + markdown(header, rows)] if rows else []
 
 
@@ -198,15 +206,15 @@ def _table(points: list[Point], line: dict[str, Any]) -> str:
     rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{base['task']['token_accuracy']:.1%}", "0", "0"]]
     rows[0] += ["0"] * len(names)
     for one in points:
-        row = [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"]), f"{one['loss']:.3f}"]
-        row += [f"{one['accuracy']:.1%}", f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
+        row = [*_head(one), f"{one['loss']:.3f}", f"{one['accuracy']:.1%}"]
+        row += [f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
         row += ["–" if isnan(one["questions"]) else f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
         for name in names:
             rise = one["sets"][name] * (1 if name in texts else -1)
             mark = MARKS[verdict(rise, one["set_margins"][name], MARGIN * costs[name])]
             row.append(f"{one['sets'][name]:+.3f} {mark}")
         rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
-    columns = ["method", "rate", "α", "seeds", "task loss", "accuracy", "general text", "questions", *names]
+    columns = [*_HEAD, "task loss", "accuracy", "general text", "questions", *names]
     known = ", ".join(f"{known['rows']} of {name}" for name, known in base["retention"].items())
     return markdown(columns, rows) + (
         f"\n{base['task']['rows']} rows of the task; {known}. General text: the rise of what a token costs, nats; "
