@@ -128,8 +128,8 @@ def compare(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor
 
 @torch.no_grad()
 def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | None = None) -> Tensor:
-    """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside, as a
-    grown or an adapted model has it; the dial stays where it is."""
+    """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside
+    (grow.model.base_inside); the dial stays where it is."""
     if base is not None:
         return labelled_logits(base, batch)[0]
     with base_inside(getattr(model, "module", model)):

@@ -126,14 +126,23 @@ def _with_dial(model: nn.Module) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def base_inside(model: nn.Module) -> Iterator[None]:
-    """The base of a grown or adapted model, for a while; then the dial is where it was."""
+    """The base of a grown or adapted model, or of one with LoRAs, for a while; then the dial is where it was."""
     before = {mlp: mlp.alpha for mlp in _with_dial(model)}
     set_alpha(model, 0)
     try:
-        yield
+        with _loras_at_zero(model):
+            yield
     finally:
         for mlp, alpha in before.items():
             mlp.alpha = alpha
+
+
+def _loras_at_zero(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    if not any(hasattr(module, "lora_A") for module in model.modules()):
+        return contextlib.nullcontext()
+    from peft.helpers import rescale_adapter_scale
+
+    return rescale_adapter_scale(model, 0)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

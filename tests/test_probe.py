@@ -10,6 +10,7 @@ import torch
 
 from grow.checkpoint.expand import expand
 from grow.loss import labelled_logits
+from grow.methods import METHODS
 from grow.model import load
 from grow.tasks import PackedDataset, collate, encode, load_rows
 from grow.template import Template
@@ -22,6 +23,7 @@ from tests.tiny import grow, make_data, make_recipe, run
         ("g_freeze", 3, 1e-3),
         pytest.param("g_freeze", 2, 1e-3, marks=pytest.mark.full),
         pytest.param("g_lora", 3, 1e-2, marks=pytest.mark.full),
+        pytest.param("lora", 3, 1e-2, marks=pytest.mark.full),
     ],
 )
 def test_the_probe_sees_what_a_second_model_would(
@@ -38,14 +40,17 @@ def test_the_probe_sees_what_a_second_model_would(
     lines = [ast.literal_eval(line) for line in re.findall(r"\{'.*?'\}", said)]
     probes = [line for line in lines if "kl_from_base" in line]
     first, last = ({key: float(value) for key, value in line.items()} for line in (probes[0], probes[-1]))
-    assert first["kl_from_base"] == 0 and first["update_max"] == 0 and first["cosine_min"] == pytest.approx(1)
-    assert last["kl_from_base"] > 0 and last["update_max"] > 0 and last["cosine_min"] < 1
+    assert last["kl_from_base"] > first["kl_from_base"] == 0
+    grows = METHODS[method].grows
+    if grows:
+        assert last["update_max"] > first["update_max"] == 0
+        assert last["cosine_min"] < 1 and first["cosine_min"] == pytest.approx(1)
     assert all(
         float(line["tokens_per_second"]) > float(line["labels_per_second"]) > 0 for line in lines if "loss" in line
     )
 
     # The same from the consolidated checkpoint, and the base, each loaded by itself.
-    grow("consolidate", tmp_path / "run", tmp_path / "trained", "--format", "grown")
+    grow("consolidate", tmp_path / "run", tmp_path / "trained", "--format", "grown" if grows else "stock")
     from transformers import AutoTokenizer
 
     rows = load_rows(str(data), "test").select(range(20))
@@ -58,8 +63,9 @@ def test_the_probe_sees_what_a_second_model_would(
     now = logits.log_softmax(-1)
     likelihood = now.gather(1, labels[:, None]).sum() / len(examples)
     divergence = torch.nn.functional.kl_div(now, before, reduction="sum", log_target=True) / len(labels)
-    # The consolidated growth is rounded to bf16, the run's is not.
+    # What is consolidated is rounded to bf16, the run is not.
     assert last["retention"] == pytest.approx(likelihood.item(), abs=0.02)
     assert last["kl_from_base"] == pytest.approx(divergence.item(), rel=0.1)
-    layers = [json.loads(line)["layers"] for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()]
-    assert len(layers) == len(probes) and all(len(step) == 2 for step in layers)
+    if grows:
+        layers = [json.loads(line)["layers"] for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()]
+        assert len(layers) == len(probes) and all(len(step) == 2 for step in layers)

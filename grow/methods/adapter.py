@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from grow.errors import UserError
-from grow.methods.method import Method
+from grow.methods.held import Held
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Adapter(Method):
+class Adapter(Held):
     """Trains a bottleneck of `adapter_size` after each layer's MLP (grow.bottleneck; Houlsby et al. 2019)."""
+
+    keeps_base: ClassVar[bool] = True
 
     adapter_size: int = 64
 

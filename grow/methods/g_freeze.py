@@ -16,6 +16,7 @@ class GFreeze(Held):
     """Trains `mlp.grown` of the grown layers ("Grow, Don't Overwrite", arXiv 2603.08647). Ends in a growth package."""
 
     grows: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = True
 
     def trains(self, name: str) -> bool:
         """The added copies."""

@@ -19,8 +19,8 @@ class Held(Method):
     folders whose split train has rows with a column text. It costs a forward pass of the base and a step's work on one
     sequence more (grow.training.near_base).
 
-    A grown model has its base inside. Other methods then hold a second model on every rank, whole, and so do not work
-    with ZeRO-3.
+    A method that keeps its base has it inside. Others then hold a second model on every rank, whole, and so do not
+    work with ZeRO-3.
     """
 
     kl_weight: float = 0.0
@@ -31,7 +31,7 @@ class Held(Method):
         super().check(recipe)
         if self.kl_weight < 0 or (self.kl_weight > 0) != bool(self.kl_text):
             raise UserError("kl_weight (above 0) and kl_text, folders of general text, go together")
-        if self.kl_weight and not self.grows and recipe.zero.get("stage") == 3:
+        if self.kl_weight and not self.keeps_base and recipe.zero.get("stage") == 3:
             raise UserError(
                 f"{recipe.deepspeed}: {recipe.method} with kl_weight holds a second model and does not work with "
                 "ZeRO-3; give --deepspeed a config of stage 1 or 2"
@@ -41,7 +41,7 @@ class Held(Method):
 
     def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
         """The second model."""
-        return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.grows else 0
+        return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.keeps_base else 0
 
     def begin(self, trainer: Any) -> None:
         """Reads the general text, and the base where it is not inside."""
@@ -51,7 +51,7 @@ class Held(Method):
         from grow.training.near_base import NearBase
 
         base = None
-        if not self.grows:
+        if not self.keeps_base:
             base = load(trainer.recipe.base, trainer.model.dtype).to(trainer.args.device)
         self.near_base = NearBase(trainer, self._text(trainer.recipe), base)
 

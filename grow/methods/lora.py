@@ -19,6 +19,7 @@ class Lora(Held, PeftMethod):
     """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
     first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. It can be held near the base."""
 
+    keeps_base: ClassVar[bool] = True
     part: ClassVar[str] = ".lora_"
 
     lora_rank: int = 16

@@ -22,10 +22,12 @@ class Method:
     """Plain training of the whole language model; a method overrides what it does otherwise.
 
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults.
-    `grows`: whether it starts from a grown checkpoint, not from a base. `stages`: the ZeRO stages that it works with.
+    `grows`: whether it starts from a grown checkpoint, not from a base. `keeps_base`: whether its base stays inside,
+    where grow.model.base_inside finds it. `stages`: the ZeRO stages that it works with.
     """
 
     grows: ClassVar[bool] = False
+    keeps_base: ClassVar[bool] = False
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
 
     @classmethod

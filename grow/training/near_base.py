@@ -1,7 +1,7 @@
 """How far a model is from its base on general text, as a term of the loss.
 
-The base inside a grown model needs no second model and no memory of its own: it is the same forward pass with the dial
-at 0.
+A base that is inside the model needs no second model and no memory of its own: it is the same forward pass with the
+dial at 0, or the LoRAs'.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """What a run watches besides its loss, every `eval_steps`: is the old knowledge still there, and how far has it moved?
 
-The base is inside a grown model, so the distance from it needs no second model: the same forward pass with the dial
-at 0. A method without a base inside has its retention alone.
+Where the base is inside the model, the distance from it needs no second one: the same forward pass with the dial at 0.
+A method that does not keep its base has its retention alone.
 """
 
 import json
@@ -30,23 +30,26 @@ class Probe:
         """Returns, to be logged:
 
         `retention`: log-likelihood of an answer, nats, the mean over rows;
-        `kl_from_base`: KL(base ‖ model) of the next token where there is a label, nats, the mean over labels;
+        `kl_from_base`, if the base is inside: KL(base ‖ model) of the next token where there is a label, nats, the mean
+        over labels;
+        and of a grown model
         `cosine_min`: of copies and originals (gate and up), the smallest over layers;
         `update_max`: the Frobenius norm of what a layer's copies have moved, the largest over layers;
         `probe_share`: the share of the run's time that all this took.
         On rank 0 the figures of every layer go to the file `out`, a line of JSON each time.
         """
         start = time.monotonic()
-        grown = next(grown_mlps(trainer.model), None) is not None
+        keeps_base = trainer.method.keeps_base
         total = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)
         for batch in trainer.own_batches(self.sequences):
-            total += _score(trainer.model_wrapped, batch, grown)
+            total += _score(trainer.model_wrapped, batch, keeps_base)
         likelihood, divergence, labels = trainer.accelerator.reduce(total, "sum").tolist()
         found = {"retention": likelihood / self.rows}
-        if grown:
-            layers = [_moved(mlp) for mlp in grown_mlps(trainer.model)]
+        if keeps_base:
+            found["kl_from_base"] = divergence / labels
+        layers = [_moved(mlp) for mlp in grown_mlps(trainer.model)]
+        if layers:
             found |= {
-                "kl_from_base": divergence / labels,
                 "cosine_min": min(layer["cosine"] for layer in layers),
                 "update_max": max(layer["update"] for layer in layers),
             }
@@ -57,10 +60,10 @@ class Probe:
         return found | {"probe_share": self.spent / (time.monotonic() - self.begun)}
 
 
-def _score(model: Any, batch: dict[str, Tensor], grown: bool) -> Tensor:
+def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
     """Sums over a batch's labels: log-likelihood, KL from the base, their count; [3] fp64."""
     logits, labels = labelled_logits(model, batch)
-    base = base_logits(model, batch) if grown else None
+    base = base_logits(model, batch) if keeps_base else None
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     likelihoods, divergences = compare(logits, base, labels)
     sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)
