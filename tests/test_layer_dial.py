@@ -50,7 +50,7 @@ def objective(path: Path, recipe: Path, text: Path, alpha: float) -> float:
         for sequence in task:  # type: ignore[attr-defined]
             now, wanted = labelled_logits(model, collate([sequence]))
             found, labels = found + loss_sum(now, wanted).item(), labels + len(wanted)
-        general = general_text([str(text)], settings.max_length, tokenizer)
+        (general,) = general_text([str(text)], settings.max_length, tokenizer, 0).folders
         for sequence in general:  # type: ignore[attr-defined]
             kl += divergence(model, collate([sequence])).item() / len(general)
     return found / labels + WEIGHT * kl

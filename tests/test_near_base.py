@@ -25,9 +25,9 @@ ZERO_3 = str(ROOT / "recipes/deepspeed/zero3.json")
 def distance(checkpoint: Path, base: Path, text: Path) -> float:
     """KL from the base, nats, the mean over all tokens of the text."""
     model, before = load(checkpoint, torch.float32), load(base, torch.float32)
-    sequences = general_text([str(text)], 32, AutoTokenizer.from_pretrained(checkpoint))
+    (sequences,) = general_text([str(text)], 32, AutoTokenizer.from_pretrained(checkpoint), 0).folders
     found = []
-    for sequence in sequences:
+    for sequence in sequences:  # type: ignore[attr-defined]
         batch = collate([sequence])
         with torch.no_grad():
             now, labels = labelled_logits(model, batch)
@@ -79,17 +79,31 @@ def test_the_base_is_inside(method: str, text_base: Path, text: Path, tmp_path: 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    batch = collate(list(general_text([str(text)], 32, AutoTokenizer.from_pretrained(text_base))))
+    general = general_text([str(text)], 32, AutoTokenizer.from_pretrained(text_base), 0)
+    batch = collate([general[i] for i in range(8)])
     with torch.no_grad():
         moved, expected = (labelled_logits(one, batch)[0] for one in (model, load(text_base, torch.bfloat16)))
         assert torch.equal(base_logits(model, batch), expected) and not torch.equal(moved, expected)
         assert torch.equal(labelled_logits(model, batch)[0], moved), "the dial is where it was"
 
 
-def test_general_text_may_be_in_several_folders(text_base: Path, text: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(text_base)
-    once, twice = (general_text([str(text)] * times, 32, tokenizer).examples for times in (1, 2))
-    assert twice == once + once and len(once) == 40
+def test_folders_of_general_text_take_turns(text_base: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "7 and 8."}\n')
+    folders = [str(text), str(tmp_path)]
+    general = general_text(folders, 32, AutoTokenizer.from_pretrained(text_base), 0)
+    sizes = list(map(len, general.folders))
+    assert sizes[0] > sizes[1] == 1, "of very different sizes"
+
+    def seen(start: int, end: int) -> list[tuple[int, ...]]:
+        return [tuple(general[i]["input_ids"].tolist()) for i in range(start, end)]
+
+    for turn, sequences in enumerate(general.folders):
+        own = sorted(tuple(sequence["input_ids"].tolist()) for sequence in sequences)  # type: ignore[attr-defined]
+        size = len(own)
+        for epoch in range(2):
+            start = epoch * size * 2
+            assert sorted(seen(start, start + 2 * size)[turn::2]) == own, "each once, then again"
+    assert seen(0, 2 * sizes[0])[::2] != seen(2 * sizes[0], 4 * sizes[0])[::2], "in another order"
 
 
 def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tmp_path: Path) -> None:

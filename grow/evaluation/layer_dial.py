@@ -20,7 +20,7 @@ from grow.model import grown_mlps
 from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, collate, read_sequences
-from grow.training.near_base import divergence, general_text
+from grow.training.near_base import GeneralText, divergence, general_text
 
 _START, _RATE, _EDGE = 0.6, 0.05, 1e-3
 """Where each α begins, Adam's rate, and how near to 0 and 1 it may come: at them it would have no gradient."""
@@ -38,7 +38,7 @@ def layer_dial(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: 
     if GrowthPlan.from_config(Checkpoint(path).config) is None:
         raise UserError(f"{path}: was not grown, so its layers have no dial")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    general = general_text(text, recipe.max_length, tokenizer)
+    general = general_text(text, recipe.max_length, tokenizer, recipe.seed)
     task = read_sequences(recipe, tokenizer, recipe.validation_split)
     alphas, losses = _learn(Dial(path).model, task, general, kl_weight, steps, recipe.seed)
     quarter = max(1, steps // 4)
@@ -52,16 +52,16 @@ def layer_dial(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: 
 
 
 def _learn(
-    model: Any, task: PackedDataset, general: PackedDataset, kl_weight: float, steps: int, seed: int
+    model: Any, task: PackedDataset, general: GeneralText, kl_weight: float, steps: int, seed: int
 ) -> tuple[list[float], list[list[float]]]:
     """The α, lowest layer first, and task loss and KL of each step."""
     model.requires_grad_(False)
     mlps, losses = list(grown_mlps(model)), []
     alphas = torch.full((len(mlps),), _START, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([alphas], lr=_RATE)
-    orders = [Epochs(sequences, steps, seed) for sequences in (task, general)]
+    tasks = Epochs(task, steps, seed)
     for step in tqdm(range(steps), desc="layer dial", leave=False, disable=None):
-        rows, text = ({k: v.to(model.device) for k, v in collate([order[step]]).items()} for order in orders)
+        rows, text = ({k: v.to(model.device) for k, v in collate([own[step]]).items()} for own in (tasks, general))
         for mlp, alpha in zip(mlps, alphas, strict=True):
             mlp.alpha = alpha
         logits, labels = labelled_logits(model, rows)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class Held(Method):
     """`kl_weight` times KL(base ‖ model) of the next token, on general text, can be added to the loss: `kl_text` are
-    folders whose split train has rows with a column text. It costs a forward pass of the base and a step's work on one
-    sequence more (grow.training.near_base).
+    folders whose split train has rows with a column text; they take turns. It costs a forward pass of the base and a
+    step's work on one sequence more (grow.training.near_base).
 
     A method that keeps its base has it inside. Others then hold a second model on every rank, whole, and so do not
     work with ZeRO-3.
@@ -61,7 +61,7 @@ class Held(Method):
         from grow.training.near_base import general_text
 
         tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
-        return general_text(self.kl_text, recipe.max_length, tokenizer)
+        return general_text(self.kl_text, recipe.max_length, tokenizer, recipe.seed)
 
     def penalty(self) -> Tensor | float:
         """The distance from the base, times its weight."""

@@ -11,16 +11,31 @@ from torch import Tensor
 
 from grow.errors import UserError
 from grow.loss import base_logits, compare, labelled_logits
-from grow.tasks import IGNORED, PackedDataset, collate, encode, load_rows
+from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, load_rows
 from grow.template import Template
 
 _POSITIONS = 64
 """Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
 
 
-def general_text(folders: list[str], max_length: int, tokenizer: Any) -> PackedDataset:
+class GeneralText:
+    """Sequences of several folders, which take turns whatever their sizes: item i, of any i, is of folder i mod n.
+
+    Each folder's order is drawn from the seed, anew whenever the folder begins again.
+    """
+
+    def __init__(self, folders: list[PackedDataset], seed: int):
+        self.folders = folders
+        self.orders = [Epochs(sequences, len(sequences), seed) for sequences in folders]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        place, turn = divmod(index, len(self.orders))
+        return self.orders[turn][place]
+
+
+def general_text(folders: list[str], max_length: int, tokenizer: Any, seed: int) -> GeneralText:
     """The rows of the folders' split train, which have a column text, packed. Raises UserError for one without any."""
-    template, examples = Template("", "{text}"), []
+    template, packed = Template("", "{text}"), []
     for folder in folders:
         rows = load_rows(folder, "train")
         template.check(rows.column_names)
@@ -29,8 +44,8 @@ def general_text(folders: list[str], max_length: int, tokenizer: Any) -> PackedD
             raise UserError(
                 f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens"
             )
-        examples += own
-    return PackedDataset(examples, max_length, tokenizer.pad_token_id or 0)
+        packed.append(PackedDataset(own, max_length, tokenizer.pad_token_id or 0))
+    return GeneralText(packed, seed)
 
 
 class NearBase:
@@ -40,8 +55,8 @@ class NearBase:
     that goes on sees what it would have seen.
     """
 
-    def __init__(self, trainer: Any, sequences: PackedDataset, base: Any = None):
-        self.trainer, self.sequences, self.base, self.step = trainer, sequences, base, -1
+    def __init__(self, trainer: Any, text: GeneralText, base: Any = None):
+        self.trainer, self.text, self.base, self.step = trainer, text, base, -1
 
     def divergence(self) -> Tensor | float:
         """The mean over places: [] fp32; 0 but for the first micro-batch of a step, which stands for all of them."""
@@ -49,8 +64,8 @@ class NearBase:
         if trainer.state.global_step == self.step:
             return 0.0
         self.step = trainer.state.global_step
-        place = (self.step * args.world_size + args.process_index) % len(self.sequences)
-        batch = {name: tensor.to(args.device) for name, tensor in collate([self.sequences[place]]).items()}
+        place = self.step * args.world_size + args.process_index
+        batch = {name: tensor.to(args.device) for name, tensor in collate([self.text[place]]).items()}
         return divergence(trainer.model_wrapped, batch, self.base) * args.gradient_accumulation_steps
 
 
