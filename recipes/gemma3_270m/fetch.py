@@ -2,14 +2,17 @@
 
     python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths]          the model, and tasks
                                         [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    old knowledge
+                                        [questions]    to hold a model near its base on, beside prose, german and code
 
 Everything lands in $GROW_CACHE (default ~/.cache/grow), once; what is there is not fetched again. A task becomes a
-folder with train.jsonl, validation.jsonl and test.jsonl, old knowledge one with test.jsonl; the model an ordinary
-Hugging Face checkpoint in shards. Rows of old knowledge have a prompt and a completion, or a text.
+folder with train.jsonl, validation.jsonl and test.jsonl, old knowledge one with test.jsonl, and what a model is held
+near its base on one with train.jsonl; the model an ordinary Hugging Face checkpoint in shards. Rows of old knowledge
+have a prompt and a completion, or a text.
 """
 
 import gettext
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -79,33 +82,40 @@ def translation_rows() -> Iterator[tuple[str, Row]]:
                         yield english.lower(), {"en": english, "fr": french.replace("\xa0", " ")}
 
 
-def bigbench_examples(task: str) -> list[dict[str, Any]]:
-    """The examples of a BIG-bench task: an input, and target_scores (each answer's) or a target."""
+def bigbench_examples(*tasks: str) -> Iterator[dict[str, Any]]:
+    """The examples of some BIG-bench tasks: an input, and target_scores (each answer's) or a target."""
+    ends = tuple(f"benchmark_tasks/{task}/task.json" for task in tasks)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         (archive,) = download(Path(work), "bigbench")
         with tarfile.open(archive) as tar:
-            member = next(m for m in tar if m.name.endswith(f"benchmark_tasks/{task}/task.json"))
-            examples: list[dict[str, Any]] = json.load(tar.extractfile(member))["examples"]  # type: ignore[arg-type]
-    return examples
+            for member in itertools.islice((m for m in tar if m.name.endswith(ends)), len(tasks)):
+                yield from json.load(tar.extractfile(member))["examples"]  # type: ignore[arg-type]
+
+
+def answer(example: dict[str, Any]) -> str:
+    """A right one."""
+    if "target_scores" in example:
+        scores: dict[str, float] = example["target_scores"]
+        return max(scores, key=scores.__getitem__)
+    target: str | list[str] = example["target"]
+    return target if isinstance(target, str) else target[0]
 
 
 def entailment_rows() -> Iterator[tuple[str, Row]]:
     """Evidence, claim and True, False or Neither; claims about one article stay in one split."""
     for example in bigbench_examples("vitaminc_fact_verification"):
-        text, scores = example["input"], example["target_scores"]
+        text = example["input"]
         evidence, _, claim = text.partition("\nClaim: ")
         if claim and len(text.split()) <= 120:
-            answer = max(scores, key=scores.__getitem__)
-            yield evidence.split(":")[0], {"evidence": evidence, "claim": claim, "answer": answer}
+            yield evidence.split(":")[0], {"evidence": evidence, "claim": claim, "answer": answer(example)}
 
 
 def maths_rows() -> Iterator[tuple[str, Row]]:
     """Word problems with five answers, one right."""
     for example in bigbench_examples("elementary_math_qa/question_only"):
-        text, scores = example["input"], example["target_scores"]
-        options = sorted(scores)
+        text, options = example["input"], sorted(example["target_scores"])
         if len(options) == 5:
-            right = "abcde"[options.index(max(scores, key=scores.__getitem__))]
+            right = "abcde"[options.index(answer(example))]
             listed = " , ".join(f"{letter} ) {option}" for letter, option in zip("abcde", options, strict=True))
             yield text, {"question": text, "options": listed, "answer": right}
 
@@ -125,17 +135,23 @@ def capitals_rows() -> Iterator[tuple[str, Row]]:
 def wikidata_rows() -> Iterator[tuple[str, Row]]:
     """Facts from Wikidata as the beginning of a sentence and its end, of at most five words."""
     for example in bigbench_examples("qa_wikidata"):
-        target = example["target"] if isinstance(example["target"], str) else example["target"][0]
-        if len(target.split()) <= 5:
-            yield example["input"], {"prompt": example["input"], "completion": f" {target}"}
+        if len(answer(example).split()) <= 5:
+            yield example["input"], {"prompt": example["input"], "completion": f" {answer(example)}"}
 
 
 def winowhy_rows() -> Iterator[tuple[str, Row]]:
     """What a pronoun refers to, and why: correct or incorrect."""
     for example in bigbench_examples("winowhy"):
-        scores = example["target_scores"]
-        answer = max(scores, key=scores.__getitem__)
-        yield example["input"], {"prompt": f"{example['input']}\nThe above reasoning is", "completion": f" {answer}"}
+        prompt = f"{example['input']}\nThe above reasoning is"
+        yield example["input"], {"prompt": prompt, "completion": f" {answer(example)}"}
+
+
+def question_rows() -> Iterator[tuple[str, Row]]:
+    """Questions of many kinds with their answers, none of a kind that is scored."""
+    for example in bigbench_examples(*QUESTIONS):
+        text = f"{example['input'].strip()}\n{answer(example)}"
+        if len(text.split()) <= 100:
+            yield text, {"text": text}
 
 
 def prose_rows() -> Iterator[tuple[str, Row]]:
@@ -211,6 +227,12 @@ def make_data(
     return make
 
 
+QUESTIONS = (
+    "anachronisms", "date_understanding", "entailed_polarity", "implicatures", "logical_fallacy_detection",
+    "metaphor_boolean", "misconceptions", "navigate", "object_counting", "presuppositions_as_nli", "social_iqa",
+    "sports_understanding", "strategyqa", "tense",
+)  # fmt: skip
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "model": make_model,
     "translation": make_data(translation_rows, test=0.1, validation=0.03, train=0.87),
@@ -219,6 +241,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
     "qa_wikidata": make_data(wikidata_rows, limit=2500, test=1.0),
     "winowhy": make_data(winowhy_rows, test=1.0),
+    "questions": make_data(question_rows, limit=1000, train=1.0),
     "prose": make_data(prose_rows, limit=1000, rest="train", test=1.0),
     "german": make_data(german_rows, limit=1000, rest="train", test=1.0),
     "code": make_data(code_rows, limit=1000, rest="train", test=1.0),
