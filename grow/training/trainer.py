@@ -30,6 +30,7 @@ from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 from grow.training.callbacks import Pace, Watch
 from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
+from grow.training.gradient_norm import one_pass_norm
 from grow.training.probe import Probe
 from grow.training.resume import load_checkpoint
 
@@ -175,6 +176,7 @@ class GrowTrainer(transformers.Trainer):
         """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.model_wrapped.checkpoint_engine = self.files = StreamEngine()
+        one_pass_norm(self.model_wrapped.optimizer)
         self.method.begin(self)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
