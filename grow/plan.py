@@ -82,7 +82,8 @@ def parse_factor(factor: int | str) -> int:
 
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
-    "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json".
+    "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". In the
+    file's place may be a checkpoint that layer-dial wrote: its layers by their α, the largest first.
 
     Raises UserError for anything else, and for a layer that the model does not have.
     """
@@ -116,7 +117,7 @@ def _ranked(text: str) -> set[int]:
         raise UserError(f"--layers {text}: write top:N:FILE, such as top:6:ranking.json")
     end, count, file = match[1], int(match[2]), match[3]
     try:
-        ranked = json.loads(Path(file).read_text(encoding="utf-8"))["layers"]
+        ranked = _by_alpha(Path(file)) if Path(file).is_dir() else _read(Path(file))["layers"]
         chosen = ranked[:count] if end == "top" else ranked[-count:]
         layers = {layer for layer in chosen if type(layer) is int and layer >= 0}
     except OSError as error:
@@ -126,6 +127,17 @@ def _ranked(text: str) -> set[int]:
     if len(layers) < count:
         raise UserError(f"--layers {text}: {file} ranks only {len(layers)} layers")
     return layers
+
+
+def _by_alpha(checkpoint: Path) -> list[int]:
+    plan = GrowthPlan.from_config(_read(checkpoint / "config.json"))
+    if plan is None or not plan.alphas:
+        raise UserError(f"{checkpoint}: its layers have no α of their own; name what python -m grow layer-dial wrote")
+    return sorted(plan.layers, key=plan.own_alpha, reverse=True)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def ranges(layers: list[int]) -> str:

@@ -16,6 +16,7 @@ from grow.errors import UserError
 from grow.evaluation.layer_dial import layer_dial
 from grow.loss import labelled_logits, loss_sum
 from grow.model import grown_mlps, load, set_alpha
+from grow.plan import parse_layers
 from grow.recipe import read_recipe
 from grow.tasks import collate, read_sequences
 from grow.training.near_base import divergence, general_text
@@ -68,6 +69,9 @@ def test_every_command_knows_it(trained: tuple[Path, Path], text_base: Path, tmp
     _, path = trained
     out, alphas = tmp_path / "out", [1.0, 0.25, 0.625]
     set_layer_alphas(str(path), str(out), alphas)
+    assert parse_layers(f"top:2:{out}", 4) == (0, 3) and parse_layers(f"bottom:1:{out}", 4) == (1,)
+    with pytest.raises(UserError, match="layer-dial"):
+        parse_layers(f"top:2:{path}", 4)
     for shard in path.glob("*.safetensors"):
         assert (out / shard.name).samefile(shard), "nothing is copied"
     assert verify(str(out), str(text_base))["problems"] == []

@@ -24,7 +24,8 @@ def plan(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache; or
             a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
+        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json,
+            or of what layer-dial wrote, top:6:DIR.
         world_size: Of a recipe: how many GPUs.
         json: Print one JSON object.
         fields: Of a recipe: fields that are given another value.
@@ -56,7 +57,8 @@ def expand(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking: top:6:ranking.json.
+        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json,
+            or of what layer-dial wrote, top:6:DIR.
         max_shard_size: The largest file of growth, such as 1GB.
         json: Print one JSON object.
     """
