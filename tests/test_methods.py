@@ -1,5 +1,6 @@
 """Each method: exactly what it names trains, it learns, it resumes in the same bits, and it comes out again."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,22 @@ def test_a_new_method_is_one_class_and_a_line(
         expected = alone(load(text_base, torch.bfloat16), example)
         assert torch.equal(found.isnan(), torch.tensor(example.labels) == IGNORED)
         assert found[~found.isnan()].tolist() == pytest.approx(expected.tolist(), abs=0.15)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.full)])
+def test_sft_of_some_mlps(sums: Path, stage: int, ranks: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "multimodal")
+    fields = {"method": "sft", "dtype": "float32", "mlp_layers": "1,3"}
+    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path, sums, stage, **fields)
+    train_and_resume(recipe, ranks)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    before, after = (dict(load(path, torch.float32).named_parameters()) for path in (base, tmp_path / "stock"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = itertools.product((1, 3), ("gate_proj", "up_proj", "down_proj"))
+    assert changed == {f"model.language_model.layers.{layer}.mlp.{part}.weight" for layer, part in parts}
+    for layers, message in (("1,4", "layer 4 does not exist"), ("x", "neither a layer")):
+        with pytest.raises(UserError, match=message):
+            METHODS["sft"](mlp_layers=layers).prepare(load(base))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,38 @@
 """Plain fine-tuning: every parameter of the language model trains. The rival that forgets."""
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from grow.methods.held import Held
+from grow.plan import canonical, parse_layers
+
+_ANY = 10**6
 
 
 @dataclass
 class Sft(Held):
-    """Nothing more than every method has, but that it can be held near the base too."""
+    """Nothing more than every method has, but that it can be held near the base too, and can be told to train the MLPs
+    of some layers alone: `mlp_layers`, written as for `expand --layers`."""
+
+    mlp_layers: str = ""
+
+    def prepare(self, model: Any) -> None:
+        """Raises UserError also for a layer that the model does not have."""
+        from grow.model import gated_mlps
+
+        if self.mlp_layers:
+            parse_layers(self.mlp_layers, len(gated_mlps(model)))
+        super().prepare(model)
+
+    def trains(self, name: str) -> bool:
+        """Everything, or those MLPs."""
+        if not self.mlp_layers:
+            return super().trains(name)
+        mlp = re.match(r"layers\.(\d+)\.mlp\.", canonical(name))
+        return mlp is not None and (self.mlp_layers == "all" or int(mlp[1]) in self._layers)
+
+    @cached_property
+    def _layers(self) -> tuple[int, ...]:
+        return parse_layers(self.mlp_layers, _ANY)
