@@ -83,7 +83,7 @@ def main(name: str, base: str, data: str, out: str, steps: str) -> None:
     # In the order of the file, so that the timed steps are known: what their tokens are is counted here.
     running._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(running.train_dataset)
     running.train()
-    timed = rows.select(range(WARMUP * PER_STEP, int(steps) * PER_STEP))
+    timed = rows.select([row % len(rows) for row in range(WARMUP * PER_STEP, int(steps) * PER_STEP)])
     prompts, completions = (sum(map(len, tokenizer(list(timed[c])).input_ids)) for c in ("prompt", "completion"))
     result = {
         "seconds": clock.times[-1] - clock.times[WARMUP - 1],

@@ -1,4 +1,4 @@
-"""What watches a run from step to step: the system's signals to leave, a loss that has gone, its pace."""
+"""What watches a run from step to step: the system's signals to leave, a loss that has gone, memory, its pace."""
 
 import signal
 import time
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grow.allocator import Holes
 from grow.errors import Fault
 from grow.training.flops import StepFlops, peak
 
@@ -27,6 +28,7 @@ class Watch(TrainerCallback):
         self.asked = False
         self.leaving = False
         self.lost: torch.Tensor | None = None
+        self.holes = Holes()
         for number in SIGNALS:
             signal.signal(number, self._ask)
 
@@ -56,6 +58,7 @@ class Watch(TrainerCallback):
             )
         if asked and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
+        self.holes.give_back()
         return control
 
 

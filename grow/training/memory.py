@@ -114,8 +114,9 @@ def collectives(
 
     - ZeRO-1: all-reduce of the T gradients, once a step.
     - ZeRO-2: the same for every micro-batch, since no rank keeps whole gradients to accumulate in. It is an all-reduce
-      too, of which each rank keeps its share (stage_1_and_2.py, average_tensor: use_multi_rank_bucket_allreduce is on),
-      so ZeRO-2 saves memory and no traffic.
+      too, of which each rank keeps its share, so ZeRO-2 saves memory and no traffic. (stage_1_and_2.py, average_tensor:
+      with reduce_scatter on it would be one as well, use_multi_rank_bucket_allreduce, and take three passes over the
+      gradients more.)
     - Both: all-gather of the T new weights, once a step (utils.py, all_gather_into_tensor_dp_groups).
     - ZeRO-3, every micro-batch: reduce-scatter of the T gradients (stage3.py, __avg_scatter_grads), and all-gather of
       all weights that are used, trained or not (`gathered`). Once a step, of those that stay whole.
