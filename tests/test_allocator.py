@@ -33,7 +33,9 @@ def test_memory_is_kept_and_its_holes_are_given_back() -> None:
     def taken(bound: bool) -> list[float]:
         """MiB after each step, of which nothing but a few small tensors is in use."""
         script = f"bound = {bound}\n{STEPS}"
-        return json.loads(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True).stdout)
+        ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
+        found: list[float] = json.loads(ran.stdout)
+        return found
 
     kept, bounded = taken(False), taken(True)
     assert kept[0] > 300, "what was freed stays with the process"
