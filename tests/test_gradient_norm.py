@@ -71,8 +71,10 @@ def test_as_deepspeed_has_it(stage: int, dtype: str, text_base: Path, sums: Path
         tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, method="g_freeze", dtype=dtype, max_steps=4
     )
     start(recipe, 2, comparing_rank)
+    # With ZeRO-1 and 2 the broken step goes on to DeepSpeed's own, which takes the norm anew before it is left out.
+    broken = {BROKEN} if stage == 3 else {BROKEN, BROKEN + 1}
     for rank in range(2):
         found = json.loads(recipe.with_suffix(f".{rank}.json").read_text())
         for call, (ours, theirs) in enumerate(found["norms"]):
-            assert ours == pytest.approx(theirs, rel=1e-5) and (ours == -1) == (call == BROKEN)
-        assert len(found["norms"]) == 4 and found["left_out"] == 1
+            assert ours == pytest.approx(theirs, rel=1e-5) and (ours == -1) == (call in broken)
+        assert len(found["norms"]) == 3 + len(broken) and found["left_out"] == 1

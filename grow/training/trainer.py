@@ -27,6 +27,7 @@ from grow.methods import Method
 from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import IGNORED, Epochs, PackedDataset, collate
+from grow.training.adam_step import step_by_blocks
 from grow.training.callbacks import Pace, Watch
 from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
@@ -177,6 +178,7 @@ class GrowTrainer(transformers.Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.model_wrapped.checkpoint_engine = self.files = StreamEngine()
         one_pass_norm(self.model_wrapped.optimizer)
+        step_by_blocks(self.model_wrapped.optimizer)
         self.method.begin(self)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
