@@ -1,6 +1,6 @@
 """The pictures of a study: task against old knowledge, and how far each layer moved."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +10,8 @@ from grow.tables import new_figure, write_figure
 
 Point = dict[str, Any]
 """One place of the dial of one run, or of several seeds (grow.analysis.study.point)."""
+
+_MARKERS = "osD^vPX*<>"
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -28,21 +30,23 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
     `methods` has the points of each, by rate and α (grow.analysis.study.over_seeds).
     """
-    figure, (left, right) = new_figure(12, 4.8, columns=2)
+    figure, (left, right) = new_figure(12, 5.4, columns=2)
     points = [one for own in methods.values() for one in own]
-    for place, (label, own) in enumerate(methods.items()):
-        look: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": ("-", "--")[place // 10 % 2], "markersize": 4}
+    looks = _looks({label: own[0]["method"] for label, own in methods.items()},
+                   {label: max(one["seeds"] for one in own) for label, own in methods.items()})  # fmt: skip
+    for label, own in methods.items():
         trained = [one for one in own if one["alpha"] == 1]
         left.errorbar(
             [one["loss"] for one in trained], [one["text"] for one in trained],
-            yerr=[one["text_margin"] for one in trained], marker="o", capsize=2, label=label, **look,
+            yerr=[one["text_margin"] for one in trained], capsize=2, **looks[label],
         )  # fmt: skip
         best = frontier(own)
         x, y = [*(one["loss"] for one in best), base_loss], [*(one["text"] for one in best), 0.0]
-        right.plot(x, y, marker="o", **look)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        right.plot(x, y, **looks[label])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     least, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
-    right.set_xlim(least - 0.02 * (base_loss - least), least + 0.2 * (base_loss - least))
+    for axes, share in ((left, 0.5), (right, 0.2)):
+        axes.set_xlim(least - 0.02 * (base_loss - least), least + share * (base_loss - least))
     left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
     right.set(title="The best over rates and α")
     for axes in (left, right):
@@ -62,16 +66,37 @@ def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
     rates: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         rates[line["label"]][line["learning_rate"]].append(line)
-    figure, axes = new_figure(7, 4)
+    figure, axes = new_figure(9, 5)
+    looks = _looks({line["label"]: line["method"] for line in lines},
+                   {label: max(map(len, by_rate.values())) for label, by_rate in rates.items()})  # fmt: skip
     for label, by_rate in rates.items():
-        rate, best = min(by_rate.items(), key=lambda item: fmean(line["dial"][-1]["task"]["loss"] for line in item[1]))
+        best = min(by_rate.values(), key=lambda own: fmean(line["dial"][-1]["task"]["loss"] for line in own))
         layers = sorted(map(int, best[0]["updates"]))
         norms = [fmean(line["updates"][str(layer)] for line in best) for layer in layers]
-        axes.plot(layers, norms, marker="o", markersize=4, label=f"{label}, {rate:g}")
+        axes.plot(layers, norms, **looks[label])
     axes.set(title="How far each layer's MLP moved", xlabel="layer", ylabel="update, Frobenius norm", ylim=(0, None))
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     axes.grid(alpha=0.3)
     write_figure(path, figure)
+
+
+def _looks(methods: dict[str, str], seeds: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """How each row is drawn, by its label. Those with the most seeds are named and have the colour of their method and
+    a marker of their own; the others are grey, and the tables have them."""
+    colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(methods.values()))}
+    looks: dict[str, dict[str, Any]] = {}
+    taken: Counter[str] = Counter()
+    others = "others, of fewer seeds"
+    for label, method in methods.items():
+        if seeds[label] == max(seeds.values()):
+            place = taken[method]
+            more = {"color": colours[method], "marker": _MARKERS[place % len(_MARKERS)], "label": label}
+            looks[label] = more | {"linestyle": ("-", "--", ":")[place % 3], "markersize": 5}
+            taken[method] += 1
+        else:
+            looks[label] = {"color": "0.8", "marker": ".", "linewidth": 0.8, "zorder": 0, "label": others}
+            others = "_"  # named once
+    return looks
 
 
 def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:

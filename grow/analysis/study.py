@@ -62,7 +62,7 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
     for group, names in groups.items():
         found[group] = fmean(sets[name] for name in names) if names else nan
         found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
-    same = {key: line[key] for key in ("label", "learning_rate", "seed")}
+    same = {key: line[key] for key in ("label", "method", "learning_rate", "seed")}
     return same | {"alpha": place["alpha"]} | found
 
 
