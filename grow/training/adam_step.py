@@ -23,11 +23,14 @@ GPU_BLOCK = 2**26
 
 def step_by_blocks(optimizer: Any) -> None:
     """Lets a ZeRO-1 or 2 optimizer step so, in place. Does nothing to others, nor where the optimizer is on the host
-    or none of torch's AdamW. What ZeRO keeps and saves is the same as ever."""
+    or none of torch's AdamW, nor with master weights in bf16 or a GradScaler. What ZeRO
+    keeps and saves is the same as ever."""
     if (
         type(optimizer) is not DeepSpeedZeroOptimizer
         or optimizer.cpu_offload
         or not optimizer.compute_grad_norm
+        or optimizer.low_precision_master_weights_and_grads
+        or optimizer.torch_autocast_gradscaler is not None
         or type(optimizer.optimizer) is not torch.optim.AdamW
         or any(group["amsgrad"] or group["maximize"] for group in optimizer.optimizer.param_groups)
     ):
