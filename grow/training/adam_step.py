@@ -1,9 +1,9 @@
 """Adam's step over ZeRO's share of the weights, some values at a time.
 
 DeepSpeed 0.19.8 (stage_1_and_2.py, step) lays all gradients end to end, copies them to fp32, scales them, updates the
-master weights and copies those to the model's: five passes over memory, and 6 bytes a value for the two copies. Here
-each piece goes all that way while it is in the cache, through one buffer. On a processor that is more than twice as
-fast; on any device those bytes are spared.
+master weights and copies those to the model's: five passes over memory and, with gradients in bf16, 6 bytes a value
+for the two copies. Here each piece goes all that way while it is in the cache, through one buffer. On a processor that
+is more than twice as fast; on any device those bytes are spared.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ GPU_BLOCK = 2**26
 
 def step_by_blocks(optimizer: Any) -> None:
     """Lets a ZeRO-1 or 2 optimizer step so, in place. Does nothing to others, nor where the optimizer is on the host
-    or none of torch's AdamW, nor with master weights in bf16 or a GradScaler. What ZeRO
-    keeps and saves is the same as ever."""
+    or none of torch's AdamW, nor with master weights in bf16 or a GradScaler. What
+    ZeRO keeps and saves is the same as ever."""
     if (
         type(optimizer) is not DeepSpeedZeroOptimizer
         or optimizer.cpu_offload
@@ -43,10 +43,10 @@ def step_by_blocks(optimizer: Any) -> None:
             whole_step(closure)  # which leaves the step out, or not, as its settings say
             return
         optimizer.micro_step_id, optimizer.overflow = INITIAL_MICRO_STEP_ID, False
-        loss_scale = optimizer.loss_scale
+        optimizer._global_grad_norm = norm / optimizer.loss_scale
+        scale = torch.ones((), device=norm.device)
+        optimizer.unscale_and_clip_grads([scale], norm)  # in place of all gradients
         optimizer._update_scale(False)
-        optimizer._global_grad_norm = norm / loss_scale
-        scale = 1.0 / (_clipping(optimizer._global_grad_norm, optimizer.clip_grad) * loss_scale)
         for index in range(len(optimizer.bit16_groups)):
             _step_group(optimizer, index, scale)
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -61,11 +61,6 @@ def step_by_blocks(optimizer: Any) -> None:
             optimizer._update_model_bit16_weights(index)
 
     optimizer.step = step
-
-
-def _clipping(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of this norm are divided by, as DeepSpeed has it: at least 1, and 1 where there is no limit."""
-    return ((norm + 1e-6) / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
