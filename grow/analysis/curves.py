@@ -11,7 +11,7 @@ from grow.tables import new_figure, write_figure
 Point = dict[str, Any]
 """One place of the dial of one run, or of several seeds (grow.analysis.study.point)."""
 
-_MARKERS = "osD^vPX*<>"
+_MARKERS, _LINES = "osD^vPX*<>", ("-", "--", ":")
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -25,20 +25,19 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -> None:
-    """Task against general text: left each method over its rates, at α = 1; right the best of all its rates and α (its
-    frontier), where most of the task has been learnt.
+    """Task against general text: left each method over its rates, at α = 1, where half of
+    the way is left at most; right the best of all its rates and α (its frontier), where most of the task is learnt.
 
     `methods` has the points of each, by rate and α (grow.analysis.study.over_seeds).
     """
     figure, (left, right) = new_figure(12, 5.4, columns=2)
     points = [one for own in methods.values() for one in own]
-    looks = _looks({label: own[0]["method"] for label, own in methods.items()},
-                   {label: max(one["seeds"] for one in own) for label, own in methods.items()})  # fmt: skip
+    looks = _looks({label: (own[0]["method"], max(one["seeds"] for one in own)) for label, own in methods.items()})
     for label, own in methods.items():
         trained = [one for one in own if one["alpha"] == 1]
         left.errorbar(
             [one["loss"] for one in trained], [one["text"] for one in trained],
-            yerr=[one["text_margin"] for one in trained], capsize=2, **looks[label],
+            yerr=[one["text_margin"] for one in trained], capsize=2, **{"label": label} | looks[label],
         )  # fmt: skip
         best = frontier(own)
         x, y = [*(one["loss"] for one in best), base_loss], [*(one["text"] for one in best), 0.0]
@@ -67,35 +66,35 @@ def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
     for line in lines:
         rates[line["label"]][line["learning_rate"]].append(line)
     figure, axes = new_figure(9, 5)
-    looks = _looks({line["label"]: line["method"] for line in lines},
-                   {label: max(map(len, by_rate.values())) for label, by_rate in rates.items()})  # fmt: skip
+    methods = {line["label"]: line["method"] for line in lines}
+    looks = _looks({label: (methods[label], max(map(len, by_rate.values()))) for label, by_rate in rates.items()})
     for label, by_rate in rates.items():
-        best = min(by_rate.values(), key=lambda own: fmean(line["dial"][-1]["task"]["loss"] for line in own))
+        rate, best = min(by_rate.items(), key=lambda item: fmean(line["dial"][-1]["task"]["loss"] for line in item[1]))
         layers = sorted(map(int, best[0]["updates"]))
         norms = [fmean(line["updates"][str(layer)] for line in best) for layer in layers]
-        axes.plot(layers, norms, **looks[label])
+        axes.plot(layers, norms, **{"label": f"{label}, {rate:g}"} | looks[label])
     axes.set(title="How far each layer's MLP moved", xlabel="layer", ylabel="update, Frobenius norm", ylim=(0, None))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     axes.grid(alpha=0.3)
     write_figure(path, figure)
 
 
-def _looks(methods: dict[str, str], seeds: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """How each row is drawn, by its label. Those with the most seeds are named and have the colour of their method and
-    a marker of their own; the others are grey, and the tables have them."""
-    colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(methods.values()))}
+def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """How each row, of a method and so many seeds, is drawn. Those with the most seeds have the colour of their method
+    and a marker of their own; the others are grey, share one name, and are told apart in the tables."""
+    colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(method for method, _ in rows.values()))}
+    most = max(seeds for _, seeds in rows.values())
+    others = [label for label, (_, seeds) in rows.items() if seeds < most]
     looks: dict[str, dict[str, Any]] = {}
     taken: Counter[str] = Counter()
-    others = "others, of fewer seeds"
-    for label, method in methods.items():
-        if seeds[label] == max(seeds.values()):
-            place = taken[method]
-            more = {"color": colours[method], "marker": _MARKERS[place % len(_MARKERS)], "label": label}
-            looks[label] = more | {"linestyle": ("-", "--", ":")[place % 3], "markersize": 5}
-            taken[method] += 1
-        else:
-            looks[label] = {"color": "0.8", "marker": ".", "linewidth": 0.8, "zorder": 0, "label": others}
-            others = "_"  # named once
+    for label, (method, _) in rows.items():
+        if label in others:
+            name = "others, of fewer seeds" if label == others[0] else "_"  # which matplotlib leaves out of a legend
+            looks[label] = {"color": "0.8", "marker": ".", "linewidth": 0.8, "zorder": 0, "label": name}
+            continue
+        marker, line = _MARKERS[taken[method] % len(_MARKERS)], _LINES[taken[method] % len(_LINES)]
+        looks[label] = {"color": colours[method], "marker": marker, "linestyle": line, "markersize": 5}
+        taken[method] += 1
     return looks
 
 
