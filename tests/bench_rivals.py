@@ -1,6 +1,6 @@
 """The rivals of tests/bench_training.py, each as its documentation has it; run as a process of its own.
 
-python -m tests.bench_rivals NAME BASE DATA OUT STEPS
+python -m tests.bench_rivals NAME BASE DATA OUT STEPS SCALE
 """
 
 import json
@@ -33,9 +33,9 @@ class Clock(TrainerCallback):
         self.times.append(time.monotonic())
 
 
-def arguments(out: str, steps: int) -> dict[str, Any]:
+def arguments(out: str, steps: int, batch: int) -> dict[str, Any]:
     return {
-        "output_dir": out, "per_device_train_batch_size": PER_STEP, "max_steps": steps, "save_strategy": "no",
+        "output_dir": out, "per_device_train_batch_size": batch, "max_steps": steps, "save_strategy": "no",
         "report_to": "none", "bf16": compute_dtype() == torch.bfloat16, "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
     }  # fmt: skip
@@ -50,7 +50,7 @@ def texts(rows: Dataset) -> Dataset:
     )
 
 
-def trainer(base: str, rows: Dataset, out: str, steps: int) -> transformers.Trainer:
+def trainer(base: str, rows: Dataset, args: dict[str, Any]) -> transformers.Trainer:
     """The causal language modelling example: pad to the longest, a loss over everything."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     encoded = rows.map(
@@ -58,32 +58,34 @@ def trainer(base: str, rows: Dataset, out: str, steps: int) -> transformers.Trai
     )
     return transformers.Trainer(
         model=AutoModelForCausalLM.from_pretrained(base),
-        args=TrainingArguments(**arguments(out, steps)),
+        args=TrainingArguments(**args),
         train_dataset=encoded,
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
 
 
-def trl(base: str, rows: Dataset, out: str, steps: int, lora: bool, checkpoints: bool) -> SFTTrainer:
+def trl(base: str, rows: Dataset, args: dict[str, Any], lora: bool, checkpoints: bool) -> SFTTrainer:
     """SFTTrainer on rows of prompt and completion; LoRA on all linear layers."""
     peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    args = SFTConfig(**arguments(out, steps), gradient_checkpointing=checkpoints)
-    return SFTTrainer(model=base, args=args, train_dataset=rows, peft_config=peft)
+    config = SFTConfig(**args, gradient_checkpointing=checkpoints)
+    return SFTTrainer(model=base, args=config, train_dataset=rows, peft_config=peft)
 
 
-def main(name: str, base: str, data: str, out: str, steps: str) -> None:
+def main(name: str, base: str, data: str, out: str, steps: str, scale: str) -> None:
+    batch = PER_STEP * int(scale)
+    args = arguments(out, int(steps), batch)
     rows = texts(load_dataset(data, split="train"))
     if name.startswith("trainer"):
-        running: Any = trainer(base, rows, out, int(steps))
+        running: Any = trainer(base, rows, args)
     else:
-        running = trl(base, rows, out, int(steps), "lora" in name, "fast" not in name)
+        running = trl(base, rows, args, "lora" in name, "fast" not in name)
     tokenizer = AutoTokenizer.from_pretrained(base)
     clock = Clock()
     running.add_callback(clock)
     # In the order of the file, so that the timed steps are known: what their tokens are is counted here.
     running._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(running.train_dataset)
     running.train()
-    timed = rows.select([row % len(rows) for row in range(WARMUP * PER_STEP, int(steps) * PER_STEP)])
+    timed = rows.select([row % len(rows) for row in range(WARMUP * batch, int(steps) * batch)])
     prompts, completions = (sum(map(len, tokenizer(list(timed[c])).input_ids)) for c in ("prompt", "completion"))
     result = {
         "seconds": clock.times[-1] - clock.times[WARMUP - 1],

@@ -1,10 +1,12 @@
 """How fast training is, as ratios within one run, beside stock transformers and TRL. Prints a table; tests nothing.
 
     python -m tests.bench_training FOLDER [--size 270M|1B] [--only trainer,g_freeze] [--repeat 3] [--steps 24]
+                                   [--scale 16]
 
-Everyone takes the same rows of English and French, about eight a step, in one process on the same cores or the same
-GPU; 270M is the real Gemma 3 (recipes/gemma3_270m/fetch.py brings it), 1B its larger sister's shape with random
-weights. Ours run as a user runs them: `python -m grow train` with a recipe. The rivals are in tests/bench_rivals.py.
+Everyone takes the same rows of English and French, about eight a step (times `--scale`: a GPU wants more), in one
+process on the same cores or the same GPU; 270M is the real Gemma 3 (recipes/gemma3_270m/fetch.py brings it), 1B its
+larger sister's shape with random weights. Ours run as a user runs them: `python -m grow train` with a recipe. The
+rivals are in tests/bench_rivals.py.
 """
 
 import hashlib
@@ -29,11 +31,14 @@ from tests.bench_converter import words
 from tests.tiny import ROOT
 
 ROWS, PER_STEP, LENGTH = 96, 8, 256
-"""LENGTH tokens hold about PER_STEP rows."""
+"""At scale 1. LENGTH tokens hold about PER_STEP rows."""
 WARMUP = ROWS // PER_STEP
 """The first time that the rows pass is not timed: until then the memory that a process keeps still grows."""
-CHECKSUM = "59d45c7addadfc79b6d8de5ab942293535af72dee3344a6893e75a2c4bb95a30"
-"""SHA-256 of the rows' tokens and labels: everyone who runs this runs the same."""
+CHECKSUMS = {
+    1: "59d45c7addadfc79b6d8de5ab942293535af72dee3344a6893e75a2c4bb95a30",
+    16: "8fefca1b0f8d03cf348a49a31b3d03995ad914729b3afab9ebb02d9df5b9a03d",
+}
+"""SHA-256 of the rows' tokens and labels at each scale: everyone who runs this runs the same."""
 RECIPE = ROOT / "recipes/gemma3_270m/translation.yaml"
 CACHE = Path(os.environ.get("GROW_CACHE", "~/.cache/grow")).expanduser()
 
@@ -66,19 +71,23 @@ def bench(
     repeat: int = 1,
     steps: int = 2 * WARMUP,
     stage: int = 1,
+    scale: int = 1,
 ) -> None:
     """Prints the table."""
     work = Path(folder).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    base = prepare(work, size)
-    print(f"{device()}, {compute_dtype()}, {size}, {steps} steps, the first {WARMUP} not timed, ZeRO-{stage}\n")
+    base = prepare(work, size, scale)
+    print(f"{device()}, {compute_dtype()}, {size}, {steps} steps, the first {WARMUP} not timed, ZeRO-{stage}")
+    print(f"{PER_STEP * scale} rows a step\n")
     taken: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
         for name in words(only):
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
             result = (
-                rival(name, base, work, out, steps) if name in RIVALS else ours(name, base, work, out, stage, steps)
+                rival(name, base, work, out, steps, scale)
+                if name in RIVALS
+                else ours(name, base, work, out, stage, steps, scale)
             )
             taken.setdefault(name, []).append(result)
             print(name, json.dumps(result), file=sys.stderr, flush=True)
@@ -94,7 +103,7 @@ def device() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {model}"
 
 
-def prepare(work: Path, size: str) -> Path:
+def prepare(work: Path, size: str, scale: int = 1) -> Path:
     """The base, its grown kin, the rows as files; checks the rows."""
     from grow.cli import main
 
@@ -113,9 +122,9 @@ def prepare(work: Path, size: str) -> Path:
         if not grown.exists():
             main(["expand", str(base), str(grown), "--layers", f"{round(begin * layers)}-{round(end * layers) - 1}"])
     recipe = read_recipe(str(RECIPE))
-    rows = recipe.rows("train").select(range(ROWS))
+    rows = recipe.rows("train").select(range(ROWS * scale))
     found = checksum(rows, recipe)
-    if found != CHECKSUM:
+    if found != CHECKSUMS.get(scale):
         raise SystemExit(f"other rows than those that the figures are of ({found})")
     data = work / "data"
     data.mkdir(exist_ok=True)
@@ -144,20 +153,21 @@ def run(*command: str | Path, **variables: str) -> None:
         raise SystemExit(f"failed ({done.returncode}): {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def rival(name: str, base: Path, work: Path, out: Path, steps: int) -> dict[str, Any]:
+def rival(name: str, base: Path, work: Path, out: Path, steps: int, scale: int) -> dict[str, Any]:
     """Seconds, tokens and labels of the timed steps of one of tests/bench_rivals.py."""
     out.mkdir()
-    command = (sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out, str(steps))
+    command = (sys.executable, "-m", "tests.bench_rivals", name, base, work / "data", out, str(steps), str(scale))
     run(*command, **(KEPT if "kept" in name else {}))
     return json.loads((out / "result.json").read_text())
 
 
-def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps: int) -> Path:
+def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps: int, scale: int = 1) -> Path:
     """The recipe of one of OURS."""
     method, part, _ = OURS[name]
     values = yaml.safe_load(RECIPE.read_text()) | {
         "base": str(base), "grown": str(work / f"{base.name}-{part}"), "method": method, "data": str(work / "data"),
-        "retention": None, "max_length": LENGTH, "train_batch_size": 1, "max_steps": steps,
+        "retention": None, "max_length": LENGTH, "train_batch_size": scale,
+        "per_device_train_batch_size": scale, "max_steps": steps,
         "logging_steps": 1, "eval_steps": 1000, "save_steps": 1000, "output_dir": str(out),
         "deepspeed": str(ROOT / f"recipes/deepspeed/zero{stage}.json"),
     }  # fmt: skip
@@ -166,9 +176,9 @@ def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps:
     return recipe
 
 
-def ours(name: str, base: Path, work: Path, out: Path, stage: int, steps: int) -> dict[str, Any]:
+def ours(name: str, base: Path, work: Path, out: Path, stage: int, steps: int, scale: int) -> dict[str, Any]:
     """Likewise, of a run of ours, from what it logged of each step."""
-    run(sys.executable, "-m", "grow", "train", ours_recipe(name, base, work, out, stage, steps))
+    run(sys.executable, "-m", "grow", "train", ours_recipe(name, base, work, out, stage, steps, scale))
     history = json.loads((last_checkpoint(out) / "trainer_state.json").read_text())["log_history"]
     timed = [entry for entry in history if "seconds_per_step" in entry][WARMUP:]
     seconds = sum(step["seconds_per_step"] for step in timed)
