@@ -20,7 +20,7 @@ TEXT = (
 
 
 @torch.no_grad()
-def compare(path: str, base_path: str) -> dict[str, dict[str, float]]:
+def compare(path: str, base_path: str, device: str = "cpu") -> dict[str, dict[str, float]]:
     """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
@@ -29,10 +29,10 @@ def compare(path: str, base_path: str) -> dict[str, dict[str, float]]:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(locate(base_path), local_files_only=True)
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        logits = [load(one, dtype)(input_ids=ids, use_cache=False).logits for one in (path, base_path)]
+        logits = [load(one, dtype).to(device)(input_ids=ids, use_cache=False).logits for one in (path, base_path)]
         difference = 0.0 if torch.equal(*logits) else float((logits[0] - logits[1]).abs().max())
         found[str(dtype).removeprefix("torch.")] = {"difference": difference, "largest": float(logits[1].abs().max())}
     return found

@@ -3,6 +3,7 @@
 #
 #     ./launch/test.sh                 what CI runs
 #     ./launch/test.sh --full          and what takes long
+#     ./launch/test.sh --gpu           on this machine's GPUs, what does other work there; all else runs without one
 #     ./launch/test.sh --setup-only    only installs what the tests need
 #     ./launch/test.sh tests/test_x.py -k name …    other arguments go to pytest, which then runs alone
 #

@@ -14,12 +14,39 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run what takes long")
+    parser.addoption("--gpu", action="store_true", help="run on GPUs, and only what does other work there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a machine with one GPU has none for a second rank
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch sees no GPU here")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    items[:] = [item for item in items if "full" not in item.keywords]
+    full, gpu = config.getoption("--full"), config.getoption("--gpu")
+    items[:] = [
+        item for item in items if (full or item.get_closest_marker("full") is None) and (not gpu or _runs_on_gpus(item))
+    ]
+
+
+def _runs_on_gpus(item: pytest.Item) -> bool:
+    import torch
+
+    ranks = getattr(item, "callspec", None) and item.callspec.params.get("ranks", 1)
+    return item.get_closest_marker("gpu") is not None and (ranks or 1) <= torch.cuda.device_count()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """What a model that a test runs itself is put on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from grow.tasks import Example, encode, load_rows
 from grow.template import Template
 from tests.tiny import file_checksum, folder_checksums, free_ports, run
 
-# Processes that are forked from one with the imports done: a run takes two seconds instead of ten.
-FORKED = multiprocessing.get_context("forkserver")
+# Processes that are forked from one with the imports done: a run takes two seconds instead of ten. A GPU's driver does
+# not survive a fork.
+FORKED: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 FORKED.set_forkserver_preload(["deepspeed", "transformers.trainer", "datasets", "peft"])
 
 

@@ -18,6 +18,8 @@ from grow.model import grown_mlps, load
 from tests.running import train_and_resume
 from tests.tiny import folder_checksums, logits, make_recipe
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype"),

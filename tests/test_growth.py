@@ -16,11 +16,11 @@ from grow.errors import UserError
 from grow.forward import TEXT, compare
 from grow.model import grown_mlps, load
 from grow.plan import parse_layers
-from tests.tiny import folder_checksums, tokens
+from tests.tiny import folder_checksums, logits, tokens
 
 
-def differences(path: Path, base: Path) -> dict[str, float]:
-    return {name: found["difference"] for name, found in compare(str(path), str(base)).items()}
+def differences(path: Path, base: Path, device: str) -> dict[str, float]:
+    return {name: found["difference"] for name, found in compare(str(path), str(base), device).items()}
 
 
 EXACT = {"float32": 0.0, "bfloat16": 0.0}
@@ -49,30 +49,33 @@ def test_every_bfloat16_is_halved_as_torch_does_it() -> None:
         assert torch.equal(halved.signbit(), expected.signbit()) or expected.isnan().any()
 
 
-def test_real_model_all_layers_from_shards(real_base: Path, tmp_path: Path) -> None:
+@pytest.mark.gpu
+def test_real_model_all_layers_from_shards(real_base: Path, device: str, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(real_base)(TEXT, return_tensors="pt").input_ids.shape[1] >= 200
     expand(str(real_base), str(tmp_path / "grown"))
-    assert differences(tmp_path / "grown", real_base) == EXACT
+    assert differences(tmp_path / "grown", real_base, device) == EXACT
 
 
-def test_real_model_some_layers_from_one_file(single_file_base: Path, tmp_path: Path) -> None:
+@pytest.mark.gpu
+def test_real_model_some_layers_from_one_file(single_file_base: Path, device: str, tmp_path: Path) -> None:
     expand(str(single_file_base), str(tmp_path / "grown"), layers="0,5,9-11")
     assert not (tmp_path / "grown" / "model.safetensors").exists(), "transformers would ignore the index beside it"
-    assert differences(tmp_path / "grown", single_file_base) == EXACT
+    assert differences(tmp_path / "grown", single_file_base, device) == EXACT
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layers", ["all", "1,3"])
-def test_both_classes(tiny_base: Path, layers: str, tmp_path: Path) -> None:
+def test_both_classes(tiny_base: Path, layers: str, device: str, tmp_path: Path) -> None:
     expand(str(tiny_base), str(tmp_path / "grown"), layers=layers)
     for dtype in (torch.float32, torch.bfloat16):
-        base, grown = load(tiny_base, dtype), load(tmp_path / "grown", dtype)
+        base, grown = (load(path, dtype).to(device) for path in (tiny_base, tmp_path / "grown"))
         assert len(list(grown_mlps(grown))) == len(parse_layers(layers, 4))
-        with torch.no_grad():
-            expected = base(input_ids=tokens()).logits
-            assert torch.equal(grown(input_ids=tokens()).logits, expected)
-            # One weight of the growth, a little off, and the logits are not the same any more.
-            next(grown_mlps(grown)).grown.up_proj.weight[0, 0] += 0.5
-            assert not torch.equal(grown(input_ids=tokens()).logits, expected)
+        for count in (1, 40, 250):
+            text = {"input_ids": tokens(count).to(device)}
+            assert torch.equal(logits(grown, **text), logits(base, **text))
+        # One weight of the growth, a little off, and the logits are not the same any more.
+        next(grown_mlps(grown)).grown.up_proj.weight.data[0, 0] += 0.5
+        assert not torch.equal(logits(grown, **text), logits(base, **text))
 
 
 def test_a_missing_tensor_is_an_error(text_base: Path, tmp_path: Path) -> None:

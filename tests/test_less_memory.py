@@ -13,6 +13,8 @@ from grow.model import checkpoint_activations, gated_mlps, load
 from tests.running import curve, start
 from tests.tiny import ROOT, make_recipe, tokens
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize(
     ("method", "stage", "ranks", "saving"),

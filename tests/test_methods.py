@@ -22,6 +22,8 @@ from grow.tasks import IGNORED
 from tests.running import Toy, alone, rows_of, train, train_and_resume
 from tests.tiny import logits, make_base, make_recipe
 
+pytestmark = pytest.mark.gpu
+
 
 def test_a_new_method_is_one_class_and_a_line(
     text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,8 @@ from grow.training.train import check_run
 from tests.running import train, train_and_resume
 from tests.tiny import ROOT, make_recipe
 
+pytestmark = pytest.mark.gpu
+
 ZERO_3 = str(ROOT / "recipes/deepspeed/zero3.json")
 
 
