@@ -12,7 +12,7 @@ from grow.errors import UserError
 from grow.recipe import read_recipe
 from grow.training.train import check_run
 from tests.running import curve, start, train_and_resume
-from tests.tiny import make_base, make_recipe
+from tests.tiny import grow, make_base, make_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -57,12 +57,19 @@ def test_adams_first_step_is_the_rate(
 def test_a_run_goes_on(sums: Path, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "multimodal")
     expand(str(base), str(tmp_path / "grown"), layers="0,2")
-    factors = {"layer_rates": [0.5, 1.0, 2.0, 1.0], "dtype": "float32", "report_to": "none"}
+    factors = {"layer_rates": [0.5, 4.0, 2.0, 1.0], "dtype": "float32", "report_to": "none"}
     recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", sums, 2, method="g_freeze", **factors)
     trained = train_and_resume(recipe, 1)
     assert len(trained) == 6 and all(torch.isfinite(value).all() for value in trained.values())
     rates = [entry["learning_rate"] for entry in curve(tmp_path / "run" / "checkpoint-4")]
-    assert 0 <= rates[-1] < rates[0] <= read_recipe(str(recipe)).learning_rate, "what is logged is the recipe's"
+    assert 0 <= rates[-1] < rates[0] == pytest.approx(read_recipe(str(recipe)).learning_rate), "the recipe's is logged"
+
+
+def test_all_that_trains_at_no_rate(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), layers="0,2")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method="g_freeze")
+    error = grow("train", recipe, "--layer_rates", "0,1,0,1", code=2).stderr
+    assert "grow: layer_rates: 0 for every layer that trains" in error
 
 
 @pytest.mark.parametrize(

@@ -29,20 +29,25 @@ def check_rates(factors: list[float], layers: int) -> None:
         )
 
 
-def rate_by_layer(optimizer: Optimizer, model: nn.Module, factors: list[float]) -> None:
+def rate_by_layer(optimizer: Optimizer, model: nn.Module, factors: list[float]) -> float:
     """Splits the groups of parameters so that what is in layer i has `factors[i]` times the rate, in place.
 
-    What is in no layer keeps its rate. Before a scheduler or DeepSpeed sees the optimizer.
+    What is in no layer keeps its rate. Before a scheduler or DeepSpeed sees the optimizer. Returns the first group's
+    factor, since its rate is the one that Trainer logs. Raises UserError if all that trains would have a rate of 0.
     """
     by_parameter = {parameter: _factor(name, factors) for name, parameter in model.named_parameters()}
-    groups = list(optimizer.param_groups)
-    optimizer.param_groups.clear()
-    for group in groups:
-        parts = defaultdict(list)
+    parts = defaultdict(list)
+    for place, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            parts[by_parameter[parameter]].append(parameter)
-        for factor, parameters in parts.items():
-            optimizer.add_param_group(group | {"params": parameters, "lr": group["lr"] * factor})
+            parts[by_parameter[parameter], place].append(parameter)
+    largest, groups = max(parts)[0], list(optimizer.param_groups)
+    if largest == 0:
+        raise UserError("layer_rates: 0 for every layer that trains")
+    optimizer.param_groups.clear()
+    for (factor, place), parameters in sorted(parts.items(), key=lambda part: part[0], reverse=True):
+        group = groups[place]
+        optimizer.add_param_group(group | {"params": parameters, "lr": group["lr"] * factor})
+    return largest
 
 
 def _factor(name: str, factors: list[float]) -> float:

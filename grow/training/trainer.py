@@ -58,6 +58,7 @@ class GrowTrainer(transformers.Trainer):
         self.pace = Pace(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
+        self._first_factor = 1.0  # of the rates of the layers; see create_optimizer
         self.model.register_state_dict_post_hook(drop_frozen)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -65,14 +66,12 @@ class GrowTrainer(transformers.Trainer):
         there = self.optimizer is not None  # Trainer asks more than once
         optimizer = super().create_optimizer(model)
         if self.recipe.layer_rates and not there:
-            rate_by_layer(optimizer, self.model, self.recipe.layer_rates)
+            # What is logged is the rate of the first group.
+            self._first_factor = rate_by_layer(optimizer, self.model, self.recipe.layer_rates)
         return optimizer
 
     def _get_learning_rate(self) -> float:
-        if not self.recipe.layer_rates:
-            return super()._get_learning_rate()
-        # Not the first group's: the recipe's, on its schedule.
-        return max(self.lr_scheduler.get_last_lr()) / max(self.recipe.layer_rates)
+        return super()._get_learning_rate() / self._first_factor
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
