@@ -75,6 +75,8 @@ def _training(about: dict[str, Any]) -> str:
     if "method" not in about:
         return ""
     lines = [f"\n\nTrained by `{about['method']}` for {about['steps']} steps on `{about['data']}`."]
+    if "averaged_steps" in about:
+        lines.append(f"The mean of the checkpoints after steps {', '.join(map(str, about['averaged_steps']))}.")
     validation = about.get("validation_loss")
     if validation:
         lines.append(f"Validation loss: {validation[0]:.4f} at first, {validation[-1]:.4f} at the end.")

@@ -35,6 +35,7 @@ def consolidate(
     max_shard_size: str = "",
     start: str = "",
     tag: str = "",
+    average: int = 1,
     scores: str = "",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def consolidate(
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
     compute, so that one intermediate_size holds for all. `alpha`: the dial, folded into the weights: 0 is the base, 1
     as trained; for a run without growth the weights are interpolated with the base's. `dtype`: another one than the
-    base's. `start`, `tag`: see open_source. `scores`: a file that `eval --out` wrote, for the model card.
+    base's. `start`, `tag`, `average`: see open_source. `scores`: a file that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -55,7 +56,7 @@ def consolidate(
         raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
-    source = open_source(path, start, tag)
+    source = open_source(path, start, tag, average)
     if scores:
         source.scores = {
             part: {key: value for key, value in found.items() if key in _SCORES}

@@ -118,6 +118,11 @@ def combined(function: Callable[..., Rows], dtype: str, *parts: Lazy) -> Lazy:
     return Lazy(parts[0].shape, dtype, rows)
 
 
+def mean(*parts: Lazy) -> Lazy:
+    """The mean of tensors of one shape, in fp32."""
+    return combined(lambda *rows: sum(rows[1:], rows[0]) / rows[0].dtype.type(len(rows)), "F32", *parts)
+
+
 def interpolated(base: Lazy, trained: Lazy, alpha: float, dtype: str) -> Lazy:
     """base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
     if alpha in (0, 1):

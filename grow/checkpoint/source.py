@@ -7,9 +7,9 @@ from typing import Any
 
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.lazy import Lazy, mean
 from grow.checkpoint.metadata import check_growth
-from grow.checkpoint.run_folder import MARKER, last_checkpoint, step_of, validation_losses
+from grow.checkpoint.run_folder import MARKER, complete_checkpoints, last_checkpoint, step_of, validation_losses
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
@@ -55,16 +55,23 @@ class Source:
         return growth["base"] if growth else base_facts(self.start)
 
 
-def open_source(path: str, start: str = "", tag: str = "") -> Source:
+def open_source(path: str, start: str = "", tag: str = "", average: int = 1) -> Source:
     """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
 
     `start` is what training started from, where that does not stand in a run.json (or was moved); `tag` names one of
     several checkpoints in a DeepSpeed folder. With `start`, a stock checkpoint is one that was trained from it.
-    Raises UserError for anything else.
+    `average`: of a run, the mean of so many of its last checkpoints (latest weight averaging, Kaddour 2022, arXiv
+    2209.14981). Raises UserError for anything else.
     """
     folder = Path(path)
+    if average < 1:
+        raise UserError(f"--average {average}: 1 or more")
     if (folder / "run.json").exists():
-        return _open_run(folder, last_checkpoint(folder), start)
+        return _open_mean(folder, average, start)
+    if average != 1:
+        raise UserError(
+            f"--average {average}: means are of a training run's checkpoints, and {folder} is no run's folder"
+        )
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
         if not (folder / MARKER).exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
@@ -96,6 +103,26 @@ def _check_grown(checkpoint: Checkpoint) -> None:
     _, problems = expected_growth(checkpoint, plan)
     for problem in problems.values():
         raise UserError(f"{checkpoint.path}: {problem}")
+
+
+def _open_mean(run: Path, average: int, start: str) -> Source:
+    """A run's last checkpoint, with the mean of its last `average` ones laid over."""
+    last = last_checkpoint(run)
+    paths = complete_checkpoints(run)[:average]
+    if len(paths) != average:
+        raise UserError(
+            f"{run}: {len(paths)} complete checkpoints are there, and --average {average} wants as many "
+            "(the recipe's save_steps and save_total_limit say how many a run keeps)"
+        )
+    source = _open_run(run, last, start)
+    if average > 1:
+        others = [_open_run(run, path, start) for path in paths[1:]]
+        source.trained = {
+            name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()
+        }
+        source.facts["averaged_steps"] = sorted(step_of(path) for path in paths)
+        source.identity += [other.identity for other in others]
+    return source
 
 
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:

@@ -107,7 +107,7 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
 
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
-    max_shard_size: str = "", start: str = "", tag: str = "", scores: str = "", json: bool = False,
+    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "1", scores: str = "", json: bool = False,
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
 
@@ -123,14 +123,15 @@ def consolidate(
         max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
         scores: A file that `eval --out` wrote, for the model card.
         json: Print one JSON object.
     """
     from grow.checkpoint.consolidate import consolidate as run
 
-    dial = number("--alpha", alpha, float)
+    dial, count = number("--alpha", alpha, float), number("--average", average)
     with Bar("consolidating") as bar:
-        result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, scores, bar.add)
+        result = run(source, out, format, uniform, dial, dtype, max_shard_size, start, tag, count, scores, bar.add)
     return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
 

@@ -38,8 +38,9 @@ WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's, `layer_dial`
-    the arguments of that command, if each layer gets an α of its own."""
+    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's; `average` is
+    how many of the last checkpoints are scored as one; `layer_dial` has the arguments of that command, if each layer
+    gets an α of its own."""
 
     label: str
     method: str
@@ -48,6 +49,7 @@ class Cell:
     learning_rate: float
     seed: int
     fields: dict[str, Any]
+    average: int
     layer_dial: dict[str, Any]
 
     @property
@@ -62,7 +64,9 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
         for label, method in grid["methods"].items():
             for rate in method["learning_rate"]:
                 layers, factor = str(method.get("layers", "")), method.get("factor", 2)
-                more = (method.get(key, {}) for key in ("fields", "layer_dial"))
+                more = (
+                    method.get(key, default) for key, default in (("fields", {}), ("average", 1), ("layer_dial", {}))
+                )
                 yield Cell(label, method["method"], layers, factor, float(rate), seed, *more)
 
 
@@ -139,7 +143,7 @@ class Study:
         grow("rank", run, "--out", f"{run}-ranking")
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
-            grow("consolidate", run, trained, *form)
+            grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
         dial = [f"--alpha={self.alphas}", "--against", str(against)]
         self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
@@ -171,6 +175,7 @@ class Study:
             "layers": cell.layers,
             "factor": cell.factor,
             "fields": cell.fields,
+            "average": cell.average,
             "layer_dial": read_json(scored / "config.json")["growth"]["alphas"] if cell.layer_dial else [],
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
