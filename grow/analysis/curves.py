@@ -11,7 +11,7 @@ from grow.tables import new_figure, write_figure
 Point = dict[str, Any]
 """One place of the dial of one run, or of several seeds (grow.analysis.study.point)."""
 
-_MARKERS, _LINES = "osD^vPX*<>", ("-", "--", ":")
+_MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
