@@ -51,5 +51,6 @@ def test_a_mean_of_weights(
     assert "3 complete checkpoints" in here(capsys, "consolidate", run, out, "--average", "4", code=2)
     assert "--average 0" in here(capsys, "consolidate", run, out, "--average", "0", code=2)
     assert "no run's folder" in here(capsys, "consolidate", run / "checkpoint-4", out, "--average", "2", code=2)
+    assert "no run's folder" not in here(capsys, "consolidate", tmp_path / "none", out, "--average", "2", code=2)
     assert "a number" in here(capsys, "consolidate", run, out, "--average", "two", code=2)
     assert not out.exists()

@@ -68,7 +68,7 @@ def open_source(path: str, start: str = "", tag: str = "", average: int = 1) -> 
         raise UserError(f"--average {average}: 1 or more")
     if (folder / "run.json").exists():
         return _open_mean(folder, average, start)
-    if average != 1:
+    if average != 1 and folder.exists():
         raise UserError(
             f"--average {average}: means are of a training run's checkpoints, and {folder} is no run's folder"
         )
