@@ -153,6 +153,11 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
+def compute_device() -> str:
+    """What a model is put on that no launcher places: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def compute_dtype() -> torch.dtype:
     """bf16 where this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower than fp32."""
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
 
 from grow.mlp import grow_mlp
-from grow.model import compute_dtype
+from grow.model import compute_device, compute_dtype
 from tests.bench_converter import words
 from tests.bench_training import device
 
@@ -60,7 +60,7 @@ def forward(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
 
 def bench(sizes: str = "270M,1B,4B", tokens: str = "256,4096", repeat: int = 20) -> None:
     """Prints the table: medians of calls that are made in turn."""
-    place, dtype = "cuda" if torch.cuda.is_available() else "cpu", compute_dtype()
+    place, dtype = compute_device(), compute_dtype()
     print(f"{device()}, {dtype}\n\n| MLP of | tokens | what | one, ms | two branches ÷ one |\n|---|---|---|---|---|")
     for size in words(sizes):
         hidden_size, width = SHAPES[size]

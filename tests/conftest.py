@@ -37,16 +37,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _runs_on_gpus(item: pytest.Item) -> bool:
     import torch
 
-    ranks = getattr(item, "callspec", None) and item.callspec.params.get("ranks", 1)
-    return item.get_closest_marker("gpu") is not None and (ranks or 1) <= torch.cuda.device_count()
+    ranks = item.callspec.params.get("ranks", 1) if hasattr(item, "callspec") else 1
+    return item.get_closest_marker("gpu") is not None and ranks <= torch.cuda.device_count()
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """What a model that a test runs itself is put on."""
-    import torch
+    from grow.model import compute_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return compute_device()
 
 
 @pytest.fixture(scope="session")

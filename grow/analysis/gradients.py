@@ -9,7 +9,7 @@ from grow.analysis.ranking import Norms
 from grow.checkpoint.updates import matrix_of
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum
-from grow.model import checkpoint_activations, compute_dtype, gated_mlps, load
+from grow.model import checkpoint_activations, compute_device, compute_dtype, gated_mlps, load
 from grow.recipe import Recipe
 from grow.tasks import Epochs, collate, read_sequences
 
@@ -29,7 +29,7 @@ def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
     order = Epochs(sequences, batches * recipe.train_batch_size, recipe.seed)
 
     model = load(recipe.base, compute_dtype())
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(compute_device())
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
     weights: dict[tuple[int, str], Any] = {}

@@ -16,7 +16,7 @@ from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.loss import base_logits
-from grow.model import compute_dtype, load, set_alpha
+from grow.model import compute_device, compute_dtype, load, set_alpha
 from grow.plan import canonical
 
 
@@ -49,7 +49,7 @@ class Dial:
 
     def __init__(self, path: str, start: str = ""):
         keep_memory()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = compute_device()
         self.model: Any = load(path, compute_dtype()).to(device)
         self.alpha = 1.0
         self._base: Any = None
