@@ -185,13 +185,17 @@ def ours(name: str, base: Path, work: Path, out: Path, stage: int, steps: int, s
     tokens, labels = (
         sum(step[f"{what}_per_second"] * step["seconds_per_step"] for step in timed) for what in ("tokens", "labels")
     )
-    return {"seconds": seconds, "tokens": tokens, "labels": labels, "steps": len(timed)}
+    result = {"seconds": seconds, "tokens": tokens, "labels": labels, "steps": len(timed)}
+    if "mfu" in timed[0]:
+        result["mfu"] = sum(step["mfu"] * step["seconds_per_step"] for step in timed) / seconds
+    return result
 
 
 def print_table(taken: dict[str, list[dict[str, Any]]]) -> None:
     """Medians over the repeats, and their ratio to those of the two that others are judged by."""
     pace = {name: statistics.median(r["tokens"] / r["seconds"] for r in results) for name, results in taken.items()}
-    print("| | text tokens/s (min to max) | labels/s | s a step | ÷ Trainer | ÷ LoRA ours |\n|---|---|---|---|---|---|")
+    print("| | text tokens/s (min to max) | labels/s | s a step | ÷ Trainer | ÷ LoRA ours | MFU |")
+    print("|---|---|---|---|---|---|---|")
     for name, results in taken.items():
         each = sorted(r["tokens"] / r["seconds"] for r in results)
         labels = statistics.median(r["labels"] / r["seconds"] for r in results)
@@ -199,7 +203,8 @@ def print_table(taken: dict[str, list[dict[str, Any]]]) -> None:
         against = [f"{pace[name] / pace[other]:.2f}" if other in pace else "" for other in ("trainer", "lora")]
         what = RIVALS[name] if name in RIVALS else OURS[name][2]
         spread = f"{pace[name]:.0f} ({each[0]:.0f} to {each[-1]:.0f})"
-        print(f"| {what} | {spread} | {labels:.0f} | {step:.2f} | {against[0]} | {against[1]} |")
+        mfu = f"{statistics.median(r['mfu'] for r in results):.1%}" if "mfu" in results[0] else ""
+        print(f"| {what} | {spread} | {labels:.0f} | {step:.3f} | {against[0]} | {against[1]} | {mfu} |")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def undisturbed(setting: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return seen, weights(folder / "run", folder / "stock")
 
 
+@pytest.mark.gpu
 def test_killed_in_the_first_epoch_and_in_the_second(
     setting: dict[str, Path], undisturbed: tuple[list[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_signal_to_one_rank_makes_all_leave_together(setting: dict[str, Path],
     assert len(rest) == STEPS - int(newest.split("-")[1])
 
 
+@pytest.mark.gpu
 def test_a_broken_checkpoint_is_passed_over(
     setting: dict[str, Path], undisturbed: tuple[list[str], dict[str, str]], tmp_path: Path
 ) -> None:

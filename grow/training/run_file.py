@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from xxhash import xxh3_128
@@ -57,6 +58,7 @@ def write_run_file(
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
         "dtype": dtype,
+        "device": _device(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "git_commit": _commit(),
         "versions": {name: version(name) for name in _LIBRARIES},
@@ -86,6 +88,13 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def _device() -> str:
+    """A GPU's name, or what a processor's vector units can do, as torch sees them."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str | None:

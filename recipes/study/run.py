@@ -183,6 +183,7 @@ class Study:
             "trained_parameters": facts["trained_parameters"],
             "git_commit": facts["git_commit"],
             "dtype": facts["dtype"],
+            "device": facts["device"],
             "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
             f'--only "{cell.name}" --alphas {self.alphas}',
             "general_text": self.grid.get("general_text", []),
