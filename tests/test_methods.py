@@ -42,7 +42,7 @@ def test_a_new_method_is_one_class_and_a_line(
 
     # And what it is told of the base's losses is so, row by row.
     examples = rows_of(text_base, sums, "train")
-    losses = torch.load(tmp_path / "run" / "losses.pt")
+    losses = torch.load(tmp_path / "run" / "losses.pt", map_location="cpu")
     # 16 sequences of at most 32 tokens: no other row has been scored.
     seen = [row for row, found in enumerate(losses) if not found.isnan().all()]
     assert 16 <= len(seen) < len(examples) and sum(len(examples[row].labels) for row in seen) <= 16 * 32

@@ -76,9 +76,12 @@ def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
     optimizer.free_grad_in_param_list(optimizer.params_not_in_partition[index])
     steps = torch.as_tensor(state["step"], dtype=torch.float32).to(master.device)  # from a checkpoint: on the host
     buffer = torch.empty(min(_block(master), master.numel()), device=master.device)
-    for start, gradient in _blocks(optimizer, index, buffer.numel()):
-        place = slice(start, start + gradient.numel())
-        scaled = buffer[: gradient.numel()].copy_(gradient).mul_(scale)
+    for start, pieces in _blocks(optimizer, index, buffer.numel()):
+        sizes = [piece.numel() for piece in pieces]
+        scaled = buffer[: sum(sizes)]
+        place = slice(start, start + scaled.numel())
+        torch._foreach_copy_(scaled.split(sizes), pieces)
+        scaled.mul_(scale)
         adamw(
             [master.data[place]],
             [scaled],
@@ -106,11 +109,19 @@ def _block(master: Tensor) -> int:
     return BLOCK if master.device.type == "cpu" else GPU_BLOCK
 
 
-def _blocks(optimizer: Any, index: int, size: int) -> Iterator[tuple[int, Tensor]]:
-    """This rank's share of the gradients in pieces of at most `size` values, each with its place in the share."""
+def _blocks(optimizer: Any, index: int, size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """This rank's share of the gradients, `size` values at a time but for the last: the pieces that lie there end to
+    end, and the place of the first. LoRA has hundreds of gradients that one block holds."""
     flat = optimizer._get_preflattened_grad_partition(index)
-    start = 0
+    start, pieces, room = 0, [], size
     for gradient in optimizer.averaged_gradients[index] if flat is None else [flat]:
-        for piece in gradient.flatten().split(size):
-            yield start, piece
-            start += piece.numel()
+        rest = gradient.flatten()
+        while rest.numel():
+            piece, rest = rest[:room], rest[room:]
+            pieces.append(piece)
+            room -= piece.numel()
+            if not room:
+                yield start, pieces
+                start, pieces, room = start + size, [], size
+    if pieces:
+        yield start, pieces

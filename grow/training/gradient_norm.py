@@ -22,7 +22,9 @@ def one_pass_norm(optimizer: Any) -> None:
     combine = optimizer.get_grad_norm_direct
 
     def get_grad_norm_direct(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        return combine(list(map(_stand_in, gradients)), params, norm_type)
+        # One value that has the norm of all. DeepSpeed marks what it pads a share with, which does not count.
+        own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        return combine([norm(own)[None]] if own else [], params[:1], norm_type)
 
     optimizer.get_grad_norm_direct = get_grad_norm_direct
     # Only ZeRO-1 and 2 have the first of these; with the optimizer on the host the norm is another function's.
@@ -30,15 +32,11 @@ def one_pass_norm(optimizer: Any) -> None:
         optimizer._has_inf_or_nan = lambda gradient, j=None: False
 
 
-def _stand_in(gradient: Tensor) -> Tensor:
-    """A tensor of one value that has the same norm: [1] fp32."""
-    if getattr(gradient, "_zero_padding", False):  # by which DeepSpeed knows what to leave out
-        return gradient
-    return norm(gradient)[None]
-
-
-def norm(tensor: Tensor) -> Tensor:
-    """The 2-norm of a tensor of any shape and float type, in fp32: []."""
-    flat = tensor.detach().flatten()
-    blocks = flat.split(_BLOCK) if flat.device.type == "cpu" else (flat,)
-    return torch.stack([torch.linalg.vector_norm(block, dtype=torch.float32) for block in blocks]).norm()
+def norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of the values of tensors of any shapes and of one float type, in fp32: []."""
+    blocks = [
+        block
+        for tensor in tensors
+        for block in (tensor.detach().flatten().split(_BLOCK) if tensor.device.type == "cpu" else (tensor.detach(),))
+    ]
+    return torch.stack(torch._foreach_norm(blocks, 2, torch.float32)).norm()
