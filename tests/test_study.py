@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grow.analysis.study import over_seeds, study_report, verdict
+from grow.analysis.study import over_seeds, point, read_lines, study_report, verdict
 from tests.tiny import ROOT, grow, make_recipe, run
 
 ALPHAS = (0.5, 1)
@@ -121,9 +121,17 @@ def test_a_verdict_needs_the_whole_interval(rise: float, margin: float, said: st
 
 def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     text = study_report(ROOT / "recipes/study/results.jsonl", str(tmp_path))["text"]
-    pages = [(ROOT / name).read_text() for name in ("README.md", "recipes/study/README.md")]
+    page = (ROOT / "recipes/study/README.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert tables and all(table in pages[1] for table in tables)
-    assert next(table for table in tables if "| seeds |" in table) in pages[0]
+    assert tables and all(table in page for table in tables)
     points = [path for path in tmp_path.glob("*.md") if path.name != "study.md"]
     assert points and all(path.read_text() == (ROOT / "recipes/study" / path.name).read_text() for path in points)
+
+
+def test_the_first_pages_numbers_are_those_of_the_results() -> None:
+    lines = [line for line in read_lines(ROOT / "recipes/study/results.jsonl") if line["grid"] == "translation.yaml"]
+    points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
+    known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}", f"{p['sets']['winowhy']:+.2f}") for p in points}
+    section = (ROOT / "README.md").read_text().partition("## Who forgets least")[2].partition("\n## ")[0]
+    shown = re.findall(r"(\d\.\d{3}) at (.\d\.\d{3}),(?: winowhy)? (.\d\.\d\d)", section.replace("−", "-"))
+    assert len(shown) >= 10 and set(shown) <= known and f"**{len(lines)} runs" in section
