@@ -8,7 +8,7 @@ learns to answer briefly gains on questions what it loses elsewhere.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from math import isnan, nan, sqrt
 from pathlib import Path
@@ -80,8 +80,7 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     for grid, lines in grids.items():
         base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
-        runs = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
-        title = f"{grid}: {runs} of {lines[0]['max_steps']} steps.\n"
+        title = f"{grid}: {_runs(lines)}.\n"
         methods = _methods(points)
         parts += [title, _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
         all_points.append(str(folder / f"{name}.md"))
@@ -95,6 +94,13 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     text = "\n".join(parts)
     write_text(folder / "study.md", text)
     return {"table": str(folder / "study.md"), "points": all_points, "plots": list(map(str, plots)), "text": text}
+
+
+def _runs(lines: list[dict[str, Any]]) -> str:
+    """How many, how long, and on which GPUs, if on any."""
+    runs = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
+    gpus = Counter(line["device"] for line in lines if not line.get("device", "CPU").startswith("CPU"))
+    return ", ".join([f"{runs} of {lines[0]['max_steps']} steps", *(f"{n} on {gpu}" for gpu, n in gpus.items())])
 
 
 def over_seeds(points: list[Point]) -> list[Point]:
