@@ -66,8 +66,6 @@ class Recipe:
 
     # The run. A number, or one for each method.
     learning_rate: float | dict[str, float] = field(kw_only=True)
-    # What it is multiplied by in each layer, lowest first; `layer-dial` prints such a line. Empty: the same for all.
-    layer_rates: list[float] = field(default_factory=list)
     max_steps: int = -1
     num_train_epochs: float = 1.0
     lr_scheduler_type: str = "cosine"
@@ -194,7 +192,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
     elif get_origin(wanted) is list:
         items = value if isinstance(value, list) else str(value).split(",")
-        return [_coerce(f"{name}[{index}]", item, *get_args(wanted)) for index, item in enumerate(items)]
+        return [_coerce(f"{name}[{index}]", item, str) for index, item in enumerate(items)]
     elif not isinstance(value, (list, bool)):
         try:
             if float in kinds:

@@ -113,8 +113,7 @@ def layer_dial_text(r: dict[str, Any]) -> str:
     """Of `layer-dial`."""
     lines = [f"layer {layer:<3} α = {alpha:g}" for layer, alpha in zip(r["layers"], r["alphas"], strict=True)]
     lines += [f"{what}: {r[key][0]:.3f} at first, {r[key][1]:.3f} at the end" for what, key in _LEARNT]
-    rates = ",".join(f"{rate:g}" for rate in r["layer_rates"])
-    return "\n".join([*lines, f"to train by these: --layer_rates {rates}", f"written: {r['out']}"])
+    return "\n".join([*lines, f"written: {r['out']}"])
 
 
 _LEARNT = (("task loss, nats per token", "task_loss"), ("KL from the base, nats per token", "kl"))

@@ -17,7 +17,7 @@ from grow.errors import UserError
 from grow.evaluation.dial import Dial
 from grow.loss import labelled_logits, loss_sum
 from grow.model import grown_mlps
-from grow.plan import GrowthPlan, text_config
+from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, collate, read_sequences
 from grow.training.near_base import GeneralText, divergence, general_text
@@ -31,14 +31,11 @@ def layer_dial(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: 
 
     Minimises, over the α, task loss + `kl_weight` · KL(base ‖ model), in nats per token, by Adam: the loss on the
     recipe's validation rows, KL on the split train of the folders `text`, one sequence of each a step. Returns the α,
-    `layer_rates` for a recipe whose layers shall move by them (each α over the mean of all), and `task_loss` and `kl`,
-    the means over the first and the last quarter of the steps. Raises UserError if `path` is no grown checkpoint, if
-    there are no such rows, or if OUT is there.
+    and `task_loss` and `kl`, the means over the first and the last quarter of the steps. Raises UserError if `path` is
+    no grown checkpoint, if there are no such rows, or if OUT is there.
     """
     refuse_existing(Path(out))
-    config = Checkpoint(path).config
-    plan = GrowthPlan.from_config(config)
-    if plan is None:
+    if GrowthPlan.from_config(Checkpoint(path).config) is None:
         raise UserError(f"{path}: was not grown, so its layers have no dial")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     general = general_text(text, recipe.max_length, tokenizer, recipe.seed)
@@ -46,20 +43,12 @@ def layer_dial(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: 
     alphas, losses = _learn(Dial(path).model, task, general, kl_weight, steps, recipe.seed)
     quarter = max(1, steps // 4)
     ends = [torch.tensor(part).mean(0).tolist() for part in (losses[:quarter], losses[-quarter:])]
-    return set_layer_alphas(path, out, alphas) | {
-        "layer_rates": _layer_rates(plan, alphas, text_config(config)["num_hidden_layers"]),
+    return set_layer_alphas(path, out, [round(alpha, 3) for alpha in alphas]) | {
         "kl_weight": kl_weight,
         "steps": steps,
         "task_loss": [end[0] for end in ends],
         "kl": [end[1] for end in ends],
     }
-
-
-def _layer_rates(plan: GrowthPlan, alphas: list[float], layers: int) -> list[float]:
-    """α over the mean of all, for each layer of the model; 1 where nothing has grown, and if all α are 0."""
-    mean = sum(alphas) / len(alphas)
-    rates = {layer: round(alpha / mean, 3) for layer, alpha in zip(plan.layers, alphas, strict=True) if mean}
-    return [rates.get(layer, 1.0) for layer in range(layers)]
 
 
 def _learn(
@@ -84,4 +73,4 @@ def _learn(
             alphas.clamp_(_EDGE, 1 - _EDGE)
         losses.append([loss.item(), kl.item()])
     snapped = (alphas - 0.5).abs() >= 0.5 - 2 * _EDGE
-    return [round(alpha, 3) for alpha in torch.where(snapped, alphas.round(), alphas).tolist()], losses
+    return torch.where(snapped, alphas.round(), alphas).tolist(), losses

@@ -23,10 +23,9 @@ from grow.checkpoint.hub import locate
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
-from grow.plan import canonical, text_config
+from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, read_sequences
-from grow.training.layer_rates import check_rates
 from grow.training.run_file import check_recipe, from_rank_0, write_run_file
 
 
@@ -147,7 +146,6 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
-    check_rates(recipe.layer_rates, text_config(start.config).get("num_hidden_layers", 0))
     method.check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)

@@ -32,7 +32,6 @@ from grow.training.callbacks import Pace, Watch
 from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
 from grow.training.gradient_norm import one_pass_norm
-from grow.training.layer_rates import rate_by_layer
 from grow.training.probe import Probe
 from grow.training.resume import load_checkpoint
 
@@ -58,20 +57,7 @@ class GrowTrainer(transformers.Trainer):
         self.pace = Pace(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
-        self._first_factor = 1.0  # of the rates of the layers; see create_optimizer
         self.model.register_state_dict_post_hook(drop_frozen)
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, with the rate of each layer if the recipe has such."""
-        there = self.optimizer is not None  # Trainer asks more than once
-        optimizer = super().create_optimizer(model)
-        if self.recipe.layer_rates and not there:
-            # What is logged is the rate of the first group.
-            self._first_factor = rate_by_layer(optimizer, self.model, self.recipe.layer_rates)
-        return optimizer
-
-    def _get_learning_rate(self) -> float:
-        return super()._get_learning_rate() / self._first_factor
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 

@@ -204,9 +204,7 @@ class Study:
 
 def arguments(values: dict[str, Any]) -> list[str]:
     """Of a command: a list with commas."""
-    return [
-        f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
-    ]
+    return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
 
 
 def grow(*words: str | Path) -> None:
