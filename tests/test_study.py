@@ -40,21 +40,29 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
 
 
 def study(grid: Path, *more: str, code: int = 0) -> str:
-    return run(
-        sys.executable, ROOT / "recipes/study/run.py", grid, "--work", grid.parent / "work", *more, code=code
-    ).stderr
+    """As the page has it: the Python of the environment, and nothing in PYTHONPATH."""
+    command = (sys.executable, ROOT / "recipes/study/run.py", grid, "--work", grid.parent / "work", *more)
+    return run(*command, code=code, PYTHONPATH="").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--only", "sft 1 seed 0"), "has no cell"),
+        (("--seed", "1"), "did you mean --seeds"),
+        (("--alphas", "0.5,x"), "a number is needed"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: tuple[str, ...], message: str, text_base: Path, sums: Path, tmp_path: Path
+) -> None:
+    error = study(make_grid(tmp_path, text_base, sums), *words, code=2)
+    assert error.count("\n") == 1 and message in error
 
 
 @pytest.mark.full
 def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: Path, tmp_path: Path) -> None:
     grid = make_grid(tmp_path, text_base, sums)
-    for words, message in (
-        (("--only", "sft 1 seed 0"), "has no cell"),
-        (("--seed", "1"), "did you mean --seeds"),
-        (("--alphas", "0.5,x"), "a number is needed"),
-    ):
-        error = study(grid, *words, code=2)
-        assert error.count("\n") == 1 and message in error
     study(grid, "--only", "sft 0.001 seed 0")
     results = tmp_path / "results.jsonl"
     (first,) = results.read_text().splitlines()

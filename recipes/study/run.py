@@ -25,6 +25,8 @@ import yaml
 from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where `grow` is: a script sees its own folder alone
+
 from grow.arguments import checked, number
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
@@ -32,7 +34,7 @@ from grow.errors import UserError
 from grow.recipe import read_recipe, sliced
 from grow.tables import write_text
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 
