@@ -92,7 +92,9 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         [re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in part.splitlines() if line.startswith("| ")][2:]
         for part in re.split(r"\n\n(?=[A-Z]|\| method \| rate)", text)
     ]
-    matched, kept, (_, *every) = (table for table in tables if table)
+    leading, (_, *every), matched, kept = (table for table in tables if table)
+    cells = [f"{loss:.3f} at {rise:+.3f}" for loss, rise in zip(losses, rises, strict=True)]
+    assert leading == [["sft", "0.001", *cells[:2]], ["some layers", "0.01", *cells[2:]]]
     assert [row[4] for row in every] == [f"{loss:.3f}" for loss in losses]
     assert [row[6].split(" ")[0] for row in every] == [f"{rise:+.3f}" for rise in rises]
     bound = 0.01 * base["loss"]

@@ -67,9 +67,9 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
-    """Writes OUT/study.md, which compares methods; and of each grid GRID.md, which has all its points, GRID.png,
-    GRID-layers.png and, where validation was frequent, GRID-over-steps.png. Grids are of different size and stand
-    apart. Raises UserError as read_lines does."""
+    """Writes OUT/study.md, which compares the leading methods, those with the most seeds; and of each grid GRID.md,
+    which compares all and has every point, GRID.png, GRID-layers.png and, where validation was frequent,
+    GRID-over-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
@@ -82,15 +82,16 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
         title = f"{grid}: {_runs(lines)}.\n"
         methods = _methods(points)
-        parts += [title, _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
+        parts += [title, _leading(points)]
         all_points.append(str(folder / f"{name}.md"))
-        write_text(all_points[-1], f"{title}\n{_table(points, lines[0])}")
+        tables = [_table(points, lines[0]), _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
+        write_text(all_points[-1], "\n".join([title, *tables]))
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
-        if all(len(line.get("history", [])) > 2 for line in lines):
+        if watched := [line for line in lines if len(line.get("history", [])) > 2]:
             plots.append(folder / f"{name}-over-steps.png")
-            draw_steps(lines, plots[-1])
+            draw_steps(watched, plots[-1])
     text = "\n".join(parts)
     write_text(folder / "study.md", text)
     return {"table": str(folder / "study.md"), "points": all_points, "plots": list(map(str, plots)), "text": text}
@@ -143,6 +144,24 @@ def targets(points: list[Point], base_loss: float) -> list[float]:
     """Five task losses at which to compare: the best that any method reached, rounded up, and parts of the way back."""
     best = min(one["loss"] for one in points)
     return [round(best + (base_loss - best) * share + 0.005, 2) for share in (0.0, 0.025, 0.05, 0.1, 0.2)]
+
+
+def _leading(points: list[Point]) -> str:
+    """Task and general text over the dial: a row for each method and rate, of the points with the most seeds alone."""
+    most = max(one["seeds"] for one in points)
+    leading = [one for one in points if one["seeds"] == most]
+    ahead = frontier(leading)
+    alphas = sorted({one["alpha"] for one in leading})
+    rows: dict[tuple[str, str], list[str]] = defaultdict(lambda: [""] * len(alphas))
+    for one in leading:
+        cell = f"{one['loss']:.3f} at {one['text']:+.3f}"
+        row = rows[one["label"], f"{one['learning_rate']:g}"]
+        row[alphas.index(one["alpha"])] = f"**{cell}**" if one in ahead else cell
+    seeds = "one seed" if most == 1 else f"means of {most} seeds"
+    return (
+        f"Task loss at the rise of general text, nats per token, {seeds}; in bold what no other here beats in both.\n\n"
+        + markdown(["method", "rate", *(f"α = {alpha:g}" for alpha in alphas)], [[*k, *r] for k, r in rows.items()])
+    )
 
 
 def _matched(methods: dict[str, list[Point]], base: dict[str, Any]) -> str:
