@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.verify import verify
 from grow.model import load
 from tests.running import here, train
@@ -44,6 +45,10 @@ def test_a_mean_of_weights(
         grown = load(tmp_path / "still", torch.float32)
         assert torch.allclose(logits(grown), logits(load(tmp_path / "mean", torch.float32)), atol=2e-2)
         assert torch.equal(logits(load(tmp_path / "still", torch.float32, 0)), logits(load(text_base, torch.float32)))
+        here(capsys, "growth", run, tmp_path / "package", "--average", "3")
+        here(capsys, "attach", text_base, tmp_path / "package", tmp_path / "again")
+        again, still = read_growth(tmp_path / "again"), read_growth(tmp_path / "still")
+        assert again["tensors"] == still["tensors"], "checksums"
 
     consolidate(str(run), str(tmp_path / "one"), dtype="float32", average=1)
     assert folder_checksums(tmp_path / "one") == folder_checksums(tmp_path / "6")

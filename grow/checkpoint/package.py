@@ -16,8 +16,8 @@ from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size
 from grow.errors import UserError
 
 
-def _open_grown(path: str, start: str = "", tag: str = "") -> Source:
-    source = open_source(path, start, tag)
+def _open_grown(path: str, start: str = "", tag: str = "", average: int = 1) -> Source:
+    source = open_source(path, start, tag, average)
     if source.plan is None:
         raise UserError(f"{path}: was not grown; there is no base and no growth to take out of it")
     return source
@@ -48,12 +48,13 @@ def growth(
     max_shard_size: str = GROWTH_SHARD_SIZE,
     start: str = "",
     tag: str = "",
+    average: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Writes OUT, the growth package of a run or a grown checkpoint."""
+    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`: see open_source."""
     size = parse_size("--max-shard-size", max_shard_size)
     refuse_existing(Path(out))
-    source = _open_grown(path, start, tag)
+    source = _open_grown(path, start, tag, average)
     grown = source.start
     known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
     added = source.growth()

@@ -150,7 +150,7 @@ def base(source: str, out: str, json: bool = False) -> str:
     return say(run(source, out), lambda r: f"base of {len(r['files'])} shards written: {r['out']}", json)
 
 
-def growth(source: str, out: str, start: str = "", tag: str = "", json: bool = False) -> str:
+def growth(source: str, out: str, start: str = "", tag: str = "", average: str = "1", json: bool = False) -> str:
     """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
 
     Example: python -m grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
@@ -160,12 +160,14 @@ def growth(source: str, out: str, start: str = "", tag: str = "", json: bool = F
         out: The growth package; must not exist yet.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
         json: Print one JSON object.
     """
     from grow.checkpoint.package import growth as run
 
+    count = number("--average", average)
     with Bar("writing") as bar:
-        result = run(source, out, start=start, tag=tag, progress=bar.add)
+        result = run(source, out, start=start, tag=tag, average=count, progress=bar.add)
     return say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
 
