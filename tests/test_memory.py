@@ -102,6 +102,13 @@ def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
     planned = json.loads(grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3", "--json").stdout)
     assert planned["disk_bytes"] == 4 * planned["checkpoint_bytes"]
     assert planned["stages"]["3 with CPU offload"]["optimizer"] == 0
-    for words in (["--world-size", "0"], ["--world-size", "x"], ["--method", "g_freeze"], ["--methud", "sft"]):
-        assert grow("plan", recipe, *words, code=2).stderr.count("\n") == 1
+    for words, message in (
+        (["--world-size", "0"], "at least 1"),
+        (["--world-size", "x"], "a number is needed"),
+        (["--method", "g_freeze"], "python -m grow expand"),
+        (["--base", str(tmp_path / "none")], "no such folder"),
+        (["--methud", "sft"], "did you mean --method"),
+    ):
+        error = grow("plan", recipe, *words, code=2).stderr
+        assert error.count("\n") == 1 and message in error
     assert "is for a recipe" in grow("plan", text_base, "--method", "sft", code=2).stderr

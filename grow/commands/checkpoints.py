@@ -11,7 +11,7 @@ from grow.text import Bar, memory_text, plan_text, say, verify_text
 
 
 def plan(
-    base: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
+    source: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
 ) -> str:
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
@@ -21,8 +21,8 @@ def plan(
     Example: python -m grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
 
     Args:
-        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache; or
-            a recipe, FILE.yaml.
+        source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
+            cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json,
             or of what layer-dial wrote, top:6:DIR.
@@ -30,18 +30,18 @@ def plan(
         json: Print one JSON object.
         fields: Of a recipe: fields that are given another value.
     """
-    if base.endswith((".yaml", ".yml")):
+    if source.endswith((".yaml", ".yml")):
         from grow.recipe import read_recipe
         from grow.training.memory import describe as describe_run
 
-        return say(describe_run(read_recipe(base, fields), number("--world-size", world_size)), memory_text, json)
+        return say(describe_run(read_recipe(source, fields), number("--world-size", world_size)), memory_text, json)
     if fields:
-        raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {base} is a checkpoint")
+        raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a checkpoint")
 
     from grow.checkpoint.expand import added_tensors, describe, make_plan
     from grow.checkpoint.shards import Checkpoint
 
-    checkpoint = Checkpoint(base)
+    checkpoint = Checkpoint(source)
     grown, prefixes = make_plan(checkpoint, factor, layers)
     return say(describe(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
 

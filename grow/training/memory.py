@@ -14,6 +14,7 @@ from grow.errors import UserError
 from grow.methods.method import of_language_model
 from grow.plan import text_config
 from grow.recipe import Recipe
+from grow.training.start import starting_checkpoint
 
 DISK_RATE = 0.5e9
 """Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
@@ -34,7 +35,7 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: at least 1 is needed")
-    start = Checkpoint(recipe.start)
+    start = starting_checkpoint(recipe)
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
     shapes |= method.adds(shapes)

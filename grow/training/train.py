@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from grow.allocator import keep_memory
-from grow.checkpoint.hub import locate
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import Preempted, UserError
@@ -27,6 +26,7 @@ from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, read_sequences
 from grow.training.run_file import check_recipe, from_rank_0, write_run_file
+from grow.training.start import starting_checkpoint
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -130,37 +130,18 @@ def _result(trainer: Any) -> dict[str, Any]:
 def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
     run, world_size = Path(recipe.output_dir), _world_size()
-    method = recipe.make_method()
-    if method.grows and not Path(recipe.grown).is_dir():
-        _base(recipe)
-        raise UserError(
-            f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
-        )
-    start = Checkpoint(recipe.grown if method.grows else _base(recipe))
-    if method.grows != ("growth" in start.config):
-        what = "is not grown; run python -m grow expand" if method.grows else "is grown already; give its base"
-        raise UserError(f"{recipe.start}: {what}")
+    start = starting_checkpoint(recipe)
     per_step = world_size * recipe.per_device_train_batch_size
     if recipe.train_batch_size % per_step:
         raise UserError(
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
-    method.check(recipe)
+    recipe.make_method().check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)
     check_recipe(run, recipe)
     return start
-
-
-def _base(recipe: Recipe) -> Path:
-    """The base's folder. Raises UserError, which says how to get it, if it is not here."""
-    try:
-        return locate(recipe.base)
-    except UserError:
-        if "gemma3_270m" not in recipe.base:
-            raise
-        raise UserError(f"{recipe.base}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it") from None
 
 
 def _sound_checkpoint(run: Path) -> Path | None:
