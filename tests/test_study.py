@@ -138,16 +138,20 @@ def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     assert points and all(path.read_text() == (ROOT / "recipes/study" / path.name).read_text() for path in points)
 
 
-def test_the_pages_conclusions_are_of_points_in_the_results() -> None:
+def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
     """Of one seed or of several."""
     grids: dict[str, list[dict]] = {}
     for line in read_lines(ROOT / "recipes/study/results.jsonl"):
         grids.setdefault(line["grid"], []).extend(point(line, place) for place in line["dial"])
     known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}") for own in grids.values() for p in [*own, *over_seeds(own)]}
-    page = (ROOT / "recipes/study/README.md").read_text().replace("−", "-")
-    section = page.partition("\n## What it says")[2].partition("\n## Limits")[0]
-    shown = set(re.findall(r"(\d\.\d{3}) at ([+-]\d\.\d{3})", section))
-    assert len(shown) >= 30 and shown <= known, shown - known
+    for name, heading, least in (
+        ("recipes/study/README.md", "What it says", 30),
+        ("README.md", "Who forgets least", 10),
+    ):
+        page = (ROOT / name).read_text().replace("−", "-")
+        section = page.partition(f"\n## {heading}")[2].partition("\n## ")[0]
+        shown = set(re.findall(r"(\d\.\d{3}) at ([+-]\d\.\d{3})", section))
+        assert len(shown) >= least and shown <= known, shown - known
 
 
 def test_the_first_pages_numbers_are_those_of_the_results() -> None:
