@@ -21,9 +21,9 @@ for step in range(8):
     small += [torch.ones(2**12) for _ in range(40)]
     middle = [torch.ones(2**20 + 2**18 * step) for _ in range(40)]
     del large, middle
-    taken.append((psutil.Process().memory_info().rss - start) / 2**20)
     if bound:
         holes.give_back()
+    taken.append((psutil.Process().memory_info().rss - start) / 2**20)
 print(json.dumps(taken))
 """
 
@@ -40,5 +40,6 @@ def test_memory_is_kept_and_its_holes_are_given_back() -> None:
     kept, bounded = taken(False), taken(True)
     assert kept[0] > 300, "what was freed stays with the process"
     assert max(kept) == pytest.approx(kept[-1], rel=0.01), "and never leaves"
-    assert min(bounded[i + 1] / bounded[i] for i in range(7)) < 1, "holes leave"
+    assert bounded[0] > 300, "one step's worth stays"
+    assert min(bounded[1:]) < 100, "holes leave once they have grown to much"
     assert max(bounded) < max(kept)
