@@ -131,9 +131,7 @@ def test_a_verdict_needs_the_whole_interval(rise: float, margin: float, said: st
 
 def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     text = study_report(ROOT / "recipes/study/results.jsonl", str(tmp_path))["text"]
-    page = (ROOT / "recipes/study/README.md").read_text()
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert tables and all(table in page for table in tables)
+    assert text.count("\n| ") > 20 and text in (ROOT / "recipes/study/README.md").read_text()
     points = [path for path in tmp_path.glob("*.md") if path.name != "study.md"]
     assert points and all(path.read_text() == (ROOT / "recipes/study" / path.name).read_text() for path in points)
 

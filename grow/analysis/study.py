@@ -80,12 +80,16 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     for grid, lines in grids.items():
         base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
         points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
-        title = f"{grid}: {_runs(lines)}.\n"
+        title = f"{grid}: {_runs(lines)}\n"
         methods = _methods(points)
-        parts += [title, _leading(points)]
+        parts += [
+            f"### {title}",
+            _leading(points),
+            f"All points, and all methods at matched score: [{name}.md]({name}.md).\n",
+        ]
         all_points.append(str(folder / f"{name}.md"))
         tables = [_table(points, lines[0]), _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
-        write_text(all_points[-1], "\n".join([title, *tables]))
+        write_text(all_points[-1], "\n".join([f"# {title}", *tables]))
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
