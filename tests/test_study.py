@@ -106,6 +106,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         first_target = float(re.search(r"task loss at most \| ([\d.]+)", text)[1])
         enough = [rise for rise, loss in zip(rises[own], losses[own], strict=True) if loss <= first_target]
         assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
+        assert all(re.search(r"; known [+-]\d\.\d\d \(", cell) for cell in row[1:] if cell != "–")
     assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)
 
 
@@ -127,6 +128,18 @@ def test_seeds_are_brought_together() -> None:
 )
 def test_a_verdict_needs_the_whole_interval(rise: float, margin: float, said: str) -> None:
     assert verdict(rise, margin, 0.03) == said
+
+
+def test_of_text_a_rise_is_a_loss_and_its_margin_is_no_less_wide() -> None:
+    """Their unit, nats a token for nats a row, is negative."""
+    known = {"loss": 3.0, "log_likelihood": -300.0}
+    change = {"from_base": {"log_likelihood": -6.0, "interval": [-9.0, -3.0]}}
+    line = {"label": "sft", "method": "sft", "learning_rate": 1e-5, "seed": 0, "general_text": ["prose"]}
+    place = {"alpha": 1, "task": {"loss": 1.0, "token_accuracy": 0.5}, "retention": {"prose": change, "asked": change}}
+    found = point(line | {"base": {"retention": {"prose": known, "asked": known}}}, place)
+    assert found["sets"] == {"prose": pytest.approx(0.06), "asked": -6.0}
+    assert found["set_margins"] == {"prose": pytest.approx(0.03), "asked": 3.0}
+    assert (found["text_margin"], found["questions_margin"]) == (pytest.approx(0.03), 3.0)
 
 
 def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
     texts, sets, widths = set(line["general_text"]), {}, {}
     for name, known in place["retention"].items():
         change, before = known["from_base"], line["base"]["retention"][name]
-        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0
+        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0  # of text negative: a cost rises
         sets[name] = change["log_likelihood"] * unit
-        widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * unit
+        widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * abs(unit)
     groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
     found: Point = {"loss": place["task"]["loss"], "accuracy": place["task"]["token_accuracy"], "sets": sets}
     found["set_margins"] = widths
@@ -88,7 +88,7 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
             f"All points, and all methods at matched score: [{name}.md]({name}.md).\n",
         ]
         all_points.append(str(folder / f"{name}.md"))
-        tables = [_table(points, lines[0]), _matched(methods, base), _kept(methods, lines[0]), *_seeds(points)]
+        tables = [_table(points, lines[0]), _matched(methods, lines[0]), _kept(methods, lines[0]), *_seeds(points)]
         write_text(all_points[-1], "\n".join([f"# {title}", *tables]))
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
@@ -168,24 +168,28 @@ def _leading(points: list[Point]) -> str:
     )
 
 
-def _matched(methods: dict[str, list[Point]], base: dict[str, Any]) -> str:
+def _matched(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     """Forgetting at matched task score: a row for each method as trained, and one over the whole dial."""
-    losses = targets([one for own in methods.values() for one in own], base["task"]["loss"])
+    losses = targets([one for own in methods.values() for one in own], line["base"]["task"]["loss"])
+    questions = set(line["base"]["retention"]) - set(line["general_text"])
     rows = []
     for label, own in methods.items():
         for what, some in (("α = 1", [one for one in own if one["alpha"] == 1]), ("any α", own)):
             found = [at_most(some, loss) for loss in losses]
-            rows.append([f"{label}, {what}", *map(_forgot, found)])
+            rows.append([f"{label}, {what}", *(_forgot(one, questions) for one in found)])
     header = ["task loss at most", *(f"{loss:.2f}" for loss in losses)]
-    return "General text, rise in nats per token, of the point that forgot least at that task loss.\n\n" + markdown(
-        header, rows
+    return (
+        "General text, rise in nats per token, of the point (rate, α) that forgot least of it at that task loss; and "
+        "which set of questions fared worst there, change in nats an answer.\n\n" + markdown(header, rows)
     )
 
 
-def _forgot(one: Point | None) -> str:
+def _forgot(one: Point | None, questions: set[str]) -> str:
     if one is None:
         return "–"
-    return f"{one['text']:+.3f} ± {one['text_margin']:.3f} ({one['learning_rate']:g}, {one['alpha']:g})"
+    worst = [f"; {name} {one['sets'][name]:+.2f}" for name in sorted(questions, key=lambda name: one["sets"][name])[:1]]
+    shown = [f"{one['text']:+.3f} ± {one['text_margin']:.3f}", *worst]
+    return f"{''.join(shown)} ({one['learning_rate']:g}, {one['alpha']:g})"
 
 
 def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:

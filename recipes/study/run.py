@@ -134,8 +134,8 @@ class Study:
                 grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}")
         return grown
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Trains and scores one cell."""
+    def run(self, cell: Cell) -> None:
+        """Trains and scores one cell, and notes what it came to before its checkpoints go."""
         against, start = self.base_scores(), self.start(cell)
         run, trained, out = (self.work / f"{cell.name}{end}".replace(" ", "-") for end in ("", "-trained", "-scores"))
         grow(
@@ -144,15 +144,14 @@ class Study:
         )  # fmt: skip
         grow("rank", run, "--out", f"{run}-ranking")
         if not trained.exists():
-            form = ("--format", "grown") if cell.layers else ("--dtype", "float32")
+            form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
         dial = [f"--alpha={self.alphas}", "--against", str(against)]
         self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
-        line = self.line(cell, run, scored, read_json(against), read_json(out))
+        self.note(self.line(cell, run, scored, read_json(against), read_json(out)))
         for left in () if self.keep else {run, trained, scored}:
-            shutil.rmtree(left)
-        return line
+            remove(left)
 
     def by_layer(self, cell: Cell, trained: Path) -> Path:
         """The checkpoint with an α of its own in each layer, if the cell wants that; else the one given."""
@@ -204,6 +203,14 @@ class Study:
         return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
 
+def remove(folder: Path) -> None:
+    """Under another name first: what is half gone would be taken for whole by a later run of the cell."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def arguments(values: dict[str, Any]) -> list[str]:
     """Of a command: a list with commas."""
     return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
@@ -236,7 +243,7 @@ def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: st
         with contextlib.suppress(Timeout), runner.lock(cell.name).acquire(blocking=False):
             if only or cell.name not in runner.done():
                 print(f"== {place} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
-                runner.note(runner.run(cell))
+                runner.run(cell)
 
 
 if __name__ == "__main__":
