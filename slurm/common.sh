@@ -103,8 +103,8 @@ part() {
     ((status == 0)) || settle "$status" "$1"
 }
 
-# begin RECIPE [--field value …]: every job's start.
-begin() {
+# ready: every job's start, whatever it does.
+ready() {
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
     trap stop_signalling EXIT
@@ -115,6 +115,11 @@ begin() {
     install "$ROOT/requirements.txt"
     [[ -z $CONTAINER || ${INTERFACE:-} != auto ]] ||
         die 2 "INTERFACE=auto asks Slurm, which is not in a container; name the interface"
+}
+
+# begin RECIPE [--field value …]: the start of a job that works on one run.
+begin() {
+    ready
     local shown
     shown=$(grow show "$1" output_dir start "${@:2}")
     { read -r run && read -r start; } <<<"$shown"

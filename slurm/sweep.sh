@@ -2,12 +2,15 @@
 # Every combination of recipes, methods, rates and seeds, as a job array; what is done is left out.
 #
 #     RECIPES="recipes/gemma3_1b/translation.yaml" METHODS="g_freeze sft" RATES="1e-5 5e-5" SEEDS="0 1" slurm/sweep.sh
+#     STUDY=recipes/study/translation.yaml slurm/sweep.sh --seeds 0,1,2
 #
-# Arguments are fields for every run (--max_steps 200). Each run is a whole job as slurm/grow_gemma1b.sh is one; run the
-# same command again and only what is missing is submitted.
+# Of RECIPES arguments are fields for every run (--max_steps 200). Each run is a whole job as slurm/grow_gemma1b.sh is
+# one; run the same command again and only what is missing is submitted. Of a STUDY they are those of
+# recipes/study/run.py, which PARALLEL jobs run side by side in one folder, SWEEP, each on other cells of the grid.
 #
 # Variables:
-#   RECIPES        files, separated by spaces (needed)
+#   RECIPES        files, separated by spaces (needed, unless there is a STUDY)
+#   STUDY          a grid
 #   METHODS        methods (default: g_freeze)
 #   RATES          learning rates (default: each recipe's own)
 #   SEEDS          seeds (default: 0)
@@ -32,18 +35,45 @@ if [[ ${1:-} == --help ]]; then
     help_of "$0"
     exit 0
 fi
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # as a job: the line of its number in the list, and the fields of all
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} && -n ${STUDY:-} ]]; then # as a job: cells that no other job works on
+    ready
+    run=$SWEEP before=
+    part "what is missing of $STUDY" \
+        step 1 1 "$VENV/bin/python" "$ROOT/recipes/study/run.py" "$STUDY" --work "$SWEEP" "$@"
+    note "done: nothing is left for this job"
+    exit
+fi
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # the line of its number in the list, and the fields of all
     IFS=$'\t' read -r -a words < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
     whole_job "${words[@]}" "${@:2}"
     exit
 fi
 
-[[ -n ${RECIPES:-} ]] || die 2 "RECIPES is not set; see slurm/sweep.sh --help"
-command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/train.sh trains one run"
+[[ -n ${RECIPES:-}${STUDY:-} ]] || die 2 "RECIPES is not set, nor STUDY; see slurm/sweep.sh --help"
+command -v sbatch >/dev/null ||
+    die 2 "there is no Slurm on this machine; launch/train.sh trains one run, recipes/study/run.py a grid of them"
 site_settings
 SWEEP=${SWEEP:-runs/sweep}
 mkdir -p "$SWEEP"
-list=$(cd "$SWEEP" && pwd)/runs-$(date +%Y%m%d-%H%M%S)-$$.tsv
+SWEEP=$(cd "$SWEEP" && pwd)
+read -ra options <<<"${SWEEP_SBATCH:---nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --time=4:00:00}"
+
+submit() { # submit COUNT WHAT ARGUMENT…: an array of so many jobs with these arguments
+    local job
+    job=$(GROW_ROOT=$ROOT sbatch --parsable --array="0-$(($1 - 1))%${PARALLEL:-8}" "${options[@]}" \
+        "$ROOT/slurm/sweep.sh" "${@:3}" | cut -d ';' -f 1)
+    echo "$job: $1 $2"
+    echo "follow: squeue --jobs=$job; tail -F grow-sweep-${job}_*.out"
+}
+
+if [[ -n ${STUDY:-} ]]; then
+    [[ -f $STUDY ]] || die 2 "STUDY=$STUDY: no grid there"
+    STUDY=$(realpath "$STUDY")
+    export STUDY SWEEP
+    submit "${PARALLEL:-8}" "jobs, which share the cells of $STUDY" "$@"
+    exit
+fi
+list=$SWEEP/runs-$(date +%Y%m%d-%H%M%S)-$$.tsv
 done=0
 
 add() { # add RECIPE METHOD RATE SEED FIELDS…: to the list, unless it is done
@@ -69,9 +99,4 @@ for recipe in $RECIPES; do
     done
 done
 [[ -f $list ]] || { echo "all $done runs are done" && exit 0; }
-count=$(wc -l <"$list")
-read -ra options <<<"${SWEEP_SBATCH:---nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --time=4:00:00}"
-job=$(GROW_ROOT=$ROOT sbatch --parsable --array="0-$((count - 1))%${PARALLEL:-8}" "${options[@]}" \
-    "$ROOT/slurm/sweep.sh" "$list" "$@" | cut -d ';' -f 1)
-echo "$job: $count runs, listed in $list; $done were done already"
-echo "follow: squeue --jobs=$job; tail -F grow-sweep-${job}_*.out"
+submit "$(wc -l <"$list")" "runs, listed in $list; $done were done already" "$list" "$@"

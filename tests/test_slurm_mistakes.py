@@ -1,6 +1,7 @@
 """What is missing stands in a job's first lines, within a minute; and jobs that hang together."""
 
 import http.server
+import json
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ from tests.slurm_cluster import Cluster, wait_for
 from tests.test_slurm import NODES, QUICK, Site
 from tests.test_slurm import cluster as cluster
 from tests.test_slurm import site as site
+from tests.test_study import make_grid
 from tests.tiny import run
 
 pytestmark = [
@@ -122,3 +124,23 @@ def test_sweep(site: Site, cluster: Cluster, tmp_path: Path) -> None:
     wait_for(lambda: not cluster.ask("squeue", "--noheader"), 60, "the end of the jobs")
     printed = cluster.ask("slurm/sweep.sh", "--max_steps", "3", cwd=site.clone, **variables)
     assert printed.startswith("all 2 runs are done")
+
+
+def test_sweep_of_a_study(site: Site, cluster: Cluster, tmp_path: Path) -> None:
+    """Two jobs share its cells; asked to leave, they are requeued and go on."""
+    grid = make_grid(tmp_path, site.bases["text"], site.data)
+    variables = site.variables | {
+        "STUDY": str(grid), "SWEEP": str(tmp_path / "a sweep"), "PARALLEL": "2",
+        "SWEEP_SBATCH": "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1",
+    }  # fmt: skip
+    printed = cluster.ask("slurm/sweep.sh", cwd=site.clone, **variables)
+    array = re.match(r"(\d+): 2 jobs, which share the cells of .*grid.yaml", printed)
+    assert array, printed
+    log = site.clone / f"grow-sweep-{array[1]}_0.out"
+    wait_for(lambda: log.exists() and "== " in log.read_text(), 120, "the first job's first cell")
+    cluster.ask("scancel", "--signal=USR1", "--batch", f"{array[1]}_0")
+    wait_for(lambda: not cluster.ask("squeue", "--noheader"), 400, "the end of the jobs")
+    assert "back into the queue" in log.read_text()
+    assert "done: nothing is left" in log.read_text()
+    lines = [json.loads(line)["cell"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert sorted(lines) == ["sft 0.001 seed 0", "some layers 0.01 seed 0"]

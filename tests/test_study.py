@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from grow.analysis.study import over_seeds, point, read_lines, study_report, verdict
+from grow.checkpoint.run_folder import last_checkpoint
+from tests.slurm_cluster import wait_for
 from tests.tiny import ROOT, grow, make_recipe, run
 
 ALPHAS = (0.5, 1)
@@ -108,6 +111,22 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
         assert all(re.search(r"; known [+-]\d\.\d\d \(", cell) for cell in row[1:] if cell != "–")
     assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)
+
+
+@pytest.mark.full
+def test_asked_to_leave_it_leaves_a_checkpoint(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    grid = make_grid(tmp_path, text_base, sums)
+    grid.write_text(
+        grid.read_text().replace("max_steps: 4", "max_steps: 4000").replace("save_steps: 4", "save_steps: 4000")
+    )
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, ROOT / "recipes/study/run.py", grid, "--work", tmp_path / "work"]
+        process = subprocess.Popen(command, stderr=log)
+    wait_for(lambda: "'loss'" in (tmp_path / "log").read_text() or process.poll() is not None, 300, "a step")
+    process.terminate()
+    assert process.wait(120) == 75
+    assert (last_checkpoint(tmp_path / "work" / "sft-0.001-seed-0") / "COMPLETE").exists()
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_seeds_are_brought_together() -> None:

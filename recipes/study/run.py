@@ -6,14 +6,17 @@
 GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
 dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed
 (unless `--keep`: `rank` and `effective-rank` read them). A cell that has a line there is not run again, unless `--only`
-names it, say with more places of the dial. Stopped in the middle of a cell, it goes on from its last checkpoint.
-Several may run side by side in one work folder, one for each GPU: a cell that one runs, the others leave to it.
+names it, say with more places of the dial. Stopped in the middle of a cell, it goes on from its last checkpoint; asked
+to leave (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may run side by side in
+one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): a cell that one runs, the others leave to
+it.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,12 +220,23 @@ def arguments(values: dict[str, Any]) -> list[str]:
 
 
 def grow(*words: str | Path) -> None:
-    """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0."""
+    """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0. Asked to leave,
+    it is asked too; whatever it makes of that, the study ends with 75."""
     command = [sys.executable, "-m", "grow", *map(os.path.expandvars, map(str, words))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr).returncode
-    if code:
-        raise SystemExit(code)
+    asked = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr) as process:
+
+        def leave(which: int, _: Any) -> None:
+            asked.append(which)
+            process.send_signal(which)
+
+        before = {which: signal.signal(which, leave) for which in (signal.SIGTERM, signal.SIGUSR1)}
+        code = process.wait()
+    for which, handler in before.items():
+        signal.signal(which, handler)
+    if code or asked:
+        raise SystemExit(75 if asked else code)
 
 
 def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
