@@ -33,6 +33,7 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
         "recipe": "recipe.yaml", "general_text": ["prose"],
         "fields": {"max_steps": 4, "save_steps": 4, "retention_sets": [f"{folder}/prose[:12]"]},
         "alphas": list(ALPHAS), "limit": 20, "retention_limit": 20, "seeds": [0],
+        "effective_rank": ["some layers 0.01 seed 0"],
         "methods": {
             "sft": {"method": "sft", "learning_rate": [1e-3]},
             "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS} | dial,
@@ -83,7 +84,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
     text = grow("report", results, "--out", tmp_path / "out").stdout
     text += "\n" + (tmp_path / "out" / "grid.md").read_text()
-    for plot in ("grid", "grid-layers", "grid-over-steps"):
+    for plot in ("grid", "grid-layers", "grid-over-steps", "grid-effective-rank-some-layers-0.01-seed-0"):
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
     losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
     places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
@@ -95,7 +96,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         [re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in part.splitlines() if line.startswith("| ")][2:]
         for part in re.split(r"\n\n(?=[A-Z]|\| method \| rate)", text)
     ]
-    leading, (_, *every), matched, kept = (table for table in tables if table)
+    leading, (_, *every), matched, kept, ranks = (table for table in tables if table)
     cells = [f"{loss:.3f} at {rise:+.3f}" for loss, rise in zip(losses, rises, strict=True)]
     assert leading == [["sft", "0.001", *cells[:2]], ["some layers", "0.01", *cells[2:]]]
     assert [row[4] for row in every] == [f"{loss:.3f}" for loss in losses]
@@ -110,6 +111,9 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         enough = [rise for rise, loss in zip(rises[own], losses[own], strict=True) if loss <= first_target]
         assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
         assert all(re.search(r"; known [+-]\d\.\d\d \(", cell) for cell in row[1:] if cell != "–")
+    of_gate = [f["effective_rank"] for f in json.loads(second)["effective_rank"] if f["matrix"] == "mlp.gate_proj"]
+    assert len(of_gate) == 2 and json.loads(first)["effective_rank"] == []
+    assert ranks[1][:4] == ["mlp.gate_proj", f"{sum(of_gate) / 2:.3g}", f"{min(of_gate):.3g}", f"{max(of_gate):.3g}"]
     assert [row[0] for row in kept] == ["sft", "some layers"] and all(row.count("–") == 2 for row in kept)
 
 

@@ -102,15 +102,15 @@ def write_ranks(found: list[dict[str, Any]], out: str, source: str) -> dict[str,
     """Writes OUT/effective_rank.json, .md and .png. Returns what the file holds, and under "text" a summary."""
     folder = Path(out)
     result: dict[str, Any] = {"source": source, "updates": found}
-    summary = _summary(found)
-    _plot(found, folder / "effective_rank.png")
+    summary = rank_table(found)
+    draw_ranks(found, folder / "effective_rank.png")
     write_text(folder / "effective_rank.md", f"Weight updates of {source}.\n\n{summary}\n{_table(found)}")
     write_json(folder / "effective_rank.json", result)
     return result | {"out": str(folder), "text": summary}
 
 
-def _summary(found: list[dict[str, Any]]) -> str:
-    """Over the layers, for each matrix."""
+def rank_table(found: list[dict[str, Any]]) -> str:
+    """Over the layers, for each matrix: as Markdown."""
     header = [
         "matrix", "effective rank: median", "lowest", "highest", "of a random matrix", "stable rank: median",
         "of a random matrix", "update / bf16 rounding: median",
@@ -144,7 +144,8 @@ def _matrices(found: list[dict[str, Any]]) -> list[str]:
     return sorted({f["matrix"] for f in found})
 
 
-def _plot(found: list[dict[str, Any]], path: Path) -> None:
+def draw_ranks(found: list[dict[str, Any]], path: Path) -> None:
+    """A heat map: layers × matrices."""
     matrices, layers = _matrices(found), sorted({f["layer"] for f in found})
     share = np.full((len(layers), len(matrices)), np.nan)
     figure, axes = new_figure(2.2 + 0.75 * len(matrices), 1.6 + 0.28 * len(layers))

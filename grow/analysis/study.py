@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from grow.analysis.curves import Point, draw_curves, draw_layers, draw_steps, frontier
+from grow.analysis.effective_rank import draw_ranks, rank_table
 from grow.errors import UserError
 from grow.tables import markdown, write_text
 
@@ -68,8 +69,9 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
     """Writes OUT/study.md, which compares the leading methods, those with the most seeds; and of each grid GRID.md,
-    which compares all and has every point, GRID.png, GRID-layers.png and, where validation was frequent,
-    GRID-over-steps.png. Grids are of different size and stand apart. Raises UserError as read_lines does."""
+    which compares all and has every point, GRID.png, GRID-layers.png, GRID-effective-rank-CELL.png of the cells that
+    have it and, where validation was frequent, GRID-over-steps.png. Grids are of different size and stand apart. Raises
+    UserError as read_lines does."""
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
@@ -89,10 +91,14 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
         ]
         all_points.append(str(folder / f"{name}.md"))
         tables = [_table(points, lines[0]), _matched(methods, lines[0]), _kept(methods, lines[0]), *_seeds(points)]
+        tables += [_ranks(line) for line in lines if line.get("effective_rank")]
         write_text(all_points[-1], "\n".join([f"# {title}", *tables]))
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
+        for line in (line for line in lines if line.get("effective_rank")):
+            plots.append(folder / f"{name}-effective-rank-{line['cell'].replace(' ', '-')}.png")
+            draw_ranks(line["effective_rank"], plots[-1])
         if watched := [line for line in lines if len(line.get("history", [])) > 2]:
             plots.append(folder / f"{name}-over-steps.png")
             draw_steps(watched, plots[-1])
@@ -206,6 +212,12 @@ def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
         "Rates at which general text is kept, as trained: "
         f"a token costs at most {MARGIN:.0%} more ({bound:.3f} nats).\n\n"
         + markdown(["method", "kept", "undecided", "lost"], rows)
+    )
+
+
+def _ranks(line: dict[str, Any]) -> str:
+    return f"Effective rank of the weight updates, {line['cell']}; over the layers.\n\n" + rank_table(
+        line["effective_rank"]
     )
 
 

@@ -146,6 +146,8 @@ class Study:
             f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         grow("rank", run, "--out", f"{run}-ranking")
+        if self.ranked(cell):
+            grow("effective-rank", run, "--out", f"{run}-ranks")
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
@@ -155,6 +157,10 @@ class Study:
         self.note(self.line(cell, run, scored, read_json(against), read_json(out)))
         for left in () if self.keep else {run, trained, scored}:
             remove(left)
+
+    def ranked(self, cell: Cell) -> bool:
+        """Whether the grid wants this cell's effective ranks."""
+        return cell.name in self.grid.get("effective_rank", ())
 
     def by_layer(self, cell: Cell, trained: Path) -> Path:
         """The checkpoint with an α of its own in each layer, if the cell wants that; else the one given."""
@@ -195,6 +201,7 @@ class Study:
             "base": self.point(base),
             "dial": [self.point(scores) for scores in result.get("dial", [result])],
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
+            "effective_rank": effective_ranks(Path(f"{run}-ranks")) if self.ranked(cell) else [],
         }
 
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +211,16 @@ class Study:
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
         task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
         return {"alpha": scores["alpha"], "task": task, "retention": kept}
+
+
+def effective_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What a line keeps of what `effective-rank` wrote: of each matrix its ranks, and those of noise."""
+    kept = []
+    for found in read_json(folder / "effective_rank.json")["updates"]:
+        same = {key: found[key] for key in ("layer", "matrix")} | {"rounding": {"ratio": found["rounding"]["ratio"]}}
+        same |= {"random": {key: found["random"][key] for key in ("effective_rank", "stable_rank")}}
+        kept.append(same | {key: found[key] for key in ("effective_rank", "stable_rank")})
+    return kept
 
 
 def remove(folder: Path) -> None:
