@@ -46,7 +46,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
     """One place of the dial of one run.
 
-    `loss` and `accuracy` of the task, nats per token; `text`, the rise of what a token of general text costs, nats, and
+    `loss` of the task, nats per token, and `accuracy`, the share of rows answered rightly where an answer is one of
+    several options, else of tokens; `text`, the rise of what a token of general text costs, nats, and
     `text_margin`, half its 95 % interval (sets are independent: their variances add); `questions` and
     `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and
     `set_margins`.
@@ -58,13 +59,18 @@ def point(line: dict[str, Any], place: dict[str, Any]) -> Point:
         sets[name] = change["log_likelihood"] * unit
         widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * abs(unit)
     groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
-    found: Point = {"loss": place["task"]["loss"], "accuracy": place["task"]["token_accuracy"], "sets": sets}
-    found["set_margins"] = widths
+    found: Point = {"loss": place["task"]["loss"], "accuracy": _accuracy(place["task"])}
+    found |= {"sets": sets, "set_margins": widths}
     for group, names in groups.items():
         found[group] = fmean(sets[name] for name in names) if names else nan
         found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
     same = {key: line[key] for key in ("label", "method", "learning_rate", "seed")}
     return same | {"alpha": place["alpha"]} | found
+
+
+def _accuracy(task: dict[str, Any]) -> float:
+    found: float = task.get("accuracy", task["token_accuracy"])
+    return found
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
@@ -248,7 +254,7 @@ def _table(points: list[Point], line: dict[str, Any]) -> str:
         name: known["loss"] if name in texts else -known["log_likelihood"] for name, known in base["retention"].items()
     }
     names, ahead = list(points[0]["sets"]), frontier(points)
-    rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{base['task']['token_accuracy']:.1%}", "0", "0"]]
+    rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{_accuracy(base['task']):.1%}", "0", "0"]]
     rows[0] += ["0"] * len(names)
     for one in points:
         row = [*_head(one), f"{one['loss']:.3f}", f"{one['accuracy']:.1%}"]

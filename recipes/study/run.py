@@ -209,7 +209,8 @@ class Study:
         sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
         keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
-        task = {key: scores["task"][key] for key in ("loss", "token_accuracy", "rows", "intervals")}
+        shown = ("loss", "token_accuracy", "accuracy", "chrf", "bleu", "rows", "intervals")
+        task = {key: scores["task"][key] for key in shown if key in scores["task"]}
         return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
 
