@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.evaluation.overlap import overlapping
 from grow.evaluation.writing import translation_scores
@@ -88,6 +89,8 @@ def test_over_the_dial_and_against_the_base(
     wide = here(capsys, "eval", tmp_path / "half", "--start", text_base, "--alpha", "0,1", "--recipe", recipe, code=2)
     assert "of different shapes" in wide
     assert "no base is inside" in here(capsys, "eval", text_base, "--alpha", "0.5", "--recipe", recipe, code=2)
+    with pytest.raises(UserError, match="a dial without α = 0"):
+        evaluate(str(trained), settings, limit=5, against={"dial": found["dial"][1:]})
     fewer = ("--against", out, "--limit", "5", "--retention-limit", "3")
     assert "other rows" in here(capsys, "eval", trained, "--recipe", recipe, *fewer, code=2)
 
@@ -168,9 +171,12 @@ def test_lm_eval_with_a_local_task(
     task = TASK | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "sums.yaml").write_text(json.dumps(task))
-    options = ("--lm-eval", "local_sums", "--include-path", tmp_path / "tasks")
-    said = here(capsys, "eval", path, *options, "--json")
-    (accuracy,) = json.loads(said.splitlines()[-1])["lm_eval"]["local_sums"].values()
+    group = {"group": "sums", "task": ["local_sums"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "group.yaml").write_text(json.dumps(group))
+    options = ("--lm-eval", "sums", "--include-path", tmp_path / "tasks")
+    found = json.loads(here(capsys, "eval", path, *options, "--json").splitlines()[-1])["lm_eval"]
+    (accuracy,), (of_group,) = found["local_sums"].values(), found["sums"].values()
+    assert (of_group["value"], of_group["rows"]) == (pytest.approx(accuracy["value"]), accuracy["rows"])
     model, tokenizer, right = load(path, compute_dtype()), AutoTokenizer.from_pretrained(path), 0
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for row in rows:

@@ -62,7 +62,9 @@ def test_layers_by_the_size_of_their_update(tmp_path: Path) -> None:
     assert [row["norm"]["mean"] for row in one["figures"]] == pytest.approx([50, 13, 3], rel=1e-5)
     weight = math.sqrt(sum(load_shard(base, name(2, part)).float().square().sum().item() for part in shapes))
     assert one["figures"][0]["relative"]["mean"] == pytest.approx(50 / weight, rel=1e-5)
-    assert one["figures"][1]["matrices"]["mlp.down_proj"]["mean"] == pytest.approx(12, rel=1e-5)
+    down = one["figures"][1]["matrices"]["mlp.down_proj"]
+    weight = load_shard(base, name(0, "down")).float().norm().item()
+    assert (down["mean"], down["relative"]) == (pytest.approx(12, rel=1e-5), pytest.approx(12 / weight, rel=1e-5))
     # The mean of two, how far they are apart; and what layer 0 costs: as much again as a forward pass.
     grow("rank", tmp_path / "seed0", tmp_path / "seed1", "--start", base, "--cost", "--out", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "ranking.json").read_text())

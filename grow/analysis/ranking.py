@@ -66,7 +66,7 @@ def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool =
         found.append(
             {"layer": layer, "score": _mean(scores), "norm": _mean(sizes), "relative": _mean(shares)}
             | ({"cost": price} if cost else {})
-            | {"matrices": {matrix: _mean([norms[layer][matrix][0] for norms in samples]) for matrix in matrices}}
+            | {"matrices": {matrix: _of_matrix([norms[layer][matrix] for norms in samples]) for matrix in matrices}}
         )
     return sorted(found, key=lambda row: -row["score"]["mean"])
 
@@ -77,6 +77,12 @@ def _of_mlp(matrices: dict[str, tuple[float, float]]) -> tuple[float, float]:
     if not own:
         raise UserError("ranking: an MLP has no matrix that trained, and layers are ranked by their MLPs")
     return hypot(*(size for size, _ in own)), hypot(*(weight for _, weight in own))
+
+
+def _of_matrix(sizes: list[tuple[float, float]]) -> dict[str, float]:
+    """Its norm, and `relative`, the mean of that by the weight's (of a weight of zeros 0)."""
+    shares = [size / weight if weight else 0.0 for size, weight in sizes]
+    return _mean([size for size, _ in sizes]) | {"relative": fmean(shares)}
 
 
 def _mean(values: list[float]) -> dict[str, float]:
@@ -110,7 +116,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         (
             [str(place), str(row["layer"])]
             + [_cell(row[key]) for key in ("score", "norm", "relative")]
-            + [_cell(row["matrices"][matrix]) if matrix in row["matrices"] else "–" for matrix in columns]
+            + [_with_share(row["matrices"][matrix]) if matrix in row["matrices"] else "–" for matrix in columns]
             for place, row in enumerate(rows, 1)
         ),
     )
@@ -118,6 +124,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(figure: dict[str, float]) -> str:
     return f"{figure['mean']:.4g}" + (f" ± {figure['spread']:.2g}" if figure["spread"] else "")
+
+
+def _with_share(figure: dict[str, float]) -> str:
+    return f"{_cell(figure)} ({figure['relative']:.2%})"
 
 
 def _plot(rows: list[dict[str, Any]], label: str, path: Path) -> None:

@@ -69,7 +69,7 @@ def evaluate(
     if recipe and recipe.options:
         right_options(sets[0].rows, recipe)  # a mistake in them is found before anything is loaded
     if against:
-        against = against["dial"][0] if "dial" in against else against
+        against = _base_of(against)
         _check_base(against, sets)
     dial = Dial(path, start)
     points: list[dict[str, Any]] = []
@@ -151,6 +151,14 @@ def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sets of old knowledge in a result, by name."""
     first = {"retention": scores["retention"]} if "retention" in scores else {}
     return first | scores.get("retention_sets", {})
+
+
+def _base_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Of an earlier result, of the base itself or over a dial, what is the base's. Raises UserError if nothing is."""
+    for point in result.get("dial", [result | {"alpha": 0}]):
+        if point["alpha"] == 0:
+            return dict(point)
+    raise UserError("--against: a dial without α = 0, which would be the base; score that")
 
 
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:

@@ -77,6 +77,7 @@ def _metrics(task: str, found: dict[str, Any], results: Any) -> dict[str, Any]:
             bounds: Any = interval(numbers)
         else:
             bounds = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else None
+        rows = len(numbers) or len(samples) or found.get("sample_len", 0)  # a group's rows are those of its tasks
         name = metric if filtered == "none" else f"{metric} ({filtered})"
-        metrics[name] = {"value": value, "interval": bounds, "rows": len(numbers) or len(samples)}
+        metrics[name] = {"value": value, "interval": bounds, "rows": rows}
     return metrics
