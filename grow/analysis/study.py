@@ -170,12 +170,13 @@ def _leading(points: list[Point]) -> str:
     alphas = sorted({one["alpha"] for one in leading})
     rows: dict[tuple[str, str], list[str]] = defaultdict(lambda: [""] * len(alphas))
     for one in leading:
-        cell = f"{one['loss']:.3f} at {one['text']:+.3f}"
+        cell = f"{one['loss']:.3f} at {one['text']:+.3f} ± {one['text_margin']:.3f}"
         row = rows[one["label"], f"{one['learning_rate']:g}"]
         row[alphas.index(one["alpha"])] = f"**{cell}**" if one in ahead else cell
     seeds = "one seed" if most == 1 else f"means of {most} seeds"
     return (
-        f"Task loss at the rise of general text, nats per token, {seeds}; in bold what no other here beats in both.\n\n"
+        f"Task loss at the rise of general text ± half its 95 % interval over rows, nats per token, {seeds}; in bold "
+        "what no other here beats in both.\n\n"
         + markdown(["method", "rate", *(f"α = {alpha:g}" for alpha in alphas)], [[*k, *r] for k, r in rows.items()])
     )
 
