@@ -58,7 +58,8 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
-    """How far each layer's MLP moved, Frobenius norm: a line for each method, at its rate with the best task loss.
+    """How far each layer's MLP moved, Frobenius norm: a line for each method, at the rate whose best place of
+    the dial has learnt the task best.
 
     Means over seeds. `lines` are those of a results.jsonl.
     """
@@ -69,7 +70,7 @@ def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
     methods = {line["label"]: line["method"] for line in lines}
     looks = _looks({label: (methods[label], max(map(len, by_rate.values()))) for label, by_rate in rates.items()})
     for label, by_rate in rates.items():
-        rate, best = min(by_rate.items(), key=lambda item: fmean(line["dial"][-1]["task"]["loss"] for line in item[1]))
+        rate, best = min(by_rate.items(), key=lambda item: fmean(map(_least_loss, item[1])))
         layers = sorted(map(int, best[0]["updates"]))
         norms = [fmean(line["updates"][str(layer)] for line in best) for layer in layers]
         axes.plot(layers, norms, **{"label": f"{label}, {rate:g}"} | looks[label])
@@ -77,6 +78,10 @@ def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     axes.grid(alpha=0.3)
     write_figure(path, figure)
+
+
+def _least_loss(line: dict[str, Any]) -> float:
+    return float(min(place["task"]["loss"] for place in line["dial"]))
 
 
 def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
