@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes a stock checkpoint of a finished run, RUN-stock, and scores it into RUN-scores.json; skips what is there.
+# Makes a stock checkpoint of a finished run, RUN-stock, and scores it into RUN-scores.json; skips what is there. Where
+# only some layers have grown, the others are widened with zeros, since stock models have one width.
 #
 #     launch/consolidate.sh RECIPE [--field value …]
 #
@@ -7,7 +8,6 @@
 #   OUT      the stock checkpoint (default: the run's folder with -stock after its name)
 #   SCORES   the file of scores; "none" scores nothing (default: the run's folder with -scores.json after its name)
 #   LIMIT    score only so many held-out rows (default: all)
-#   UNIFORM  1 widens layers that are not grown with zeros, so that one width holds for all (default: not)
 #   ALPHA    the dial: 0 is the base, 1 as trained (default: 1)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
@@ -24,7 +24,7 @@ SCORES=${SCORES:-$run-scores.json}
 if [[ $method == adapter ]]; then
     OUT=$run/result # an adapter is in no stock architecture
 elif [[ ! -d $OUT ]]; then
-    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" ${UNIFORM:+--uniform}
+    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" --uniform
 fi
 [[ $SCORES == none || -f $SCORES ]] ||
     grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" --name "$(basename "$run")" --out "$SCORES"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Grows the base that a recipe names into the grown checkpoint that it trains, unless that is there, or its method
-# starts from the base itself. No GPU is needed. Killed, the same command goes on.
+# starts from the base itself. No GPU is needed. Killed, the same command goes on. One that is there with another FACTOR
+# or other LAYERS than those named is a mistake.
 #
 #     launch/expand.sh RECIPE [--field value …]
 #
@@ -16,10 +17,11 @@ enter "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" grows base grown "${@:2}")
 { read -r grows && read -r base && read -r grown; } <<<"$shown"
-[[ $grows == True && ! -d $grown ]] || exit 0
+[[ $grows == True ]] || exit 0
+[[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.
 exec 9>"$grown.lock"
 flock 9 2>/dev/null || say "$grown.lock: this file system has no locks; see that no other job expands"
-[[ -d $grown ]] || grow expand "$base" "$grown" --factor "${FACTOR:-2}" --layers "${LAYERS:-all}"
+grow expand "$base" "$grown" --keep --factor "${FACTOR:-2}" --layers "${LAYERS:-all}"
 rm -f "$grown.lock"

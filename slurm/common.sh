@@ -129,7 +129,7 @@ begin() {
 }
 
 expanding() {
-    [[ ! -d $start ]] || return 0
+    [[ ! -d $start || -n ${FACTOR:-}${LAYERS:-} ]] || return 0
     # Of slurm/pipeline.sh --pilot: LAYERS then names the ranking.
     [[ -z ${PILOT:-} || -f $run-ranking/ranking.json ]] ||
         part ranking step 1 1 "$VENV/bin/python" -m grow rank "$PILOT" --out "$run-ranking"
@@ -137,7 +137,10 @@ expanding() {
 }
 
 training() {
-    [[ ! -f $run/COMPLETE ]] || return 0
+    if [[ -f $run/COMPLETE ]]; then
+        part "is the finished run this one?" step 1 1 "$VENV/bin/python" -m grow train "$@" --check
+        return
+    fi
     [[ -n ${SKIP_CHECK:-} ]] ||
         part "checking the nodes" ranks "$VENV/bin/python" "$ROOT/slurm/check_node.py" "$(dirname "$run")" "$start"
     part training "$ROOT/launch/train.sh" "$@"

@@ -63,7 +63,7 @@ if [[ $pilot ]]; then
     piloting=$(submit training "" "${gpu[@]}")
     without "--grown" "$@"
     arguments+=(--grown "$run-grown")
-    export PILOT=$run-pilot LAYERS=top:${TOP:-9}:$run-ranking/ranking.json UNIFORM=1
+    export PILOT=$run-pilot LAYERS=top:${TOP:-9}:$run-ranking/ranking.json
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")
 train=$(submit training "$expand" "${gpu[@]}")

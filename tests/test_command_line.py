@@ -9,7 +9,7 @@ import pytest
 
 from grow.methods import METHODS
 from grow.recipe import read_recipe
-from tests.tiny import ROOT, grow, make_data, make_recipe, run
+from tests.tiny import ROOT, grow, make_base, make_data, make_recipe, run
 
 RECIPES = sorted((ROOT / "recipes").glob("gemma3_*/*.yaml"))  # a study's grid is no recipe
 
@@ -55,7 +55,9 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["expand", "{base}", "{out}", "--factor", "2", "--factor", "3"], "given twice"),
         (["expand", "{base}", "{out}", "extra"], "'extra' is too much"),
         (["expand", "{base}", "{base}"], "already there"),
+        (["expand", "{base}", "{base}", "--keep"], "has not grown in layers 0, 1, 2, 3 by 2"),
         (["expand", "{out}", "{out}2"], "no such folder"),
+        (["plan", "{recipe}", "--layers", "0-1"], "are for a checkpoint"),
         (["expand", "{data}", "{out}"], "config.json"),
         (["consolidate", "{base}", "{out}"], "nothing to consolidate"),
         (["verify", "{base}", "--forward"], "--base"),
@@ -93,6 +95,21 @@ def test_a_model_without_gated_mlps_is_refused(tmp_path: Path) -> None:
     transformers.GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt2")
     assert "no gated MLP" in mistake("expand", tmp_path / "gpt2", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_grown_checkpoint_that_is_there_is_the_one_that_was_meant(text_base: Path, tmp_path: Path) -> None:
+    """Of this base, whose every tensor's first row is looked at, and in these layers by this factor."""
+    data, grown = make_data(tmp_path / "data"), tmp_path / "grown"
+    recipe = make_recipe(tmp_path / "recipe.yaml", text_base, grown, data, stage=2)
+    run("launch/expand.sh", recipe, LAYERS="1-2")
+    assert "is there already" in run("launch/expand.sh", recipe, LAYERS="1,2").stdout
+    assert run("launch/expand.sh", recipe).stdout == ""
+    for other in ({"LAYERS": "1"}, {"FACTOR": "3", "LAYERS": "1-2"}):
+        assert "has not grown in layers" in run("launch/expand.sh", recipe, code=2, **other).stderr
+    grow("train", recipe, "--check")
+    other = make_base(tmp_path / "other", "text", seed=1)
+    assert f"did not grow from {other}" in mistake("train", recipe, "--check", "--base", other)
+    grow("train", recipe, "--check", "--base", tmp_path / "nowhere")  # which cannot be looked at
 
 
 def test_a_recipe_with_an_unknown_field(text_base: Path, tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_sweep(site: Site, cluster: Cluster, tmp_path: Path) -> None:
     assert printed.startswith("all 2 runs are done")
 
 
+def test_a_trial_and_then_the_run(site: Site, cluster: Cluster, tmp_path: Path) -> None:
+    """Some layers grow and end in a stock checkpoint; a finished run is not taken for a longer one, nor its growth for
+    that of other layers."""
+    recipe = site.recipe(tmp_path, kind="text", grown=str(tmp_path / "grown"))
+    job = site.submit("slurm/grow_gemma1b.sh", recipe, "--max_steps", "3", LAYERS="0-1", **QUICK)
+    assert cluster.finish(job) == "COMPLETED", site.log(job)
+    assert (tmp_path / "run-stock" / "config.json").exists()
+    for words, layers, says in (
+        (("--max_steps", "5"), "0-1", "holds a run with max_steps 3, not 5"),
+        (("--max_steps", "3"), "0-2", "has not grown in layers 0, 1, 2 by 2"),
+    ):
+        job = site.submit("slurm/grow_gemma1b.sh", recipe, *words, LAYERS=layers, **QUICK)
+        assert cluster.finish(job) == "FAILED" and cluster.field(job, "ExitCode") == "2:0", site.log(job)
+        assert says in site.log(job)
+
+
 def test_sweep_of_a_study(site: Site, cluster: Cluster, tmp_path: Path) -> None:
     """Two jobs share its cells; asked to leave, they are requeued and go on."""
     grid = make_grid(tmp_path, site.bases["text"], site.data)

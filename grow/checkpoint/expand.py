@@ -49,6 +49,16 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
 
 
+def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str, Any]:
+    """Raises UserError if the checkpoint OUT has not grown in these layers of the base by this factor."""
+    wanted, _ = make_plan(Checkpoint(base), factor, layers)
+    there = GrowthPlan.from_config(Checkpoint(out).config)
+    if there is None or (there.factor, there.layers) != (wanted.factor, wanted.layers):
+        asked = f"layers {', '.join(map(str, wanted.layers))} by {wanted.factor}"
+        raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
+    return {"out": out, "base": base, "factor": wanted.factor, "layers": list(wanted.layers)}
+
+
 def gated_mlps(checkpoint: Checkpoint) -> dict[int, str]:
     """The key prefix of each layer's MLP. Raises UserError if they are not all there, in shapes that fit."""
     try:

@@ -31,6 +31,8 @@ def plan(
         fields: Of a recipe: fields that are given another value.
     """
     if source.endswith((".yaml", ".yml")):
+        if (factor, layers) != ("2", "all"):
+            raise UserError("plan: --factor and --layers are for a checkpoint; a recipe's are those of its `grown`")
         from grow.recipe import read_recipe
         from grow.training.memory import describe as describe_run
 
@@ -47,8 +49,9 @@ def plan(
 
 
 def expand(
-    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", json: bool = False
-) -> str:
+    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", keep: bool = False,
+    json: bool = False,
+) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
     Example: python -m grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
@@ -57,17 +60,21 @@ def expand(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json,
-            or of what layer-dial wrote, top:6:DIR.
+        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json, or of what
+            layer-dial wrote, top:6:DIR.
         max_shard_size: The largest file of growth, such as 1GB.
+        keep: An OUT that is there already stays, if it grew in these layers by this factor.
         json: Print one JSON object.
     """
     # As it is imported, numpy would start threads for products of matrices, which spin a while and of which there are
     # none here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    from grow.checkpoint.expand import check_grown
     from grow.checkpoint.expand import expand as run
 
+    if keep and os.path.isdir(out):
+        return say(check_grown(base, out, factor, layers), lambda r: f"is there already: {r['out']}", json)
     with Bar("expanding") as bar:
         result = run(base, out, factor, layers, max_shard_size, bar.add)
     return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)

@@ -5,12 +5,13 @@ from pathlib import Path
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
+from grow.plan import is_growth
 from grow.recipe import Recipe
 
 
 def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     """The recipe's base, or `grown` for a method that grows. Raises UserError, which says how to make it, if it is not
-    there or is the other of the two."""
+    there or is the other of the two, or grew from another base."""
     grows = recipe.make_method().grows
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
@@ -21,7 +22,26 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     if grows != ("growth" in start.config):
         what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
+    if grows and _is_another(start, recipe.base):
+        raise UserError(f"{recipe.grown}: did not grow from {recipe.base}; give `grown` a folder for each base")
     return start
+
+
+def _is_another(grown: Checkpoint, path: str) -> bool:
+    """Whether the base at this path, if there is one, is not the one inside: by the first row of every tensor, since to
+    read all of both would take as long as to grow."""
+    try:
+        base = Checkpoint(path)
+    except UserError:
+        return False
+    own = {name: info for name, info in grown.tensors.items() if not is_growth(name)}
+    shapes = ({name: (info.shape, info.dtype) for name, info in tensors.items()} for tensors in (own, base.tensors))
+    first, second = shapes
+    return first != second or any(
+        grown.lazy(name).rows(0, 1).tobytes() != base.lazy(name).rows(0, 1).tobytes()
+        for name, info in own.items()
+        if info.shape and info.shape[0]
+    )
 
 
 def _base(recipe: Recipe) -> Path:
