@@ -6,7 +6,7 @@
 # Submitted from the repository's folder. Without a RECIPE it is recipes/gemma3_1b/translation.yaml; any of its fields
 # can be given another value. What is done is not done again; asked to leave (time limit, preemption) the job leaves
 # with a checkpoint, requeues itself and goes on from there (with --no-requeue it ends, and goes on when submitted
-# again). Partition, account, nodes and so on are sbatch's options, or SBATCH_… variables (slurm/site.env.example).
+# again). Nodes and GPUs are sbatch's options; partition and account too, or variables (slurm/site.env.example).
 #
 # Variables:
 #   GROW_ROOT     the repository (default: the folder that it was submitted from)

@@ -52,7 +52,8 @@ def study(grid: Path, *more: str, code: int = 0) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--only", "sft 1 seed 0"), "has no cell"),
+        (("--only", "sft 1 seed 0"), "has no row and no cell"),
+        (("--seeds", "0,x"), "a number is needed"),
         (("--seed", "1"), "did you mean --seeds"),
         (("--alphas", "0.5,x"), "a number is needed"),
     ],
@@ -62,6 +63,28 @@ def test_a_mistake_is_one_line(
 ) -> None:
     error = study(make_grid(tmp_path, text_base, sums), *words, code=2)
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate is a list"),
+        ({"learning_rates": [1e-3]}, "did you mean learning_rate?"),
+        ({"learning_rate": [1e-3], "method": "adapter"}, "none that ends in a checkpoint to be scored"),
+        ({"learning_rate": [1e-3], "layers": "all"}, "of no other"),
+        ({"learning_rate": [1e-3], "method": "g_train"}, "say which grow"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_one_line(
+    row: dict[str, object], message: str, text_base: Path, sums: Path, tmp_path: Path
+) -> None:
+    grid = make_grid(tmp_path, text_base, sums)
+    content = yaml.safe_load(grid.read_text())
+    content["methods"]["new"] = {"method": "sft"} | row
+    grid.write_text(yaml.safe_dump(content))
+    error = study(grid, code=2)
+    assert error.count("\n") == 1 and "run.py: new: " in error and message in error
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.full
@@ -75,6 +98,7 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     assert said.count("== 2 of 2: some layers 0.01 seed 0") == 1, "a cell that one runs, the other leaves to it"
     assert "== 1 of 2" not in said
     assert study(grid).count("==") == 0
+    assert study(grid, "--only", "sft").count("==") == 0, "of a row, what is missing"
     again, second = results.read_text().splitlines()
     assert again == first, "what is done stays"
     assert not list((tmp_path / "work").glob("*seed-0")), "checkpoints are removed"

@@ -1,15 +1,16 @@
 """Runs a grid of training runs and scores, one after the other; goes on where it was stopped.
 
-    python recipes/study/run.py GRID [--only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--alphas 0.25,0.5,1]
+    python recipes/study/run.py GRID [--only "sft" | --only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--alphas 0.25,0.5,1]
                                      [--work FOLDER] [--keep]
 
-GRID is a YAML file such as recipes/study/translation.yaml. Each cell is trained, brought into the form that has a
-dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are removed
-(unless `--keep`: `rank` and `effective-rank` read them). A cell that has a line there is not run again, unless `--only`
-names it, say with more places of the dial. Stopped in the middle of a cell, it goes on from its last checkpoint; asked
-to leave (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may run side by side in
-one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): a cell that one runs, the others leave to
-it.
+GRID is a YAML file such as recipes/study/translation.yaml (grid.py says what stands in it). Each cell is trained,
+brought into the form that has a dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID,
+and its checkpoints are removed (unless `--keep`: `rank` and `effective-rank` read them). `--only` names a row, or one
+cell of it. A cell that has a line there is run again only if `--only` names it, scored where it was and where the grid
+says, or at `--alphas`; its new line takes the place of the old. Stopped in the middle of a cell, it goes on from its
+last checkpoint; asked to leave (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may
+run side by side in one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): a cell that one runs,
+the others leave to it.
 """
 
 import contextlib
@@ -19,8 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where `grow` is: a script sees its own folder alone
+
+from grid import Cell, cells
 
 from grow.arguments import checked, number
 from grow.checkpoint.run_folder import last_checkpoint
@@ -41,47 +42,13 @@ ROOT = Path(__file__).parents[2]
 WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's; `average` is
-    how many of the last checkpoints are scored as one; `layer_dial` has the arguments of that command, if each layer
-    gets an α of its own."""
-
-    label: str
-    method: str
-    layers: str
-    factor: int
-    learning_rate: float
-    seed: int
-    fields: dict[str, Any]
-    average: int
-    layer_dial: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """What `--only` calls it."""
-        return f"{self.label} {self.learning_rate:g} seed {self.seed}"
-
-
-def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
-    """All of a grid, one seed after the other."""
-    for seed in seeds:
-        for label, method in grid["methods"].items():
-            for rate in method["learning_rate"]:
-                layers, factor = str(method.get("layers", "")), method.get("factor", 2)
-                more = (
-                    method.get(key, default) for key, default in (("fields", {}), ("average", 1), ("layer_dial", {}))
-                )
-                yield Cell(label, method["method"], layers, factor, float(rate), seed, *more)
-
-
 class Study:
     """A grid, where its results are, and where it works."""
 
     def __init__(self, path: Path, work: Path, alphas: str = "", keep: bool = False):
         self.path, self.work, self.keep = path, work, keep
         self.grid: dict[str, Any] = yaml.safe_load(path.read_text())
-        self.alphas = alphas or ",".join(map(str, self.grid["alphas"]))
+        self.alphas = alphas
         self.recipe = str((path.parent / self.grid["recipe"]).resolve())
         self.results = path.parent / "results.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -92,12 +59,16 @@ class Study:
         """What one of several runners holds while it makes something that they share."""
         return FileLock(self.work / f"{name}.lock".replace("/", "_"))
 
-    def done(self) -> set[str]:
-        """The names of the cells that have a result."""
-        if not self.results.exists():
-            return set()
-        lines = [json.loads(line) for line in self.results.read_text().splitlines()]
-        return {line["cell"] for line in lines if line["grid"] == self.path.name}
+    def done(self) -> dict[str, list[float]]:
+        """The cells that have a result, by name, and at which places of the dial."""
+        lines = map(json.loads, self.results.read_text().splitlines() if self.results.exists() else [])
+        mine = (line for line in lines if line["grid"] == self.path.name)
+        return {line["cell"]: [place["alpha"] for place in line["dial"]] for line in mine}
+
+    def places(self, cell: Cell) -> str:
+        """Where a cell's dial is scored, with commas."""
+        alphas = {*map(float, self.grid["alphas"]), *self.done().get(cell.name, ())}
+        return self.alphas or ",".join(f"{alpha:g}" for alpha in sorted(alphas))
 
     def note(self, line: dict[str, Any]) -> None:
         """Puts a cell's line into the results; in the place of an older one, if it has one."""
@@ -152,7 +123,7 @@ class Study:
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
-        dial = [f"--alpha={self.alphas}", "--against", str(against)]
+        dial = [f"--alpha={self.places(cell)}", "--against", str(against)]
         self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
         self.note(self.line(cell, run, scored, read_json(against), read_json(out)))
         for left in () if self.keep else {run, trained, scored}:
@@ -195,7 +166,7 @@ class Study:
             "dtype": facts["dtype"],
             "device": facts["device"],
             "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
-            f'--only "{cell.name}" --alphas {self.alphas}',
+            f'--only "{cell.name}" --alphas {self.places(cell)}',
             "general_text": self.grid.get("general_text", []),
             "history": list(watched.values()),
             "base": self.point(base),
@@ -266,14 +237,14 @@ def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: st
     for alpha in alphas.split(",") if alphas else ():
         number("--alphas", alpha, float)
     runner = Study(path, Path(work) if work else cache / "study" / path.stem, alphas, keep)
-    # A cell's name ends in its seed.
-    named = [int(seed) for seed in (seeds.split(",") if seeds else only.split()[-1:]) if seed.strip().isdecimal()]
-    wanted = [cell for cell in cells(runner.grid, named or runner.grid["seeds"]) if only in ("", cell.name)]
+    row, _, seed = only.rpartition(" seed ")  # in which a cell's name ends
+    named = [number("--seeds", one) for one in ((seeds or seed) if row else seeds).split(",") if one]
+    wanted = [cell for cell in cells(runner.grid, named or runner.grid["seeds"]) if only in ("", cell.label, cell.name)]
     if not wanted:
-        raise UserError(f"{grid}: has no cell {only!r}")
+        raise UserError(f'{grid}: has no row and no cell {only!r}; a cell is called like "sft 5e-05 seed 0"')
     for place, cell in enumerate(wanted, 1):
         with contextlib.suppress(Timeout), runner.lock(cell.name).acquire(blocking=False):
-            if only or cell.name not in runner.done():
+            if only == cell.name or cell.name not in runner.done():
                 print(f"== {place} of {len(wanted)}: {cell.name}", file=sys.stderr, flush=True)
                 runner.run(cell)
 

@@ -1,0 +1,64 @@
+"""What a grid asks for: its cells, each one training run.
+
+A grid is a YAML file such as translation.yaml. Under `methods` it has rows, LABEL: {method: …, learning_rate: [a list]}
+and, where they are needed, `layers` and `factor` of a method that grows; `fields` of the recipe; `average`, how many of
+the last checkpoints are scored as one; `layer_dial`, the arguments of that command. A cell is a row at one rate with
+one seed; its name is all that a result is known by, so a row that is changed needs another label.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grow.errors import UserError, unknown
+from grow.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's; `average` is
+    how many of the last checkpoints are scored as one; `layer_dial` has the arguments of that command, if each layer
+    gets an α of its own."""
+
+    label: str
+    method: str
+    layers: str
+    factor: int
+    learning_rate: float
+    seed: int
+    fields: dict[str, Any]
+    average: int
+    layer_dial: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What `--only` calls it."""
+        return f"{self.label} {self.learning_rate:g} seed {self.seed}"
+
+
+_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "layer_dial")
+"""What a row of a grid may say, under `methods`."""
+
+
+def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
+    """All of a grid, one seed after the other. Raises UserError for a row that makes no sense."""
+    for label, row in grid["methods"].items():
+        _check(label, row)
+    for seed in seeds:
+        for label, row in grid["methods"].items():
+            for rate in row["learning_rate"]:
+                layers, factor = str(row.get("layers", "")), row.get("factor", 2)
+                more = (row.get(key, default) for key, default in (("fields", {}), ("average", 1), ("layer_dial", {})))
+                yield Cell(label, row["method"], layers, factor, float(rate), seed, *more)
+
+
+def _check(label: str, row: dict[str, Any]) -> None:
+    for key in row:
+        if key not in _ROW:
+            raise UserError(f"{label}: {unknown(key, _ROW, 'part of a row')}")
+    if not isinstance(row.get("learning_rate"), list):
+        raise UserError(f"{label}: learning_rate is a list of rates")
+    if row.get("method") not in METHODS or row["method"] == "adapter":
+        raise UserError(f"{label}: method {row.get('method')!r}: none, or none that ends in a checkpoint to be scored")
+    if METHODS[row["method"]].grows != ("layers" in row):
+        raise UserError(f"{label}: layers (all, or 0-5) say which grow, of a method that grows and of no other")
