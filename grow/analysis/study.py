@@ -184,7 +184,7 @@ def _leading(points: list[Point]) -> str:
 def _matched(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     """Forgetting at matched task score: a row for each method as trained, and one over the whole dial."""
     losses = targets([one for own in methods.values() for one in own], line["base"]["task"]["loss"])
-    questions = set(line["base"]["retention"]) - set(line["general_text"])
+    questions = [name for name in line["base"]["retention"] if name not in line["general_text"]]
     rows = []
     for label, own in methods.items():
         for what, some in (("α = 1", [one for one in own if one["alpha"] == 1]), ("any α", own)):
@@ -197,12 +197,14 @@ def _matched(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
     )
 
 
-def _forgot(one: Point | None, questions: set[str]) -> str:
+def _forgot(one: Point | None, questions: list[str]) -> str:
     if one is None:
         return "–"
-    worst = [f"; {name} {one['sets'][name]:+.2f}" for name in sorted(questions, key=lambda name: one["sets"][name])[:1]]
-    shown = [f"{one['text']:+.3f} ± {one['text_margin']:.3f}", *worst]
-    return f"{''.join(shown)} ({one['learning_rate']:g}, {one['alpha']:g})"
+    shown = f"{one['text']:+.3f} ± {one['text_margin']:.3f}"
+    if questions:
+        worst = min(questions, key=lambda name: one["sets"][name])
+        shown += f"; {worst} {one['sets'][worst]:+.2f}"
+    return f"{shown} ({one['learning_rate']:g}, {one['alpha']:g})"
 
 
 def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:

@@ -35,13 +35,17 @@ def _is_another(grown: Checkpoint, path: str) -> bool:
     except UserError:
         return False
     own = {name: info for name, info in grown.tensors.items() if not is_growth(name)}
-    shapes = ({name: (info.shape, info.dtype) for name, info in tensors.items()} for tensors in (own, base.tensors))
-    first, second = shapes
-    return first != second or any(
-        grown.lazy(name).rows(0, 1).tobytes() != base.lazy(name).rows(0, 1).tobytes()
+    if own.keys() != base.tensors.keys():
+        return True
+    return any(
+        (info.shape, info.dtype) != (base.tensors[name].shape, base.tensors[name].dtype)
+        or (0 not in info.shape[:1] and _first_row(grown, name) != _first_row(base, name))
         for name, info in own.items()
-        if info.shape and info.shape[0]
     )
+
+
+def _first_row(checkpoint: Checkpoint, name: str) -> bytes:
+    return checkpoint.lazy(name).rows(0, 1).tobytes()
 
 
 def _base(recipe: Recipe) -> Path:
