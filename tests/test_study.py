@@ -87,6 +87,15 @@ def test_a_row_that_makes_no_sense_is_one_line(
     assert not (tmp_path / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("methods: [", "is no YAML"), ("recipe: x.yaml", "does not say fields"), ("", "is no grid")]
+)
+def test_what_is_no_grid_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    error = study(tmp_path / "grid.yaml", code=2)
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "work").exists()
+
+
 @pytest.mark.full
 def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: Path, tmp_path: Path) -> None:
     grid = make_grid(tmp_path, text_base, sums)

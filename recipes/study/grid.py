@@ -1,14 +1,18 @@
 """What a grid asks for: its cells, each one training run.
 
-A grid is a YAML file such as translation.yaml. Under `methods` it has rows, LABEL: {method: …, learning_rate: [a list]}
-and, where they are needed, `layers` and `factor` of a method that grows; `fields` of the recipe; `average`, how many of
-the last checkpoints are scored as one; `layer_dial`, the arguments of that command. A cell is a row at one rate with
-one seed; its name is all that a result is known by, so a row that is changed needs another label.
+A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and where on the dial. Under
+`methods` it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of
+a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
+`layer_dial`, the arguments of that command. A cell is a row at one rate with one seed; its name is all that a result is
+known by, so a row that is changed needs another label.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from grow.errors import UserError, unknown
 from grow.methods import METHODS
@@ -36,14 +40,31 @@ class Cell:
         return f"{self.label} {self.learning_rate:g} seed {self.seed}"
 
 
+_NEEDED = ("recipe", "fields", "alphas", "limit", "retention_limit", "seeds", "methods")
 _ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "layer_dial")
-"""What a row of a grid may say, under `methods`."""
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    """Raises UserError, one line, if it is none, or has a row that makes no sense."""
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: no grid there") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+    for key in _NEEDED:
+        if not isinstance(grid, dict) or key not in grid:
+            raise UserError(f"{path}: is no grid: it does not say {key}")
+    for key in grid:
+        if key not in (*_NEEDED, "general_text", "effective_rank"):
+            raise UserError(f"{path}: {unknown(key, _NEEDED, 'part of a grid')}")
+    for label, row in grid["methods"].items():
+        _check(label, row)
+    return dict(grid)
 
 
 def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
-    """All of a grid, one seed after the other. Raises UserError for a row that makes no sense."""
-    for label, row in grid["methods"].items():
-        _check(label, row)
+    """All of a grid, one seed after the other."""
     for seed in seeds:
         for label, row in grid["methods"].items():
             for rate in row["learning_rate"]:

@@ -23,18 +23,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where `grow` is: a script sees its own folder alone
 
-from grid import Cell, cells
+from grid import Cell, cells, read_grid
 
 from grow.arguments import checked, number
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
-from grow.errors import UserError
+from grow.errors import UserError, one_line
 from grow.recipe import read_recipe, sliced
 from grow.tables import write_text
 
@@ -47,7 +46,7 @@ class Study:
 
     def __init__(self, path: Path, work: Path, alphas: str = "", keep: bool = False):
         self.path, self.work, self.keep = path, work, keep
-        self.grid: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.grid = read_grid(path)
         self.alphas = alphas
         self.recipe = str((path.parent / self.grid["recipe"]).resolve())
         self.results = path.parent / "results.jsonl"
@@ -232,8 +231,6 @@ def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: st
     """Runs what is missing of a grid; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
-    if not path.is_file():
-        raise UserError(f"{grid}: no grid there")
     for alpha in alphas.split(",") if alphas else ():
         number("--alphas", alpha, float)
     runner = Study(path, Path(work) if work else cache / "study" / path.stem, alphas, keep)
@@ -257,5 +254,5 @@ if __name__ == "__main__":
         else:
             study(*words, **flags)  # type: ignore[arg-type]
     except UserError as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        print(f"run.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
