@@ -24,8 +24,7 @@ def plan(
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
             cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json,
-            or of what layer-dial wrote, top:6:DIR.
+        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json of a ranking, or top:6:DIR of a layer-dial.
         world_size: Of a recipe: how many GPUs.
         json: Print one JSON object.
         fields: Of a recipe: fields that are given another value.
@@ -60,8 +59,7 @@ def expand(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges such as 0,3,7-9, or the best of a ranking, top:6:ranking.json, or of what
-            layer-dial wrote, top:6:DIR.
+        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json of a ranking, or top:6:DIR of a layer-dial.
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         json: Print one JSON object.
