@@ -128,20 +128,15 @@ begin() {
     note "$run on $SLURM_JOB_NODELIST"
 }
 
-expanding() {
-    [[ ! -d $start || -n ${FACTOR:-}${LAYERS:-} ]] || return 0
+expanding() { # launch/expand.sh knows whether there is anything to do
     # Of slurm/pipeline.sh --pilot: LAYERS then names the ranking.
     [[ -z ${PILOT:-} || -f $run-ranking/ranking.json ]] ||
         part ranking step 1 1 "$VENV/bin/python" -m grow rank "$PILOT" --out "$run-ranking"
     part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"
 }
 
-training() {
-    if [[ -f $run/COMPLETE ]]; then
-        part "is the finished run this one?" step 1 1 "$VENV/bin/python" -m grow train "$@" --check
-        return
-    fi
-    [[ -n ${SKIP_CHECK:-} ]] ||
+training() { # likewise launch/train.sh, and whether a finished run is this recipe's
+    [[ -n ${SKIP_CHECK:-} || -f $run/COMPLETE ]] ||
         part "checking the nodes" ranks "$VENV/bin/python" "$ROOT/slurm/check_node.py" "$(dirname "$run")" "$start"
     part training "$ROOT/launch/train.sh" "$@"
 }

@@ -97,12 +97,13 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
         ]
         all_points.append(str(folder / f"{name}.md"))
         tables = [_table(points, lines[0]), _matched(methods, lines[0]), _kept(methods, lines[0]), *_seeds(points)]
-        tables += [_ranks(line) for line in lines if line.get("effective_rank")]
+        ranked = [line for line in lines if line.get("effective_rank")]
+        tables += map(_ranks, ranked)
         write_text(all_points[-1], "\n".join([f"# {title}", *tables]))
         plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
         draw_curves(methods, base["task"]["loss"], plots[-2])
         draw_layers(lines, plots[-1])
-        for line in (line for line in lines if line.get("effective_rank")):
+        for line in ranked:
             plots.append(folder / f"{name}-effective-rank-{line['cell'].replace(' ', '-')}.png")
             draw_ranks(line["effective_rank"], plots[-1])
         if watched := [line for line in lines if len(line.get("history", [])) > 2]:

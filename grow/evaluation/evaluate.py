@@ -155,10 +155,12 @@ def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _base_of(result: dict[str, Any]) -> dict[str, Any]:
     """Of an earlier result, of the base itself or over a dial, what is the base's. Raises UserError if nothing is."""
-    for point in result.get("dial", [result | {"alpha": 0}]):
-        if point["alpha"] == 0:
-            return dict(point)
-    raise UserError("--against: a dial without α = 0, which would be the base; score that")
+    if "dial" not in result:
+        return result
+    points: dict[float, dict[str, Any]] = {point["alpha"]: point for point in result["dial"]}
+    if 0 not in points:
+        raise UserError("--against: a dial without α = 0, which would be the base; score that")
+    return points[0]
 
 
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:

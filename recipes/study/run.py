@@ -147,6 +147,8 @@ class Study:
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
         # By step: a run that goes on looks once more at where it goes on from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
+        dial = [self.point(scores) for scores in result.get("dial", [result])]
+        alphas = ",".join(f"{place['alpha']:g}" for place in dial)
         return {
             "grid": self.path.name,
             "cell": cell.name,
@@ -165,11 +167,11 @@ class Study:
             "dtype": facts["dtype"],
             "device": facts["device"],
             "command": f"python recipes/study/run.py recipes/study/{self.path.name} "
-            f'--only "{cell.name}" --alphas {self.places(cell)}',
+            f'--only "{cell.name}" --alphas {alphas}',
             "general_text": self.grid.get("general_text", []),
             "history": list(watched.values()),
             "base": self.point(base),
-            "dial": [self.point(scores) for scores in result.get("dial", [result])],
+            "dial": dial,
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
             "effective_rank": effective_ranks(Path(f"{run}-ranks")) if self.ranked(cell) else [],
         }
@@ -234,8 +236,8 @@ def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: st
     for alpha in alphas.split(",") if alphas else ():
         number("--alphas", alpha, float)
     runner = Study(path, Path(work) if work else cache / "study" / path.stem, alphas, keep)
-    row, _, seed = only.rpartition(" seed ")  # in which a cell's name ends
-    named = [number("--seeds", one) for one in ((seeds or seed) if row else seeds).split(",") if one]
+    seed = only.partition(" seed ")[2]  # in which a cell's name ends
+    named = [number("--seeds", one) for one in (seeds or seed).split(",") if one]
     wanted = [cell for cell in cells(runner.grid, named or runner.grid["seeds"]) if only in ("", cell.label, cell.name)]
     if not wanted:
         raise UserError(f'{grid}: has no row and no cell {only!r}; a cell is called like "sft 5e-05 seed 0"')
