@@ -11,7 +11,7 @@ from grow.errors import LEFT, Fault, Preempted, UserError, one_line
 COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__.replace("_", "-"): command
     for command in (
-        checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.show, runs.train,
+        checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.preview, runs.show, runs.train,
         checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach, runs.eval, runs.report,
         studies.rank, studies.effective_rank, studies.dial, studies.layer_dial,
     )

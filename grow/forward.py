@@ -1,10 +1,8 @@
 """Same function, bit for bit? Runs two checkpoints on the same tokens and compares every logit."""
 
-from typing import Any
-
 import torch
 
-from grow.checkpoint.hub import locate
+from grow.data.tokenizer import load_tokenizer
 from grow.model import load
 
 # Any text will do; this one is long enough for 200 tokens in any tokenizer.
@@ -26,9 +24,7 @@ def compare(path: str, base_path: str, device: str = "cpu") -> dict[str, dict[st
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
     logit of the second, by which to judge it.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(locate(base_path), local_files_only=True)
+    tokenizer = load_tokenizer(base_path)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

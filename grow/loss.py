@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.data.tokens import IGNORED
 from grow.model import base_inside
-from grow.tasks import IGNORED
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21
 """Of distributions over the vocabulary, what is in memory at once in fp32: on a GPU so much that its kernels are few;

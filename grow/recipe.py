@@ -1,7 +1,7 @@
 """A recipe: one YAML file with every setting of one run, read and checked.
 
 Names are those of transformers.TrainingArguments; `train_batch_size` is DeepSpeed's, over all ranks. Environment
-variables (`${GROW_CACHE}`) are expanded in strings. On the command line any field can be given another value.
+variables (`${GROW_CACHE}`) are expanded where a folder or a file is named. On the command line any field can be given another value.
 """
 
 import dataclasses
@@ -14,11 +14,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from grow.data.template import Template
 from grow.errors import UserError, unknown
 from grow.methods import METHODS, Method
-from grow.template import Template
 
 METRICS = ("loss", "chrf", "accuracy")
+
+_NO_FIELDS = ("method_fields", "day")
+# In these, and in no text of a prompt or an option, ~ and environment variables are what a shell makes of them.
+_PLACES = {
+    "base", "grown", "data", "data_dir", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
+    "output_dir", "mlp_layers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,21 +33,27 @@ class Recipe:
     """Every field of a recipe but those of its method. Those without a default must be in the file."""
 
     # What is trained. Growth methods start from `grown`, an expanded checkpoint; the others from `base`.
+    # `base_revision` is a branch, a tag or a commit of a base on the hub.
     base: str
+    base_revision: str | None = None
     method: str = "g_freeze"
     grown: str = ""
 
-    # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name. The templates name its columns.
+    # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name, with its revision, the folder inside
+    # and the configuration of its card. The templates name its columns.
     data: str = field(kw_only=True)
     data_revision: str | None = None
     data_dir: str | None = None
+    data_config: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
     prompt: str = ""
     completion: str = ""
-    # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template.
+    # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template, or by one
+    # in a file of your own (Jinja). A row's column `tools` is given to it too.
     messages: str = ""
+    chat_template: str = ""
     # What `eval` measures beside the loss: "chrf" (and BLEU) of what the model writes; "accuracy" among the options,
     # which are all completions that there are.
     metric: str = "loss"
@@ -89,21 +102,30 @@ class Recipe:
     save_total_limit: int = 2
     report_to: str = "tensorboard"
 
-    # Not a line of the file: those fields in it that are the method's own.
+    # Not lines of the file: those fields in it that are the method's own, and the day that a chat template which writes
+    # one is given (today, unless the run has begun).
     method_fields: dict[str, Any] = field(default_factory=dict)
+    day: str = ""
 
     def rows(self, split: str) -> Any:
-        """The rows of one split of the data, as a datasets.Dataset."""
-        from grow.tasks import load_rows
+        """The rows of one split of the data (grow.data.rows.Rows)."""
+        from grow.data.rows import load_rows
 
-        return load_rows(self.data, split, self.data_revision, self.data_dir)
+        return load_rows(self.data, split, self.data_revision, self.data_dir, self.data_config)
 
     def retention_rows(self, split: str = "test", folder: str = "") -> Any:
         """Rows of old knowledge, likewise; of `retention` or of another folder, "FOLDER[:80]" the first 80."""
-        from grow.tasks import load_rows
+        from grow.data.rows import load_rows
 
         path, part = sliced(folder or str(self.retention))
         return load_rows(path, split + part)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of what training starts from; of the base, where that has not grown yet. Raises UserError where
+        there is none."""
+        from grow.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.start if os.path.isdir(self.start) else self.base_name)
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -113,7 +135,8 @@ class Recipe:
     @property
     def template(self) -> Template:
         """How a row of the data becomes text."""
-        return Template(self.prompt, self.completion, self.messages)
+        own = Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else ""
+        return Template(self.prompt, self.completion, self.messages, own, self.day)
 
     @property
     def retention_template(self) -> Template:
@@ -123,7 +146,17 @@ class Recipe:
     @property
     def start(self) -> str:
         """The checkpoint that training starts from."""
-        return self.grown if METHODS[self.method].grows else self.base
+        return self.grown if METHODS[self.method].grows else self.base_name
+
+    @property
+    def base_name(self) -> str:
+        """The base as commands take it: a folder, or "organisation/model@revision"."""
+        here = not self.base_revision or os.path.isdir(self.base)
+        return self.base if here else f"{self.base}@{self.base_revision}"
+
+    def on(self, day: str) -> "Recipe":
+        """The same on a day of its own."""
+        return dataclasses.replace(self, day=day)
 
     def make_method(self) -> Method:
         """The method, with its fields set."""
@@ -132,7 +165,7 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """Every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "method_fields"} | own
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS} | own
 
 
 def sliced(folder: str) -> tuple[str, str]:
@@ -146,7 +179,7 @@ def field_types() -> dict[str, Any]:
     types = {
         f.name: get_type_hints(cls)[f.name] for cls in (*METHODS.values(), Recipe) for f in dataclasses.fields(cls)
     }
-    return {name: kind for name, kind in types.items() if name != "method_fields"}
+    return {name: kind for name, kind in types.items() if name not in _NO_FIELDS}
 
 
 def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -192,7 +225,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
     elif get_origin(wanted) is list:
         items = value if isinstance(value, list) else str(value).split(",")
-        return [_coerce(f"{name}[{index}]", item, str) for index, item in enumerate(items)]
+        return [_coerce(name, item, str) for item in items]
     elif not isinstance(value, (list, bool)):
         try:
             if float in kinds:
@@ -200,7 +233,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             if int in kinds:
                 return int(str(value))
             if str in kinds:
-                return os.path.expanduser(os.path.expandvars(str(value)))
+                return os.path.expanduser(os.path.expandvars(str(value))) if name in _PLACES else str(value)
         except ValueError:
             pass
     names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
@@ -230,14 +263,24 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         )
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
-    deepspeed = Path(recipe.deepspeed)
-    if not deepspeed.is_absolute() and not deepspeed.exists():
-        deepspeed = Path(path).parent / deepspeed
-    if not deepspeed.is_file():
-        raise UserError(f"{path}: deepspeed: no such file: {recipe.deepspeed}")
+    if recipe.chat_template and not recipe.messages:
+        raise UserError(f"{path}: chat_template is for messages, of which there are none")
+    files = {name: _file(path, name, getattr(recipe, name)) for name in ("deepspeed", "chat_template")}
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
-        deepspeed=str(deepspeed.resolve()),
+        **files,
         output_dir=recipe.output_dir.replace("{method}", recipe.method),
     )
+
+
+def _file(recipe: str, name: str, value: str) -> str:
+    """The path of a file that a recipe names, from this folder or from the recipe's."""
+    if not value:
+        return ""
+    file = Path(value)
+    if not file.is_absolute() and not file.exists():
+        file = Path(recipe).parent / file
+    if not file.is_file():
+        raise UserError(f"{recipe}: {name}: no such file: {value}")
+    return str(file.resolve())

@@ -95,7 +95,8 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
     if "from_base" in s:
         parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")
     left_out = f", {s['overlapping']} left out as in the training rows" if s["overlapping"] else ""
-    return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}"
+    unusable = f", {s['unusable']} left out as they cannot be used" if s.get("unusable") else ""
+    return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}{unusable}"
 
 
 def dial_text(r: dict[str, Any]) -> str:

@@ -7,11 +7,12 @@ from tqdm import tqdm
 
 from grow.analysis.ranking import Norms
 from grow.checkpoint.updates import matrix_of
+from grow.data.packing import Epochs, collate, read_sequences
+from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum
 from grow.model import checkpoint_activations, compute_device, compute_dtype, gated_mlps, load
 from grow.recipe import Recipe
-from grow.tasks import Epochs, collate, read_sequences
 
 
 def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
@@ -22,13 +23,10 @@ def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
     """
     if batches < 1:
         raise UserError(f"--batches {batches}: at least 1 is needed")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base, local_files_only=True)
-    sequences = read_sequences(recipe, tokenizer, recipe.train_split)
+    sequences = read_sequences(recipe, load_tokenizer(recipe.base_name), recipe.train_split)
     order = Epochs(sequences, batches * recipe.train_batch_size, recipe.seed)
 
-    model = load(recipe.base, compute_dtype())
+    model = load(recipe.base_name, compute_dtype())
     model.to(compute_device())
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)

@@ -4,10 +4,11 @@ Heavy imports happen inside a command, so that --help answers at once.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from grow.arguments import number
-from grow.errors import UserError, unknown
+from grow.errors import Fault, UserError, unknown
 from grow.text import eval_text, say, train_text
 
 
@@ -25,9 +26,35 @@ def fetch(recipe: str, json: bool = False, **fields: str) -> str:
 
     settings = read_recipe(recipe, fields)
 
-    from grow.fetch import fetch as run
+    from grow.data.fetch import fetch as run
 
     return say(run(settings), lambda r: f"model: {r['base']}\ndata: {r['data']}, rows {r['rows']}", json)
+
+
+def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, **fields: str) -> str:
+    """Shows what a run would train on, row by row: the text, what of it is learnt, bad rows and why they are.
+
+    Example: python -m grow preview recipes/gemma3_270m/translation.yaml --limit 3
+    Example: python -m grow preview my.yaml --split validation --messages conversations --json
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        split: Which split of the data; the recipe's train_split unless given.
+        limit: So many rows from the first on; 0 is all.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.recipe import read_recipe
+
+    settings = read_recipe(recipe, fields)
+
+    from grow.data.preview import checked_limit, preview_text
+    from grow.data.preview import preview as run
+    from grow.training.run_file import first_day
+
+    settings = settings.on(first_day(Path(settings.output_dir)))
+    result = run(settings, split or settings.train_split, checked_limit(number("--limit", limit)))
+    return say(result, lambda r: preview_text(r, colour=sys.stdout.isatty()), json)
 
 
 def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
@@ -45,6 +72,7 @@ def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
 
     settings = read_recipe(recipe, fields)
     values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
+    values["base"] = settings.base_name
     for name in names:
         if name not in values:
             raise UserError(unknown(name, values, "field"))
@@ -63,12 +91,12 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
         fields: Fields of the recipe.
     """
     from grow.recipe import read_recipe
-    from grow.training.train import check_run
+    from grow.training.train import check_all
     from grow.training.train import train as run
 
     settings = read_recipe(recipe, fields)
     if check:
-        check_run(settings)
+        check_all(settings)
         return say({"run": settings.output_dir}, lambda r: r["run"], json)
     result = run(settings)
     return say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""
@@ -123,7 +151,14 @@ def eval(
     result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
     if out:
         write_json(out, result)
-    return say(result, eval_text, json)
+    said = say(result, eval_text, json)
+    failed = [entry for point in result.get("dial", [result]) for entry in point.get("failed", {}).items()]
+    if failed:
+        print(said)
+        parts = "; ".join(f"{part}: {why['line']}" for part, why in failed)
+        kind = UserError if all(why["mistake"] for _, why in failed) else Fault
+        raise kind(f"eval: {parts} (all else is scored{', and in ' + out if out else ''})")
+    return said
 
 
 def report(*runs: str, out: str, json: bool = False) -> str:

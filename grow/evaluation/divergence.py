@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from grow.data.packing import PackedDataset, collate
+from grow.data.tokenizer import load_tokenizer
+from grow.data.tokens import Examples, all_learnt
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.dial import Dial, check_dial
 from grow.loss import compare, labelled_logits
 from grow.mlp import GrownMLP
 from grow.model import gated_mlps
-from grow.tasks import Example, PackedDataset, collate
 
 PROSE = "gemma3_270m/prose/test.jsonl"
 """In the cache: the text to measure on where none is named, English fiction."""
@@ -26,7 +28,7 @@ _CLOSE = 0.01
 """How near to the bound, as a share of it, is near enough; and how exactly α is found."""
 
 
-def read_passages(path: str, tokenizer: Any, limit: int) -> list[Example]:
+def read_passages(path: str, tokenizer: Any, limit: int) -> Examples:
     """The first passages of a text, each with a label at every position: paragraphs of a plain file, between blank
     lines; the column `text` of a .jsonl. Raises UserError if there is none."""
     try:
@@ -45,21 +47,19 @@ def read_passages(path: str, tokenizer: Any, limit: int) -> list[Example]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--text {path}: is neither plain UTF-8 nor JSONL with a column text") from None
     wanted = [str(text) for text in texts if str(text).strip()][:limit]
-    examples = []
-    for ids in tokenizer(wanted, add_special_tokens=False).input_ids if wanted else []:
-        ids = ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + ids[:_TOKENS]
-        if len(ids) > 1:
-            examples.append(Example(ids[:-1], ids[1:]))
-    if not examples:
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    found = tokenizer(wanted, add_special_tokens=False).input_ids if wanted else []
+    passages = [ids for ids in (begin + own[:_TOKENS] for own in found) if len(ids) > 1]
+    if not passages:
         raise UserError(f"--text {path}: no passage in it")
-    return examples
+    return all_learnt(passages)
 
 
 @torch.no_grad()
-def measure(dial: Dial, passages: list[Example]) -> dict[str, Any]:
+def measure(dial: Dial, passages: Examples) -> dict[str, Any]:
     """At the dial's α, over all positions of the passages: `kl` from the base with its `interval`, 95 % over passages,
     and `cross_entropy` of the text; nats per token."""
-    sequences = PackedDataset(passages, max(_TOKENS, *(len(p.input_ids) for p in passages)), 0)
+    sequences = PackedDataset(passages, max(_TOKENS, int(passages.lengths.max())), 0)
     divergence, loss = ([0.0] * len(passages) for _ in range(2))
     for index in tqdm(range(len(sequences)), desc=f"α = {dial.alpha:g}", leave=False, disable=None):
         batch = {name: tensor.to(dial.model.device) for name, tensor in collate([sequences[index]]).items()}
@@ -70,7 +70,7 @@ def measure(dial: Dial, passages: list[Example]) -> dict[str, Any]:
         for row, value, apart in zip(rows.tolist(), likelihoods.tolist(), divergences.tolist(), strict=True):
             divergence[row] += apart
             loss[row] -= value
-    tokens = [len(passage.labels) for passage in passages]
+    tokens = passages.lengths.tolist()
     return {
         "alpha": dial.alpha,
         "kl": sum(divergence) / sum(tokens),
@@ -104,11 +104,9 @@ def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> 
 def find_alpha(path: str, start: str, text: str, passages: int, bound: float) -> dict[str, Any]:
     """What `dial` says of a checkpoint; `next` is the command to go on with. Raises UserError for a checkpoint without
     its base, and for a text that is none."""
-    from transformers import AutoTokenizer
-
     text = text or os.path.join(os.environ.get("GROW_CACHE") or os.path.expanduser("~/.cache/grow"), PROSE)
     check_dial(path, start, (0.0,))
-    examples = read_passages(text, AutoTokenizer.from_pretrained(path, local_files_only=True), passages)
+    examples = read_passages(text, load_tokenizer(path), passages)
     dial = Dial(path, start)
 
     def measured(alpha: float) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
         "max_kl": bound,
         "text": text,
         "passages": len(examples),
-        "tokens": sum(len(example.labels) for example in examples),
+        "tokens": int(examples.lengths.sum()),
         "seen": sorted(seen, key=lambda point: point["alpha"]),
     }
 

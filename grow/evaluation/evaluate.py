@@ -4,32 +4,37 @@ Each figure comes with its number of rows and a 95 % interval by the bootstrap o
 away (grow.evaluation.overlap) are counted and left out.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from grow.errors import UserError
+from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer
+from grow.data.tokens import Examples, encode
+from grow.errors import UserError, one_line
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.dial import Dial, check_dial
 from grow.evaluation.overlap import overlapping
 from grow.evaluation.scoring import choices, right_options, score
 from grow.evaluation.writing import translation_scores, write
 from grow.recipe import Recipe, sliced
-from grow.tasks import Example, encode
-from grow.template import Template
 
 
 @dataclass
 class Items:
-    """Rows that are scored as one set: `rows` as a datasets.Dataset, `examples` of the same in tokens."""
+    """Rows that are scored as one set: `rows` (grow.data.rows.Rows), `examples` of the same in tokens; and how many
+    were left out, as training rows give them away, or as they cannot be used."""
 
     name: str
     rows: Any
     template: Template
-    examples: list[Example]
+    examples: Examples
     overlapping: int
+    unusable: int
 
     @property
     def fingerprint(self) -> str:
@@ -54,17 +59,15 @@ def evaluate(
     name): `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the likeliest;
     `exact_match`, the share of rows where all are, which is what greedy decoding would give; `log_likelihood`, nats per
     row, the mean over rows; `rows`; `overlapping`, how many were left out; `intervals` of the figures; `items`, each
-    row's log-likelihood. The task also has what the recipe's `metric` asks for. Under "samples" what the model writes
+    row's log-likelihood; `unusable`, how many rows could not be. What fails stands under "failed". The task also has what the recipe's `metric` asks for. Under "samples" what the model writes
     for the first test rows. Of several α, "dial" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`).
     `harness` is given model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
     """
-    from transformers import AutoTokenizer
-
     check_dial(path, start, alphas)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_tokenizer(path)
     sets = _items(recipe, tokenizer, limit, retention_limit) if recipe else []
     if recipe and recipe.options:
         right_options(sets[0].rows, recipe)  # a mistake in them is found before anything is loaded
@@ -76,10 +79,11 @@ def evaluate(
     for alpha in sorted(set(alphas)):
         dial.set(alpha)
         point: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(dial.model.dtype)}
+        parts = Parts(point)
         if recipe:
-            point |= _scores(dial, recipe, tokenizer, sets, samples)
+            _scores(parts, dial, recipe, tokenizer, sets, samples)
         if harness:
-            point["lm_eval"] = harness(dial.model, tokenizer)
+            parts.add("lm_eval", lambda: harness(dial.model, tokenizer))
         points.append(point)
         base = points[0] if points[0]["alpha"] == 0 else against
         if base is not None:
@@ -87,15 +91,35 @@ def evaluate(
     return points[-1] | ({"dial": points} if len(points) > 1 else {})
 
 
-def _scores(dial: Dial, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> dict[str, Any]:
+class Parts:
+    """The parts of a result, each of which may fail without the others: what is scored is not lost."""
+
+    def __init__(self, point: dict[str, Any]):
+        self.point = point
+
+    def add(self, name: str, make: Callable[[], Any], among: str = "") -> None:
+        """Puts what `make` returns under its name, or why there is nothing under "failed"; `among` is a dict of some."""
+        try:
+            made = make()
+        except Exception as error:
+            mistake = isinstance(error, UserError)
+            line = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)[:300]}"
+            self.point.setdefault("failed", {})[name] = {"line": line, "mistake": mistake}
+            return
+        (self.point.setdefault(among, {}) if among else self.point)[name] = made
+
+
+def _scores(parts: Parts, dial: Dial, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> None:
     task, *known = sets
-    found = {"task": _summary(dial, task, recipe, tokenizer)}
-    scores = {items.name: _summary(dial, items, recipe, tokenizer) for items in known}
-    if recipe.retention:
-        found["retention"] = scores.pop("retention")
+    parts.add("task", lambda: _summary(dial, task, recipe, tokenizer))
+    if recipe.metric != "loss" and "task" in parts.point:
+        parts.add(recipe.metric, lambda: _add_metric(parts.point["task"], dial, task, recipe, tokenizer))
+        parts.point.pop(recipe.metric, None)
+    for items in known:
+        among = "" if items.name == "retention" and recipe.retention else "retention_sets"
+        parts.add(items.name, partial(_summary, dial, items, recipe, tokenizer), among)
     first = task.rows.select(range(min(samples, len(task.rows))))
-    written = write(dial.model, tokenizer, task.template, first)
-    return found | ({"retention_sets": scores} if scores else {}) | {"samples": written}
+    parts.add("samples", lambda: write(dial.model, tokenizer, task.template, first))
 
 
 def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:
@@ -105,7 +129,7 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
         sets.append(("retention", recipe.retention_rows(), recipe.retention_template, retention_limit))
     for folder in recipe.retention_sets:
         rows = recipe.retention_rows(folder=folder)
-        template = Template("", "{text}") if "text" in rows.column_names else Template("{prompt}", "{completion}")
+        template = Template("", "{text}") if "text" in rows.columns(["text"]) else Template("{prompt}", "{completion}")
         name = sliced(folder)[0].rstrip("/").rpartition("/")[2]
         sets.append((name, rows, template, retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
@@ -118,23 +142,30 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
         # Of old knowledge no end token: the question is whether the answer comes, not whether the text ends there.
         encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
         bad = {row for some in encoded.bad.values() for row in some}
+        if bad:
+            print(f"{name}: {len(bad)} of {len(kept)} rows cannot be scored: {encoded.reasons()}", file=sys.stderr)
         if not encoded.examples:
             raise UserError(
                 f"no row to score for {name}: {len(given_away)} of {len(rows)} overlap with training rows, and all "
                 f"others are unusable or longer than max_length {recipe.max_length} tokens"
             )
         kept = kept.select([i for i in range(len(kept)) if i not in bad])
-        found.append(Items(name, kept, template, encoded.examples, len(given_away)))
+        found.append(Items(name, kept, template, encoded.examples, len(given_away), len(bad)))
     return found
 
 
 def _summary(dial: Dial, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     scores = score(dial.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
-    scores |= {"overlapping": items.overlapping, "fingerprint": items.fingerprint}
-    if items.name == "task":
-        more = _metric(dial, items, recipe, tokenizer)
-        scores |= more | {"intervals": scores["intervals"] | more.get("intervals", {})}
-    return scores
+    return scores | {
+        "overlapping": items.overlapping,
+        "unusable": items.unusable,
+        "fingerprint": items.fingerprint,
+    }
+
+
+def _add_metric(scores: dict[str, Any], dial: Dial, task: Items, recipe: Recipe, tokenizer: Any) -> None:
+    more = _metric(dial, task, recipe, tokenizer)
+    scores |= more | {"intervals": scores["intervals"] | more.get("intervals", {})}
 
 
 def _metric(dial: Dial, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from grow.checkpoint.output import refuse_existing
 from grow.checkpoint.package import set_layer_alphas
 from grow.checkpoint.shards import Checkpoint
+from grow.data.packing import Epochs, PackedDataset, collate, read_sequences
+from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.dial import Dial
 from grow.loss import labelled_logits, loss_sum
 from grow.model import grown_mlps
 from grow.plan import GrowthPlan
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, collate, read_sequences
 from grow.training.near_base import GeneralText, divergence, general_text
 
 _START, _RATE, _EDGE = 0.6, 0.05, 1e-3
@@ -37,7 +37,7 @@ def layer_dial(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: 
     refuse_existing(Path(out))
     if GrowthPlan.from_config(Checkpoint(path).config) is None:
         raise UserError(f"{path}: was not grown, so its layers have no dial")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_tokenizer(path)
     general = general_text(text, recipe.max_length, tokenizer, recipe.seed)
     task = read_sequences(recipe, tokenizer, recipe.validation_split)
     alphas, losses = _learn(Dial(path).model, task, general, kl_weight, steps, recipe.seed)

@@ -7,12 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grow.data.packing import PackedDataset, collate
+from grow.data.template import Template
+from grow.data.tokens import Examples, encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.loss import token_scores
 from grow.recipe import Recipe
-from grow.tasks import Example, PackedDataset, collate, encode
-from grow.template import Template
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Scores:
         }
 
 
-def score(model: Any, examples: list[Example], recipe: Recipe, pad_token_id: int | None, what: str) -> Scores:
+def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | None, what: str) -> Scores:
     """Scores of tokenised rows, none of which is longer than the recipe's max_length, in their order."""
     sequences = PackedDataset(examples, recipe.max_length, pad_token_id or 0)
     logprobs: dict[int, float] = defaultdict(float)
@@ -65,7 +66,7 @@ def right_options(rows: Any, recipe: Recipe) -> list[int]:
     """Which of the recipe's options is each row's own completion. Raises UserError for a row for which none is."""
     right = []
     for row in rows:
-        wanted = recipe.completion.format(**row)
+        wanted = recipe.template.fill(recipe.completion, row)
         if wanted not in recipe.options:
             raise UserError(f"options: {wanted!r}, the completion of a test row, is not among {recipe.options}")
         right.append(recipe.options.index(wanted))

@@ -43,12 +43,10 @@ class Ewc(Method):
         self._examples(recipe)
 
     def _examples(self, recipe: Any) -> list[Any]:
-        from transformers import AutoTokenizer
-
-        from grow.tasks import encode
+        from grow.data.tokens import encode
 
         rows = recipe.retention_rows(self.ewc_split)
-        tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
+        tokenizer = recipe.tokenizer()
         rows = rows.select(range(min(self.ewc_rows, len(rows))))
         examples = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False).examples
         if not examples:

@@ -52,16 +52,13 @@ class Held(Method):
 
         base = None
         if not self.keeps_base:
-            base = load(trainer.recipe.base, trainer.model.dtype).to(trainer.args.device)
+            base = load(trainer.recipe.base_name, trainer.model.dtype).to(trainer.args.device)
         self.near_base = NearBase(trainer, self._text(trainer.recipe), base)
 
     def _text(self, recipe: Any) -> Any:
-        from transformers import AutoTokenizer
-
         from grow.training.near_base import general_text
 
-        tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
-        return general_text(self.kl_text, recipe.max_length, tokenizer, recipe.seed)
+        return general_text(self.kl_text, recipe.max_length, recipe.tokenizer(), recipe.seed)
 
     def penalty(self) -> Tensor | float:
         """The distance from the base, times its weight."""

@@ -23,13 +23,9 @@ class Stm(Method):
 
     def begin(self, trainer: Any) -> None:
         """Takes the labels away whose loss in the base is too high. Raises UserError if none is left."""
-        from grow.tasks import IGNORED
+        import torch
 
-        left = 0
-        examples = trainer.train_dataset.sequences.examples
-        for example, losses in zip(examples, trainer.start_losses(), strict=True):
-            keep = (losses <= log(self.stm_threshold)).tolist()
-            example.labels[:] = [label if kept else IGNORED for label, kept in zip(example.labels, keep, strict=True)]
-            left += sum(keep)
-        if not left:
+        dropped = ~(torch.cat(trainer.start_losses()) <= log(self.stm_threshold))
+        trainer.train_dataset.sequences.examples.drop_labels(dropped.cpu().numpy())
+        if dropped.all():
             raise UserError(f"stm_threshold {self.stm_threshold:g}: every label's perplexity is above it; raise it")

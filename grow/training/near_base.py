@@ -11,8 +11,11 @@ from torch import Tensor
 
 from grow.errors import UserError
 from grow.loss import base_logits, compare, labelled_logits
-from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, load_rows
-from grow.template import Template
+from grow.data.packing import Epochs, PackedDataset, collate
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokenizer import pad_token_id
+from grow.data.tokens import IGNORED, encode_cached
 
 _POSITIONS = 64
 """Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
@@ -38,13 +41,12 @@ def general_text(folders: list[str], max_length: int, tokenizer: Any, seed: int)
     template, packed = Template("", "{text}"), []
     for folder in folders:
         rows = load_rows(folder, "train")
-        template.check(rows.column_names)
-        own = encode(rows, tokenizer, template, max_length, end=False).examples
+        own = encode_cached(rows, tokenizer, template, max_length, end=False).examples
         if not own:
             raise UserError(
                 f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens"
             )
-        packed.append(PackedDataset(own, max_length, tokenizer.pad_token_id or 0))
+        packed.append(PackedDataset(own, max_length, pad_token_id(tokenizer)))
     return GeneralText(packed, seed)
 
 

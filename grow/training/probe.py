@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.data.packing import PackedDataset
 from grow.loss import base_logits, compare, labelled_logits
 from grow.model import grown_mlps
-from grow.tasks import PackedDataset
 
 
 class Probe:
@@ -22,7 +22,7 @@ class Probe:
 
     def __init__(self, sequences: PackedDataset, out: Path):
         self.sequences, self.out = sequences, out
-        self.rows = len({row for packed in sequences.packed for row in packed})
+        self.rows = len(sequences.packed)
         self.begun, self.spent = time.monotonic(), 0.0
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ versions. A run that goes on must be the same run."""
 import json
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
+from datetime import date
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from xxhash import xxh3_128
 
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import file_checksums
+from grow.data.packing import PackedDataset
 from grow.errors import UserError
 from grow.recipe import Recipe
 from grow.tables import write_json
-from grow.tasks import PackedDataset
 
 NAME = "run.json"
 
@@ -27,6 +28,7 @@ _FREE = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
     "probe_rows", "metric", "options", "retention_sets",
 }  # fmt: skip
+_CHECKSUMS = 2  # of rows: how they are computed
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
 
 
@@ -43,6 +45,12 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
             )
 
 
+def first_day(run: Path) -> str:
+    """The day of the run's first start, 2026-11-28: today, unless it has begun."""
+    begun = read_json(run / NAME).get("day") if (run / NAME).exists() else None
+    return begun or date.today().isoformat()
+
+
 def write_run_file(
     run: Path, recipe: Recipe, start: Checkpoint, data: dict[str, PackedDataset], dtype: str, model: nn.Module
 ) -> None:
@@ -50,20 +58,23 @@ def write_run_file(
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
+    before = from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
+    version = before.get("data_checksums_version", 1) if before else _CHECKSUMS
     facts = {
         "recipe": recipe.values(),
         "start": str(start.path.resolve()),
         "start_checksums": from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
-        "data_checksums": {split: rows_checksum(sequences) for split, sequences in data.items()},
+        "data_checksums": {split: rows_checksum(sequences, version) for split, sequences in data.items()},
+        "data_checksums_version": version,
+        "day": recipe.day,
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
         "dtype": dtype,
         "device": _device(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "git_commit": _commit(),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {name: installed_version(name) for name in _LIBRARIES},
     }
-    before = from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
     for what in ("start_checksums", "data_checksums"):
         for name, checksum in before.get(what, {}).items():
             if facts[what].get(name) != checksum:
@@ -75,8 +86,10 @@ def write_run_file(
         write_json(run / NAME, facts)
 
 
-def rows_checksum(sequences: PackedDataset) -> str:
-    """XXH3-128 of the tokens and labels of all rows, in their order."""
+def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
+    """XXH3-128 of the tokens and labels of all rows, in their order; version 1 is that of runs begun before 2."""
+    if version > 1:
+        return sequences.examples.checksum()
     digest = xxh3_128()
     for example in sequences.examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())

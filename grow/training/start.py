@@ -16,14 +16,14 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
         raise UserError(
-            f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base} {recipe.grown}"
+            f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base_name} {recipe.grown}"
         )
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):
         what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
-    if grows and _is_another(start, recipe.base):
-        raise UserError(f"{recipe.grown}: did not grow from {recipe.base}; give `grown` a folder for each base")
+    if grows and _is_another(start, recipe.base_name):
+        raise UserError(f"{recipe.grown}: did not grow from {recipe.base_name}; give `grown` a folder for each base")
     return start
 
 
@@ -51,8 +51,8 @@ def _first_row(checkpoint: Checkpoint, name: str) -> bytes:
 def _base(recipe: Recipe) -> Path:
     """The base's folder. Raises UserError, which says how to get it, if it is not here."""
     try:
-        return locate(recipe.base)
+        return locate(recipe.base_name)
     except UserError:
         if "gemma3_270m" not in recipe.base:
             raise
-        raise UserError(f"{recipe.base}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it") from None
+        raise UserError(f"{recipe.base_name}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it") from None

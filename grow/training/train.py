@@ -21,11 +21,13 @@ from typing import Any
 from grow.allocator import keep_memory
 from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
 from grow.checkpoint.shards import Checkpoint
+from grow.data.packing import Epochs, PackedDataset, read_sequences, summary
+from grow.data.tokenizer import check_vocabulary, pad_token_id
+from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.tasks import Epochs, PackedDataset, encode, read_sequences
-from grow.training.run_file import check_recipe, from_rank_0, write_run_file
+from grow.training.run_file import check_recipe, first_day, from_rank_0, write_run_file
 from grow.training.start import starting_checkpoint
 
 
@@ -65,31 +67,32 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
     import deepspeed
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     from grow.model import checkpoint_activations, load
     from grow.training.trainer import GrowTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(recipe.start, local_files_only=True)
-    sequences = read_sequences(recipe, tokenizer, recipe.train_split)
-    validation = read_sequences(recipe, tokenizer, recipe.validation_split)
-    steps = recipe.max_steps
-    if steps < 1:
-        steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    recipe = recipe.on(from_rank_0(lambda: first_day(run)))
+    tokenizer = recipe.tokenizer()
+    data = read_data(recipe, start, tokenizer)
+    sequences, validation = data["train"], data["validation"]
+    steps = recipe.max_steps
+    if steps < 1:
+        steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = _dtype(recipe)
     args = _arguments(recipe, steps, dtype)
-    deepspeed.init_distributed(verbose=False)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    write_run_file(run, recipe, start, {"train": sequences, "validation": validation}, str(dtype), model)
+    write_run_file(run, recipe, start, data, str(dtype), model)
     return GrowTrainer(
         model=model,
         args=args,
@@ -138,10 +141,31 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
     recipe.make_method().check(recipe)
-    for split in (recipe.train_split, recipe.validation_split):
-        recipe.template.check(recipe.rows(split).column_names)
     check_recipe(run, recipe)
     return start
+
+
+def check_all(recipe: Recipe) -> None:
+    """What `train` would find wrong before it trains, but for the machine. The rows are read into the cache, and what
+    they come to is said on stderr."""
+    start = check_run(recipe)
+    if (Path(recipe.output_dir) / MARKER).exists():
+        return
+    recipe = recipe.on(first_day(Path(recipe.output_dir)))
+    tokenizer = recipe.tokenizer()
+    for name, sequences in read_data(recipe, start, tokenizer).items():
+        print(f"{name}: {summary(sequences)}", file=sys.stderr)
+
+
+def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:
+    """The rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
+
+    Raises UserError for rows, templates and tokenizers that cannot be used.
+    """
+    splits = {"train": recipe.train_split, "validation": recipe.validation_split}
+    data = {name: read_sequences(recipe, tokenizer, split) for name, split in splits.items()}
+    check_vocabulary(max(sequences.examples.largest() for sequences in data.values()), start)
+    return data
 
 
 def _sound_checkpoint(run: Path) -> Path | None:
@@ -164,7 +188,8 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
     rows = rows.select(range(min(recipe.probe_rows, len(rows))))
     encoded = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False)
     encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)
-    return Probe(PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0), run / "probe.jsonl")
+    sequences = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer))
+    return Probe(sequences, run / "probe.jsonl")
 
 
 def _dtype(recipe: Recipe) -> Any:

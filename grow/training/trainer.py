@@ -21,12 +21,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
+from grow.data.packing import Epochs, PackedDataset, collate
+from grow.data.tokens import IGNORED
 from grow.errors import Fault, UserError, one_line
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.tasks import IGNORED, Epochs, PackedDataset, collate
 from grow.training.adam_step import step_by_blocks
 from grow.training.callbacks import Pace, Watch
 from grow.training.checkpoint_engine import StreamEngine
@@ -122,7 +123,7 @@ class GrowTrainer(transformers.Trainer):
         an example, fp32, as long as its labels, NaN where there is none and for all other rows. The rows are shared out
         to the ranks; each has all losses."""
         sequences = self.train_dataset.sequences
-        lengths = [len(example.labels) for example in sequences.examples]
+        lengths = sequences.examples.lengths.tolist()
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
         losses = torch.zeros(sum(lengths), device=self.args.device)
         counted = torch.zeros_like(losses)

@@ -1,0 +1,1 @@
+"""Rows of a data set → text → tokens and labels → packed sequences."""

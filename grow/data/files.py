@@ -1,0 +1,146 @@
+"""Which files of a folder, or of a repository on the hub, hold the rows of a split.
+
+In this order: what a data set's card says (the YAML at the top of README.md, as on the hub); files named after the
+split, alone or in numbered parts, on top, in a folder of the split's name or in `data/`; names that have the split's
+name among their words; and, where no name has any split's, all files, which then are the split train. Whatever else
+lies there plays no part.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from grow.errors import UserError
+
+CARD = "README.md"
+FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".txt")
+_PACKED = ("", ".gz", ".zst", ".xz", ".bz2", ".lz4")
+_PART = r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{8,})?"
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def data_format(name: str) -> str:
+    """The format of a file's rows by its name, such as ".jsonl"; "" if it is none of FORMATS."""
+    path = PurePosixPath(name)
+    suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix in _PACKED else [path.suffix]
+    return next((suffix for suffix in suffixes if suffix.lower() in FORMATS), "").lower()
+
+
+def split_files(
+    names: list[str], read: Callable[[str], Path], split: str, data_dir: str | None, config: str | None, where: str
+) -> list[str]:
+    """The files of a split, in order, all of one format; `read` gives the path of the card, by its name.
+
+    `data_dir` is the folder inside to look in. `config` names a configuration of the card, or else a folder inside.
+    `where` is what messages call it. Raises UserError where there is no such split, or more than one reading of it.
+    """
+    prefix = f"{data_dir.strip('/')}/" if data_dir and data_dir.strip("./") else ""
+    listed = None if prefix or CARD not in names else _of_card(read(CARD), split, config, where)
+    if listed is None and config:
+        prefix += f"{config}/"
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"{where}: data_config {config}: neither its card nor a folder in it has that name")
+    inside = [name.removeprefix(prefix) for name in sorted(names) if name.startswith(prefix)]
+    rows = [name for name in inside if data_format(name) and not _hidden(name)]
+    if listed is not None:
+        found = [name for name in rows if any(_glob(pattern).fullmatch(name) for pattern in listed)]
+    else:
+        found = _named_after(rows, split) or _among_its_words(rows, split)
+    if not found:
+        raise UserError(f"{where}: no file in it holds its split {split} ({_what_there_is(rows)})")
+    formats = {data_format(name) for name in found}
+    if len(formats) > 1:
+        raise UserError(f"{where}: its split {split} is there in several formats: {', '.join(found[:4])}; keep one")
+    _check_parts(found, where)
+    return [prefix + name for name in found]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+
+
+def _named_after(names: list[str], split: str) -> list[str]:
+    end = "(" + "|".join(map(re.escape, FORMATS)) + ")(" + "|".join(map(re.escape, _PACKED)) + ")"
+    for form in (rf"{re.escape(split)}{end}", rf"{re.escape(split)}{_PART}{end}", rf"{re.escape(split)}/.*{end}"):
+        for place in ("", "data/"):
+            found = [name for name in names if re.fullmatch(place + form, name, re.IGNORECASE)]
+            if found:
+                return found
+    return []
+
+
+def _among_its_words(names: list[str], split: str) -> list[str]:
+    def has(name: str, words: tuple[str, ...]) -> bool:
+        return any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name.lower()) for word in words)
+
+    found = [name for name in names if has(name, _WORDS.get(split, (split.lower(),)))]
+    if not found and split == "train" and not any(has(name, words) for name in names for words in _WORDS.values()):
+        return names
+    return found
+
+
+def _check_parts(found: list[str], where: str) -> None:
+    """Parts are numbered "3-of-8": all have to be there, or rows would be missing without a word."""
+    counts = [re.search(r"of[-_.](\d+)", PurePosixPath(name).name) for name in found]
+    if all(counts) and len(found) % int(counts[0][1]):  # type: ignore[index]
+        raise UserError(f"{where}: {len(found)} of the {counts[0][1]} parts of {found[0]} are there")  # type: ignore[index]
+
+
+def _what_there_is(names: list[str]) -> str:
+    if not names:
+        return f"there is no file of rows; they end in {', '.join(FORMATS)}"
+    return "there are: " + ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _of_card(card: Path, split: str, config: str | None, where: str) -> list[str] | None:
+    """The patterns that a card gives for a split; None where it names no files."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        facts = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        facts = None
+    configs = [entry for entry in (facts or {}).get("configs") or [] if isinstance(entry, dict)] if isinstance(
+        facts, dict) else []  # fmt: skip
+    configs = [entry for entry in configs if entry.get("data_files") or entry.get("data_dir")]
+    if not configs:
+        return None
+    named = {str(entry.get("config_name", "default")): entry for entry in configs}
+    if config is None:
+        chosen = [name for name, entry in named.items() if entry.get("default")] or [
+            name for name in named if name == "default" or len(named) == 1
+        ]
+        if not chosen:
+            raise UserError(f"{where}: has the configurations {', '.join(named)}; name one in data_config")
+        config = chosen[0]
+    return _patterns(named[config], split) if config in named else None
+
+
+def _patterns(entry: dict[str, Any], split: str) -> list[str] | None:
+    inside = f"{str(entry['data_dir']).strip('/')}/" if entry.get("data_dir") else ""
+    files = entry.get("data_files")
+    if files is None:
+        return [f"{inside}{split}*", f"{inside}**/{split}*", f"{inside}**/{split}/*"]
+    by_split: dict[str, Any] = {}
+    if isinstance(files, dict):
+        by_split = files
+    elif isinstance(files, list) and all(isinstance(item, dict) for item in files):
+        by_split = {str(item.get("split", "train")): item.get("path") for item in files}
+    else:
+        by_split = {"train": files}
+    patterns = by_split.get(split, [])
+    return [inside + str(pattern) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A path's pattern as on the hub: * within a folder, ** across folders."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(known.get(part) or re.escape(part) for part in parts))

@@ -1,0 +1,143 @@
+"""Examples → packed sequences of one fixed length.
+
+Packing puts several rows into one sequence; their positions restart at 0, by which transformers' attention keeps them
+apart (only if it gets no attention mask and no cache). What is packed together and in which order it is seen depends
+on the rows, the seed, the length and the epoch alone, never on the number of ranks.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from grow.data.tokenizer import pad_token_id
+from grow.data.tokens import IGNORED, Examples, encode_cached
+
+
+def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Shares examples of these lengths out to sequences of at most `max_length` tokens: best fit, the longest first.
+
+    Returns the examples of all sequences in a row, int64 [N], and where each sequence begins in it, int64 [S + 1].
+    Examples that are longer than any sequence are left out. Equal lengths are placed at once: of the sequences with
+    the least room that suffices each takes as many as it can, before the next.
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).numpy()
+    order = order[lengths[order] <= max_length]
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    sizes, firsts = np.unique(-lengths[order], return_index=True)
+    room: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences, by the tokens they have left
+    sequence_of, count = np.empty(len(order), np.int64), 0
+    for size, first, last in zip((-sizes).tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(order)], strict=True):
+        left = size
+        while first < last:
+            left = next((r for r in range(left, max_length + 1) if room[r]), max_length)
+            each = left // size
+            wanted = -(-(last - first) // each)
+            if room[left]:
+                taken = room[left][-wanted:][::-1]
+                del room[left][-wanted:]
+            else:
+                taken = list(range(count, count + wanted))
+                count += wanted
+            placed = np.repeat(np.array(taken, np.int64), each)[: last - first]
+            sequence_of[first : first + len(placed)] = placed
+            first += len(placed)
+            full = len(placed) // each
+            room[left - each * size] += taken[:full]
+            if full < len(taken):
+                room[left - (len(placed) - each * full) * size].append(taken[full])
+    by_sequence = np.argsort(sequence_of, kind="stable")
+    starts = np.searchsorted(sequence_of[by_sequence], np.arange(count + 1))
+    return order[by_sequence], starts
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Sequences of exactly `max_length` tokens: input_ids, position_ids, labels, rows; each [max_length], int64.
+
+    `rows` is the example's index at each position, −1 at the padding (which stands as a row of its own at the end).
+    """
+
+    def __init__(self, examples: Examples, max_length: int, pad_token_id: int, seed: int = 0):
+        self.examples, self.max_length, self.pad_token_id = examples, max_length, pad_token_id
+        self.packed, self.starts = pack(examples.lengths, max_length, seed)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def rows_of(self, index: int) -> list[int]:
+        """The examples of a sequence."""
+        return self.packed[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        length = self.max_length
+        item = {
+            "input_ids": torch.full((length,), self.pad_token_id),
+            "position_ids": torch.zeros(length, dtype=torch.int64),
+            "labels": torch.full((length,), IGNORED),
+            "rows": torch.full((length,), -1),
+        }
+        place = 0
+        for row in self.rows_of(index):
+            ids, labels = self.examples.arrays(row)
+            part = slice(place, place + len(ids))
+            item["input_ids"][part], item["labels"][part] = torch.from_numpy(ids), torch.from_numpy(labels)
+            item["position_ids"][part], item["rows"][part] = torch.arange(len(ids)), row
+            place += len(ids)
+        item["position_ids"][place:] = torch.arange(length - place)
+        return item
+
+
+def summary(sequences: PackedDataset) -> str:
+    """What rows come to, in a line."""
+    tokens, labels = sequences.examples.counts()
+    padding = 1 - tokens / max(1, len(sequences) * sequences.max_length)
+    return (
+        f"{len(sequences.examples):,} rows, {tokens:,} tokens, {labels:,} of them learnt, in {len(sequences):,} "
+        f"sequences of {sequences.max_length}; {padding:.1%} padding"
+    )
+
+
+def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
+    """One split of a grow.recipe.Recipe's data, packed; bad rows are named. Raises UserError for rows that cannot be
+    used, if they are too many or all."""
+    encoded = encode_cached(recipe.rows(split), tokenizer, recipe.template, recipe.max_length)
+    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
+    return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
+
+
+class Epochs(Dataset[dict[str, Tensor]]):
+    """`length` items, epoch after epoch over packed sequences, each epoch in its own order.
+
+    Item i is sequence number i % N of epoch i // N, whose order is a permutation drawn from (seed, epoch). So a run
+    that resumes at any step, on any number of ranks, goes on where it was by counting.
+    """
+
+    def __init__(self, sequences: PackedDataset, length: int, seed: int):
+        self.sequences, self.length, self.seed = sequences, length, seed
+        self._epoch, self._order = -1, Tensor()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, place = divmod(index, len(self.sequences))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        return self.sequences[int(self._order[place])]
+
+    def seen(self) -> Dataset[dict[str, Tensor]]:
+        """Each sequence that the run comes to, once: all, unless it ends within its first epoch."""
+        return Subset(self.sequences, self._permutation(0)[: self.length].tolist())
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        return torch.randperm(len(self.sequences), generator=generator)
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks sequences into a batch, [B, max_length] each."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,0 +1,107 @@
+"""Text that spells a special token is text: "</s>" in a row about HTML ends nothing.
+
+In what a template itself says, special tokens are tokens. A tokenizer cannot tell the two apart, so in the few rows that
+spell one their own texts are broken up by a character that no text has, and the row is tokenised by a copy of the
+tokenizer that knows the template's special tokens under other names, after the character has been taken out.
+"""
+
+import re
+from bisect import bisect_right
+from functools import cached_property
+from typing import Any
+
+BREAK = "\ufdd0"  # a code point that Unicode keeps free for uses inside a program
+_NAME, _NAME_END = "\ufdd1", "\ufdd2"
+# What models write themselves, as tokens: to break it up would change what a chat template makes of a turn.
+_SPOKEN = re.compile(r"</?(think|thinking|tool_call|tool_response)>")
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, and a row's text without them."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.ids = {str(token): number for number, token in added if token.special and not _SPOKEN.match(str(token))}
+        names = sorted(self.ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._firsts = tuple({name[0] for name in names if name})
+
+    def guard(self, text: str) -> str:
+        """Breaks up what spells a special token. Raises ValueError for text that holds the character to do it with."""
+        if BREAK in text:
+            raise ValueError("with the code point U+FDD0, which is no character")
+        if not any(first in text for first in self._firsts) or not self._pattern.search(text):
+            return text
+        return self._pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+
+    def encode(self, text: str) -> tuple[Any, "Moved"]:
+        """Tokenises a guarded text: an encoding, whose ids are those of `own_ids`, and how characters have moved."""
+        moved = Moved(text, re.compile(f"{BREAK}|{self._pattern.pattern}"), self._renamed)
+        return self._copy.encode(moved.text, add_special_tokens=False), moved
+
+    def _renamed(self, found: str) -> str:
+        return "" if found == BREAK else f"{_NAME}{self.ids[found]}{_NAME_END}"
+
+    def own_ids(self, ids: list[int]) -> list[int]:
+        """The tokenizer's own ids. Raises ValueError where the model of the tokenizer itself makes a special token."""
+        own = [self._to_own.get(number, number) for number in ids]
+        if any(number == other and number in self.own for number, other in zip(ids, own, strict=True)):
+            raise ValueError("spells a special token, which the tokenizer cannot take for text")
+        return own
+
+    def removed(self, text: str) -> str:
+        """A text without what spells a special token."""
+        return self._pattern.sub("", text)
+
+    @cached_property
+    def own(self) -> set[int]:
+        """The ids of all special tokens."""
+        return set(self.ids.values())
+
+    @cached_property
+    def _copy(self) -> Any:
+        import json
+
+        from tokenizers import AddedToken, Tokenizer
+
+        facts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        special = [token for token in facts["added_tokens"] if token["content"] in self.ids]
+        facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] not in self.ids]
+        facts["post_processor"] = facts["truncation"] = facts["padding"] = None
+        copy = Tokenizer.from_str(json.dumps(facts))
+        copy.add_special_tokens([
+            AddedToken(self._renamed(token["content"]), single_word=False, lstrip=token["lstrip"],
+                       rstrip=token["rstrip"], normalized=False, special=True)
+            for token in special
+        ])  # fmt: skip
+        return copy
+
+    @cached_property
+    def _to_own(self) -> dict[int, int]:
+        names = {self._copy.token_to_id(self._renamed(name)): number for name, number in self.ids.items()}
+        return {number: own for number, own in names.items() if number is not None}
+
+
+class Moved:
+    """A text in which some matches of a pattern were replaced, and where its characters went."""
+
+    def __init__(self, text: str, pattern: re.Pattern[str], replace: Any):
+        parts, last, length = [], 0, 0
+        self._ends, self._shifts = [0], [0]
+        for found in pattern.finditer(text):
+            parts += [text[last : found.start()], replace(found[0])]
+            length += len(parts[-2]) + len(parts[-1])
+            last = found.end()
+            self._ends.append(last)
+            self._shifts.append(length - last)
+        self.text = "".join([*parts, text[last:]])
+
+    def place(self, position: int) -> int:
+        """Where the character that stood at this place stands now."""
+        return position + self._shifts[bisect_right(self._ends, position) - 1]
+
+
+def unguarded(text: str) -> Moved:
+    """A guarded text as it is meant."""
+    return Moved(text, re.compile(BREAK), lambda _: "")

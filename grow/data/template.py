@@ -1,0 +1,156 @@
+"""How a row of a data set becomes text, and which of it is to be learnt."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from string import Formatter
+from typing import Any
+
+from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
+
+from grow.errors import UserError
+
+Span = tuple[int, int]
+"""Characters of a text, from the first up to, not including, the second."""
+Guard = Callable[[str], str]
+"""Is given every text that a row itself brings, and returns what stands for it (grow.data.special)."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row's text, without tokens at its begin or end, and which of it is to be learnt, in order."""
+
+    text: str
+    learnt: list[Span]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a row becomes text. Either `prompt` and `completion`, which name columns as in "English: {en}"; or
+    `messages`, the name of a column of chat messages ({"role": …, "content": …}), for models with a chat template.
+
+    `chat_template` is the text of a template that takes the place of the tokenizer's own, `day` the day (2026-11-28)
+    that templates which write the date are given: rows are then the same whenever a run resumes.
+    """
+
+    prompt: str = ""
+    completion: str = ""
+    messages: str = ""
+    chat_template: str = ""
+    day: str = ""
+
+    def check(self, columns: list[str]) -> None:
+        """Raises UserError where it names a column that is not there, or is not a template."""
+        for name in [self.messages] if self.messages else _columns(self.prompt + self.completion, tuple(columns)):
+            if name not in columns:
+                what = (
+                    f"messages: {name}" if self.messages else f"the template {self.prompt + self.completion!r}: {name}"
+                )
+                raise UserError(f"{what} is not among the columns {', '.join(columns)}")
+
+    def columns(self) -> list[str]:
+        """The columns that it names."""
+        if self.messages:
+            return [self.messages]
+        named = [name for _, name, _, _ in _parsed(self.prompt + self.completion) if name is not None]
+        return [str(formatter_field_name_split(name)[0]) for name in named]
+
+    def text(self, row: Mapping[str, Any], tokenizer: Any, guard: Guard = str) -> Text:
+        """The row's text. Raises ValueError, in a few words, where the row has none that could be learnt."""
+        if self.messages:
+            from grow.data.chat import conversation_text
+
+            return conversation_text(row, self, tokenizer, guard)
+        before, after = self.fill(self.prompt, row, guard), self.fill(self.completion, row, guard)
+        if not after.strip():
+            raise ValueError("empty")
+        return Text(before + after, [(len(before), len(before) + len(after))])
+
+    def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str) -> str:
+        """One of its two parts, with a row's values in place. Raises ValueError where one is missing or no text."""
+        parts = []
+        for literal, name, spec, conversion in _parsed(template):
+            parts.append(literal)
+            if name is not None:
+                value = Formatter().convert_field(_value(row, name), conversion)
+                parts.append(guard(_written(value, spec, name)))
+        return "".join(parts)
+
+    def texts(self, row: Mapping[str, Any]) -> list[str]:
+        """What the row itself brings to its text, column by column (of messages, turn by turn); [] if it is bad."""
+        try:
+            if self.messages:
+                from grow.data.chat import conversation
+
+                return [turn["content"] for turn in conversation(row, self.messages)]
+            names = {name: spec for _, name, spec, _ in _parsed(self.prompt + self.completion) if name is not None}
+            return [_written(_value(row, name), spec, name) for name, spec in names.items()]
+        except ValueError:
+            return []
+
+
+@cache
+def _parsed(template: str) -> list[tuple[str, str | None, str, str | None]]:
+    """Literal text, a field's name, its format and conversion, as string.Formatter takes them apart."""
+    try:
+        parts = [(text, name, spec or "", conversion) for text, name, spec, conversion in Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(
+            f"the template {template!r} is not one ({error}); a brace that is text is written twice"
+        ) from None
+    return parts
+
+
+@cache
+def _columns(template: str, columns: tuple[str, ...]) -> list[str]:
+    """The columns that a template names, "translation" of "{translation[en]}"."""
+    found = []
+    for _, name, _, _ in _parsed(template):
+        if name is None:
+            continue
+        if name in columns:
+            found.append(name)
+            continue
+        first, rest = formatter_field_name_split(name)
+        steps = list(rest)
+        if any(is_attribute for is_attribute, _ in steps):
+            raise UserError(
+                f"the template {template!r}: {{{name}}}: what is inside a column is written with brackets, "
+                f"{{{first}{''.join(f'[{step}]' for _, step in steps)}}}"
+            )
+        found.append(str(first))
+    return found
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    if name in row:
+        value, steps = row[name], []
+    else:
+        first, rest = formatter_field_name_split(name)
+        value, steps = row.get(str(first)), list(rest)
+    for is_attribute, step in steps:
+        if is_attribute:
+            raise ValueError(f"without a value at {name}")
+        try:
+            value = value[str(step)] if isinstance(value, Mapping) else value[step]
+        except (LookupError, TypeError):
+            raise ValueError(f"without a value at {name}") from None
+    if value is None:
+        raise ValueError("without a value in a column" if not steps else f"without a value at {name}")
+    return value
+
+
+def _written(value: Any, spec: str, name: str) -> str:
+    """A value as it stands in its file."""
+    if isinstance(value, (list, tuple, Mapping, bytes)) or not hasattr(value, "__format__"):
+        raise ValueError(f"a {type(value).__name__}, not a text, at {name}")
+    if isinstance(value, bool) and not spec:
+        return "true" if value else "false"
+    try:
+        text = format(value, spec)
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} does not take the format {spec!r} ({error})") from None
+    return text

@@ -1,0 +1,45 @@
+"""The tokenizer of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.hub import locate
+from grow.checkpoint.shards import Checkpoint
+from grow.errors import UserError
+from grow.plan import canonical
+
+
+def load_tokenizer(name: str) -> Any:
+    """Of a checkpoint's folder or hub name. Raises UserError where it has none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    from grow.data.rows import innermost
+
+    folder = locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {innermost(error)}") from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
+    """Raises UserError where the largest id of a token is beyond the rows of a checkpoint's embedding."""
+    for name, info in checkpoint.tensors.items():
+        if canonical(name) == "embed_tokens.weight" and largest >= info.shape[0]:
+            raise UserError(
+                f"{checkpoint.path}: its tokenizer writes the token {largest}, but the embedding has "
+                f"{info.shape[0]} rows: the tokenizer is of another model, or tokens were added to it alone"
+            )
+
+
+def pad_token_id(tokenizer: Any, vocabulary: int = 0) -> int:
+    """What stands at the padding, which no row sees: the pad token, or 0 where there is none."""
+    number = tokenizer.pad_token_id
+    return number if number is not None and (not vocabulary or number < vocabulary) else 0
+
+
+def folder_of(tokenizer: Any) -> Path:
+    """Where a tokenizer was loaded from."""
+    return Path(tokenizer.name_or_path)
