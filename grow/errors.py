@@ -29,3 +29,10 @@ def unknown(name: str, known: Iterable[str], what: str) -> str:
 def one_line(error: Exception) -> str:
     """The message; what it names may hold anything in its name, line ends and commands to a terminal included."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
+
+
+def innermost(error: BaseException) -> str:
+    """The first cause of an error, in one line."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    return " ".join(str(error).split())[:300] or type(error).__name__

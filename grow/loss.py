@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.data.tokens import IGNORED
+from grow.data.examples import IGNORED
 from grow.model import base_inside
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21

@@ -1,7 +1,8 @@
 """A recipe: one YAML file with every setting of one run, read and checked.
 
 Names are those of transformers.TrainingArguments; `train_batch_size` is DeepSpeed's, over all ranks. Environment
-variables (`${GROW_CACHE}`) are expanded where a folder or a file is named. On the command line any field can be given another value.
+variables (`${GROW_CACHE}`) are expanded where a folder or a file is named. On the command line any
+field can be given another value.
 """
 
 import dataclasses
@@ -265,11 +266,11 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(f"{path}: an environment variable in it is not set")
     if recipe.chat_template and not recipe.messages:
         raise UserError(f"{path}: chat_template is for messages, of which there are none")
-    files = {name: _file(path, name, getattr(recipe, name)) for name in ("deepspeed", "chat_template")}
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
-        **files,
+        deepspeed=_file(path, "deepspeed", recipe.deepspeed),
+        chat_template=_file(path, "chat_template", recipe.chat_template),
         output_dir=recipe.output_dir.replace("{method}", recipe.method),
     )
 

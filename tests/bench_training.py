@@ -24,9 +24,9 @@ import torch
 import yaml
 
 from grow.checkpoint.run_folder import last_checkpoint
+from grow.data.tokens import encode
 from grow.model import compute_dtype
 from grow.recipe import Recipe, read_recipe
-from grow.tasks import encode
 from tests.bench_converter import words
 from tests.tiny import ROOT
 

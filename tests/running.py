@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from transformers import AutoTokenizer
 from grow.checkpoint.run_folder import validation_losses
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.cli import main
+from grow.data.examples import Example
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokens import encode
 from grow.loss import token_scores
 from grow.methods import METHODS, Method
-from grow.tasks import Example, encode, load_rows
-from grow.template import Template
 from tests.tiny import file_checksum, folder_checksums, free_ports, run
 
 # Processes that are forked from one with the imports done: a run takes two seconds instead of ten. A GPU's driver does
@@ -126,7 +128,7 @@ def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:
     return first
 
 
-def rows_of(base: Path, data: Path, split: str) -> list[Example]:
+def rows_of(base: Path, data: Path, split: str) -> Sequence[Example]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     return encode(load_rows(str(data), split), tokenizer, Template("{question}", "{answer}")).examples
 

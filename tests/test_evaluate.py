@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.data.template import Template
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.evaluation.overlap import overlapping
@@ -17,7 +18,6 @@ from grow.evaluation.writing import translation_scores
 from grow.model import compute_dtype, load
 from grow.recipe import read_recipe
 from grow.report import report
-from grow.template import Template
 from tests.running import alone, here, rows_of
 from tests.test_dial import shaken
 from tests.tiny import make_data, make_recipe

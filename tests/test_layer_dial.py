@@ -12,13 +12,13 @@ from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach, base, growth, set_layer_alphas
 from grow.checkpoint.verify import verify
+from grow.data.packing import collate, read_sequences
 from grow.errors import UserError
 from grow.evaluation.layer_dial import layer_dial
 from grow.loss import labelled_logits, loss_sum
 from grow.model import grown_mlps, load, set_alpha
 from grow.plan import parse_layers
 from grow.recipe import read_recipe
-from grow.tasks import collate, read_sequences
 from grow.training.near_base import divergence, general_text
 from tests.running import train
 from tests.tiny import grow, logits, make_recipe

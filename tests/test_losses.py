@@ -10,6 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from grow.data.examples import IGNORED
+from grow.data.packing import Epochs, PackedDataset
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer
+from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.loss import loss_sum, moved
 from grow.methods.ewc import Ewc
@@ -17,8 +23,6 @@ from grow.methods.flow import Flow
 from grow.methods.stm import Stm
 from grow.model import load
 from grow.recipe import read_recipe
-from grow.tasks import IGNORED, Epochs, PackedDataset, encode, load_rows
-from grow.template import Template
 from grow.training.train import check_run
 from tests.running import alone, rows_of
 from tests.tiny import make_recipe
@@ -48,7 +52,7 @@ def stub(base: Path, sums: Path, **fields: Any) -> Any:
     longest = sorted(len(example.labels) for example in examples)[-3]
     sequences = PackedDataset(examples, max(longest, 7), 256)
     losses = [torch.full((len(example.labels),), torch.nan) for example in examples]
-    for row in (row for rows in sequences.packed for row in rows):
+    for row in sequences.packed.tolist():
         losses[row][torch.tensor(examples[row].labels) != IGNORED] = alone(model, examples[row])
     return SimpleNamespace(
         model=model,
@@ -62,7 +66,7 @@ def stub(base: Path, sums: Path, **fields: Any) -> Any:
 def test_flow_weights_rows_by_the_base_loss(text_base: Path, sums: Path) -> None:
     trainer, method = stub(text_base, sums), Flow()
     method.begin(trainer)
-    packed = sorted(row for rows in trainer.train_dataset.sequences.packed for row in rows)
+    packed = sorted(trainer.train_dataset.sequences.packed.tolist())
     mean = {row: trainer.start_losses()[row].nanmean().item() for row in packed}
     median = sorted(mean.values())[(len(packed) - 1) // 2]
     weights = {row: math.exp(-loss / median) for row, loss in mean.items()}
@@ -98,6 +102,7 @@ def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Pa
         retention=str(sums),
         retention_rows=partial(load_rows, str(sums)),
         start=str(text_base),
+        tokenizer=partial(load_tokenizer, str(text_base)),
         **fields,
     )
     method = Ewc(ewc_lambda=3.0, ewc_rows=5, ewc_split="test")

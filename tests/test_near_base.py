@@ -8,12 +8,13 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.data.examples import IGNORED
+from grow.data.packing import collate
 from grow.errors import UserError
 from grow.loss import base_logits, compare, labelled_logits
 from grow.methods import METHODS
 from grow.model import load
 from grow.recipe import read_recipe
-from grow.tasks import IGNORED, collate
 from grow.training.near_base import general_text
 from grow.training.train import check_run
 from tests.running import train, train_and_resume

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from grow.checkpoint.expand import expand
+from grow.data.packing import PackedDataset, collate
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokens import encode
 from grow.loss import labelled_logits
 from grow.methods import METHODS
 from grow.model import load
-from grow.tasks import PackedDataset, collate, encode, load_rows
-from grow.template import Template
 from tests.tiny import grow, make_data, make_recipe, run
 
 
@@ -56,7 +58,7 @@ def test_the_probe_sees_what_a_second_model_would(
     rows = load_rows(str(data), "test").select(range(20))
     template = Template("{question}", "{answer}")
     examples = encode(rows, AutoTokenizer.from_pretrained(text_base), template, end=False).examples
-    batch = collate([PackedDataset([example], 32, 0)[0] for example in examples])
+    batch = collate([PackedDataset(examples[i : i + 1], 32, 0)[0] for i in range(len(examples))])
     with torch.no_grad():
         logits, labels = labelled_logits(load(tmp_path / "trained", torch.float32), batch)
         before = labelled_logits(load(text_base, torch.float32), batch)[0].log_softmax(-1)

@@ -117,9 +117,10 @@ def test_layers_by_their_gradient(text_base: Path, sums: Path, tmp_path: Path) -
     assert all(row["norm"]["mean"] > 0 and row["norm"]["spread"] > 0 for row in rows)
     # Of one batch, by what torch says of the loss of its sequences taken together.
     from grow.analysis.gradients import measure
+    from grow.data.packing import Epochs, PackedDataset, collate
+    from grow.data.tokens import encode
     from grow.loss import labelled_logits
     from grow.recipe import read_recipe
-    from grow.tasks import Epochs, PackedDataset, collate, encode
 
     settings = read_recipe(str(recipe))
     (norms,), layers = measure(settings, 1)

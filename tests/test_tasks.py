@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from grow.data.examples import IGNORED
+from grow.data.packing import Epochs, PackedDataset, collate, pack
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.model import load
-from grow.tasks import IGNORED, Epochs, PackedDataset, collate, encode, load_rows, pack
-from grow.template import Template
 
 TEMPLATE = Template("Q: {q}\nA:", " {a}")
 ROWS = [{"q": "How many legs has a spider " + "or two " * n, "a": f"eight, {n} times"} for n in range(8)]
@@ -35,12 +39,31 @@ def test_a_template_that_does_not_fit(text_base: Path) -> None:
 
 def test_packing_loses_no_row(text_base: Path) -> None:
     examples = encode(ROWS, AutoTokenizer.from_pretrained(text_base), TEMPLATE).examples
-    packed, too_long = pack(examples, 70)
+    packed, starts = pack(examples.lengths, 70)
     kept = [i for i, example in enumerate(examples) if len(example.input_ids) <= 70]
-    assert sorted(i for sequence in packed for i in sequence) == kept
-    assert too_long == len(examples) - len(kept) > 0
-    assert all(sum(len(examples[i].input_ids) for i in sequence) <= 70 for sequence in packed)
-    assert len(packed) < len(kept)
+    assert sorted(packed.tolist()) == kept and len(kept) < len(examples)
+    sequences = np.split(packed, starts[1:-1])
+    assert all(0 < examples.lengths[sequence].sum() <= 70 for sequence in sequences)
+    assert len(sequences) < len(kept)
+
+
+def test_packing_is_best_fit_the_longest_first() -> None:
+    """One by one, as the algorithm is written down; `pack` places equal lengths at once."""
+    lengths = np.random.default_rng(0).integers(1, 90, 700)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(5)).tolist()
+    order.sort(key=lambda i: -lengths[i])
+    expected: list[list[int]] = []
+    room: list[list[int]] = [[] for _ in range(101)]
+    for index in order:
+        left = next((r for r in range(lengths[index], 101) if room[r]), 100)
+        if not room[left]:
+            room[left].append(len(expected))
+            expected.append([])
+        sequence = room[left].pop()
+        expected[sequence].append(index)
+        room[left - lengths[index]].append(sequence)
+    packed, starts = pack(lengths, 100, seed=5)
+    assert [part.tolist() for part in np.split(packed, starts[1:-1])] == expected
 
 
 @pytest.mark.parametrize("which", ["text_base", "real_base"])

@@ -16,7 +16,6 @@ from grow.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
 """Which of a repository's files are wanted, by their names; it may ask for the path of a small one to read it."""
@@ -39,7 +38,7 @@ class Repository:
         ref = store / "refs" / self.revision
         commit = ref.read_text().strip() if ref.is_file() else self.revision
         snapshot = store / "snapshots" / commit
-        return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
+        return snapshot if commit and snapshot.is_dir() else None
 
     def names(self) -> list[str]:
         """The names of its files, whether fetched or not, as far as the cache knows them."""

@@ -24,6 +24,12 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = re.compile("gRoW([be])([0-9]+)mArK")
 
+# A template that writes the date asks for it by this name; it is given the run's day, at midnight.
+_ON_A_DAY = (
+    "{%- macro strftime_now(form) -%}{%- set now = namespace(text=form) -%}{%- for code, value in day_parts.items() -%}"
+    "{%- set now.text = now.text.replace(code, value) -%}{%- endfor -%}{{- now.text -}}{%- endmacro -%}"
+)
+
 Turn = dict[str, Any]
 
 
@@ -35,8 +41,8 @@ def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> st
         return tokenizer.get_chat_template(None, tools=tools)
     except ValueError as error:
         raise UserError(
-            "the base's tokenizer has no chat template, which messages need: take the instruction-tuned base, or name a "
-            f"file with one in the field chat_template ({str(error).splitlines()[0][:120]})"
+            "the base's tokenizer has no chat template, which messages need: take the instruction-tuned base, or name "
+            f"a file with one in the field chat_template ({str(error).splitlines()[0][:120]})"
         ) from None
 
 
@@ -152,18 +158,23 @@ def _render(
     """The template's text, and the spans that its own `{% generation %}` gives."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def now(form: str) -> str:
-        return datetime.combine(date.fromisoformat(day) if day else date.today(), datetime.min.time()).strftime(form)
-
     marked = bool(_GENERATION.search(source))
     try:
         texts, spans = render_jinja_template(
-            [turns], tools=tools, chat_template=source, return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map, strftime_now=now,
+            [turns], tools=tools, chat_template=_ON_A_DAY + source, return_assistant_tokens_mask=marked,
+            add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map, day_parts=_day_parts(day),
         )  # fmt: skip
     except Exception as error:  # a template is a program: it can raise anything
         raise ValueError(f"refused by the chat template ({' '.join(str(error).split())[:120]})") from error
     return texts[0], [tuple(span) for span in spans[0]] if marked and spans else []
+
+
+@cache
+def _day_parts(day: str) -> dict[str, str]:
+    """What strftime's codes stand for."""
+    start = datetime.combine(date.fromisoformat(day) if day else date.today(), datetime.min.time())
+    codes = [f"%{sign}{letter}" for letter in "aAbBcdDeFfHIjmMpSTuUwWxXyYzZ" for sign in ("", "-")]
+    return {code: start.strftime(code) for code in codes} | {"%%": "%"}
 
 
 def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, str]) -> list["Span"]:

@@ -34,7 +34,9 @@ def _fetch_model(name: str) -> str:
     source = repository(name)
 
     def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
-        beside = [n for n in names if n.endswith(_BESIDE) and "/" not in n or n.startswith("additional_chat_templates/")]
+        beside = [
+            n for n in names if (n.endswith(_BESIDE) and "/" not in n) or n.startswith("additional_chat_templates/")
+        ]
         return sorted({*beside, *_weights(names, read, str(source))})
 
     return str(source.fetch(choose)[0].parent)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from grow.data.examples import IGNORED, Examples
 from grow.data.tokenizer import pad_token_id
-from grow.data.tokens import IGNORED, Examples, encode_cached
+from grow.data.tokens import encode_cached
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from grow.data.encoder import Encoder
 from grow.data.packing import PackedDataset, summary
 from grow.data.tokenizer import pad_token_id
-from grow.data.tokens import Encoder, encode_cached
+from grow.data.tokens import encode_cached
 from grow.errors import UserError
 from grow.recipe import Recipe
 
@@ -40,9 +41,7 @@ def _row(index: int, row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
     names = [str(name) for name in encoder.tokenizer.convert_ids_to_tokens(shown.ids)]
     text = "".join(shown.text[begin:end] for begin, end in shown.spans)
     turns = [i for i in range(1, len(shown.learnt)) if shown.learnt[i] != shown.learnt[i - 1]]
-    borders = [
-        [names[max(0, i - _AROUND_A_BORDER) : i], names[i : i + _AROUND_A_BORDER]] for i in turns
-    ]
+    borders = [[names[max(0, i - _AROUND_A_BORDER) : i], names[i : i + _AROUND_A_BORDER]] for i in turns]
     return {"row": index, "text": shown.text, "learnt": text, "spans": shown.spans, "tokens": len(shown.ids) - 1,
             "borders": borders}  # fmt: skip
 
@@ -60,7 +59,11 @@ def preview_text(result: dict[str, Any], colour: bool) -> str:
             parts += [row["text"][done:begin], on, row["text"][begin:end], off]
             done = end
         borders = "; ".join(f"{_visible(before)} | {_visible(after)}" for before, after in row["borders"])
-        lines += [f"row {row['row']}, {row['tokens']} tokens; borders: {borders}", "".join(parts) + row["text"][done:], ""]
+        lines += [
+            f"row {row['row']}, {row['tokens']} tokens; borders: {borders}",
+            "".join(parts) + row["text"][done:],
+            "",
+        ]
     if result["bad_rows"]:
         lines.append(f"{result['bad_rows']} of {result['of']} rows cannot be used: {result['reasons']}")
     lines.append(f"{result['data']}, {result['split']}: {result.get('summary', 'no row that can be used')}")

@@ -1,7 +1,7 @@
 """Text that spells a special token is text: "</s>" in a row about HTML ends nothing.
 
-In what a template itself says, special tokens are tokens. A tokenizer cannot tell the two apart, so in the few rows that
-spell one their own texts are broken up by a character that no text has, and the row is tokenised by a copy of the
+In what a template itself says, special tokens are tokens. A tokenizer cannot tell the two apart, so in the few rows
+that spell one their own texts are broken up by a character that no text has, and the row is tokenised by a copy of the
 tokenizer that knows the template's special tokens under other names, after the character has been taken out.
 """
 

@@ -1,12 +1,11 @@
 """How a row of a data set becomes text, and which of it is to be learnt."""
 
+from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from string import Formatter
 from typing import Any
-
-from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
 
 from grow.errors import UserError
 

@@ -5,15 +5,13 @@ from typing import Any
 
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint
-from grow.errors import UserError
+from grow.errors import UserError, innermost
 from grow.plan import canonical
 
 
 def load_tokenizer(name: str) -> Any:
     """Of a checkpoint's folder or hub name. Raises UserError where it has none that transformers can load."""
     from transformers import AutoTokenizer
-
-    from grow.data.rows import innermost
 
     folder = locate(name)
     try:

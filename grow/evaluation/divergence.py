@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from grow.data.examples import Examples, all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.data.tokenizer import load_tokenizer
-from grow.data.tokens import Examples, all_learnt
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.dial import Dial, check_dial

@@ -12,9 +12,10 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
+from grow.data.examples import Examples
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
-from grow.data.tokens import Examples, encode
+from grow.data.tokens import encode
 from grow.errors import UserError, one_line
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.dial import Dial, check_dial
@@ -59,7 +60,8 @@ def evaluate(
     name): `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the likeliest;
     `exact_match`, the share of rows where all are, which is what greedy decoding would give; `log_likelihood`, nats per
     row, the mean over rows; `rows`; `overlapping`, how many were left out; `intervals` of the figures; `items`, each
-    row's log-likelihood; `unusable`, how many rows could not be. What fails stands under "failed". The task also has what the recipe's `metric` asks for. Under "samples" what the model writes
+    row's log-likelihood; `unusable`, how many rows could not be scored. What fails stands under "failed". The task
+    also has what the recipe's `metric` asks for. Under "samples" what the model writes
     for the first test rows. Of several α, "dial" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
@@ -98,7 +100,7 @@ class Parts:
         self.point = point
 
     def add(self, name: str, make: Callable[[], Any], among: str = "") -> None:
-        """Puts what `make` returns under its name, or why there is nothing under "failed"; `among` is a dict of some."""
+        """Puts what `make` returns under its name, or among others, or under "failed" why there is nothing."""
         try:
             made = make()
         except Exception as error:
@@ -138,6 +140,13 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     shared = overlapping([(rows, template) for _, rows, template, _ in sets], (training, recipe.template))
     found = []
     for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
+        if len(given_away) == len(rows):
+            print(
+                f"{name}: all its {len(rows)} rows are in the training rows too; they are scored all the same, and say "
+                "nothing of what was not learnt from",
+                file=sys.stderr,
+            )
+            given_away = set()
         kept = rows.select([i for i in range(len(rows)) if i not in given_away][:most])
         # Of old knowledge no end token: the question is whether the answer comes, not whether the text ends there.
         encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
@@ -146,8 +155,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
             print(f"{name}: {len(bad)} of {len(kept)} rows cannot be scored: {encoded.reasons()}", file=sys.stderr)
         if not encoded.examples:
             raise UserError(
-                f"no row to score for {name}: {len(given_away)} of {len(rows)} overlap with training rows, and all "
-                f"others are unusable or longer than max_length {recipe.max_length} tokens"
+                f"no row to score for {name}: {len(given_away)} of {len(rows)} overlap with training rows; of the "
+                f"others {encoded.reasons()}"
             )
         kept = kept.select([i for i in range(len(kept)) if i not in bad])
         found.append(Items(name, kept, template, encoded.examples, len(given_away), len(bad)))

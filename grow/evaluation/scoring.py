@@ -7,9 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grow.data.examples import Examples
 from grow.data.packing import PackedDataset, collate
 from grow.data.template import Template
-from grow.data.tokens import Examples, encode
+from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.loss import token_scores

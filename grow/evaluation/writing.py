@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from grow.data.encoder import Encoder
 from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.data.tokenizer import pad_token_id
-from grow.data.tokens import Encoder
 
 _AT_A_TIME = 16
 _DRAWS = 1000

@@ -42,7 +42,7 @@ class Ewc(Method):
             raise UserError("ewc_rows must be at least 1, and ewc_lambda not below 0")
         self._examples(recipe)
 
-    def _examples(self, recipe: Any) -> list[Any]:
+    def _examples(self, recipe: Any) -> Any:
         from grow.data.tokens import encode
 
         rows = recipe.retention_rows(self.ewc_split)

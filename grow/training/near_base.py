@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.errors import UserError
-from grow.loss import base_logits, compare, labelled_logits
+from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
 from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokenizer import pad_token_id
-from grow.data.tokens import IGNORED, encode_cached
+from grow.data.tokens import encode_cached
+from grow.errors import UserError
+from grow.loss import base_logits, compare, labelled_logits
 
 _POSITIONS = 64
 """Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""

@@ -16,7 +16,8 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
         raise UserError(
-            f"{recipe.grown}: no grown checkpoint there; make it: python -m grow expand {recipe.base_name} {recipe.grown}"
+            f"{recipe.grown}: no grown checkpoint there; make it: "
+            f"python -m grow expand {recipe.base_name} {recipe.grown}"
         )
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):
@@ -55,4 +56,6 @@ def _base(recipe: Recipe) -> Path:
     except UserError:
         if "gemma3_270m" not in recipe.base:
             raise
-        raise UserError(f"{recipe.base_name}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it") from None
+        raise UserError(
+            f"{recipe.base_name}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it"
+        ) from None

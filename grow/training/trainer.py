@@ -21,8 +21,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from grow.checkpoint.run_folder import seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
+from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
-from grow.data.tokens import IGNORED
 from grow.errors import Fault, UserError, one_line
 from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method

@@ -1,0 +1,192 @@
+"""A row's text → tokens, with labels on what is to be learnt.
+
+The text is tokenised as a whole, as inference does it, and cut by the characters that tokens stand for: a token across
+the border of prompt and completion is the completion's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from grow.data.examples import SCHEMA
+from grow.data.rows import BrokenRow
+from grow.data.special import BREAK, SpecialTokens, unguarded
+from grow.data.template import Span, Template
+
+Made = tuple[list[int], np.ndarray]
+"""A row's ids, and which of them are learnt, uint8."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as a person sees it: its text with what begins and ends it, and the spans that are learnt; and its tokens,
+    each with whether it is learnt."""
+
+    text: str
+    spans: list[Span]
+    ids: list[int]
+    learnt: list[bool]
+
+
+class Encoder:
+    """Makes tokens of rows by a template. `end`: whether an end token follows a completion, and is learnt.
+
+    It can be sent to another process, which reads the tokenizer from its folder again.
+    """
+
+    def __init__(self, tokenizer: Any, template: Template, end: bool = True):
+        self.template, self.end = template, end
+        self._set(tokenizer)
+
+    def _set(self, tokenizer: Any) -> None:
+        self.tokenizer, self.special = tokenizer, SpecialTokens(tokenizer)
+        self.fast = bool(tokenizer.is_fast)
+        if self.fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"template": self.template, "end": self.end, "folder": self.tokenizer.name_or_path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
+        self.template, self.end = state["template"], state["end"]
+        self._set(AutoTokenizer.from_pretrained(state["folder"], local_files_only=True))
+
+    def begin(self) -> list[int]:
+        """The token before a prompt, where the tokenizer has one and the prompt does not write it itself."""
+        first = self.tokenizer.bos_token
+        if self.template.messages or not first or self.template.prompt.startswith(first):
+            return []
+        return [self.tokenizer.bos_token_id]
+
+    def final(self) -> list[int]:
+        """The token after a completion, likewise."""
+        last = self.tokenizer.eos_token
+        if self.template.messages or not self.end or not last or self.template.completion.endswith(last):
+            return []
+        return [self.tokenizer.eos_token_id]
+
+    def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
+        """Rows as a table of `tokens`, `learnt` (1 where the token is) and `bad` (why the row cannot be used)."""
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        bad: list[str | None] = []
+        for row in rows:
+            try:
+                text = self._text(row)
+                texts.append(text.text)
+                spans.append(text.learnt)
+                bad.append(None)
+            except ValueError as error:
+                bad.append(str(error))
+        encoded = iter(self._encode(texts, spans))
+        ids, marks = [], []
+        for index, reason in enumerate(bad):
+            own: list[int] = []
+            learnt: np.ndarray = np.zeros(0, np.uint8)
+            if reason is None:
+                try:
+                    own, learnt = self._whole(next(encoded))
+                except ValueError as error:
+                    own, learnt, bad[index] = [], np.zeros(0, np.uint8), str(error)
+            ids.append(own)
+            marks.append(learnt)
+        offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
+        tokens = np.fromiter((number for own in ids for number in own), np.int32)
+        learnt = np.concatenate([np.zeros(0, np.uint8), *marks])
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (tokens, learnt)]
+        return pa.table([*columns, pa.array(bad, pa.string())], schema=SCHEMA)
+
+    def _text(self, row: dict[str, Any]) -> Any:
+        if isinstance(row, BrokenRow):
+            raise ValueError(row.reason)
+        return self.template.text(row, self.tokenizer, self.special.guard)
+
+    def _whole(self, made: Made | ValueError) -> Made:
+        """With begin and end. Raises ValueError where nothing is left to learn."""
+        if isinstance(made, ValueError):
+            raise made
+        ids, learnt = made
+        first, last = self.begin(), self.final()
+        ids = [*first, *ids, *last]
+        learnt = np.concatenate([np.zeros(len(first), np.uint8), learnt, np.ones(len(last), np.uint8)])
+        if not learnt[1:].any():
+            raise ValueError("without a token to learn")
+        return ids, learnt
+
+    def _encode(self, texts: list[str], spans: list[list[Span]]) -> Iterator[Made | ValueError]:
+        """Ids of each text and which of them are learnt, or why it cannot be."""
+        if not self.fast:
+            for text, own in zip(texts, spans, strict=True):
+                yield self._slowly(text, own)
+            return
+        backend = self.tokenizer.backend_tokenizer
+        plain = backend.encode_batch([text for text in texts if BREAK not in text], add_special_tokens=False)
+        encodings = iter(plain)
+        for text, own in zip(texts, spans, strict=True):
+            if BREAK not in text:
+                encoding = next(encodings)
+                yield encoding.ids, _learnt(encoding, own, len(text))
+                continue
+            encoding, moved = self.special.encode(text)
+            own = [(moved.place(begin), moved.place(end)) for begin, end in own]
+            try:
+                yield self.special.own_ids(encoding.ids), _learnt(encoding, own, len(moved.text))
+            except ValueError as error:
+                yield error
+
+    def _slowly(self, text: str, spans: list[Span]) -> Made:
+        """By a tokenizer that does not say which characters a token stands for: by what begins alike."""
+        text, spans = (moved := unguarded(text)).text, [(moved.place(a), moved.place(b)) for a, b in spans]
+
+        def ids(part: str) -> list[int]:
+            return self.tokenizer(part, add_special_tokens=False, split_special_tokens=BREAK in text).input_ids
+
+        whole = ids(text)
+        learnt = np.zeros(len(whole), np.uint8)
+        for begin, end in spans:
+            first, last = _alike(whole, ids(text[:begin])), len(ids(text[:end]))
+            learnt[first : last if end < len(text) else len(whole)] = 1
+        return whole, learnt
+
+    def shown(self, row: dict[str, Any]) -> Shown:
+        """One row for a person. Raises ValueError, in a few words, if it is bad."""
+        text = self._text(row)
+        moved = unguarded(text.text)
+        spans = [(moved.place(begin), moved.place(end)) for begin, end in text.learnt]
+        ids, learnt = self._whole(next(self._encode([text.text], [text.learnt])))
+        if self.fast:  # a token across a border is learnt as a whole
+            offsets = self.tokenizer.backend_tokenizer.encode(moved.text, add_special_tokens=False).offsets
+            spans = [(min([a, *(s for s, e in offsets if s < a < e)]), b) for a, b in spans]
+        names = self.tokenizer.convert_ids_to_tokens
+        before, after = "".join(names(self.begin())), "".join(names(self.final()))
+        spans = [(a + len(before), b + len(before)) for a, b in spans]
+        if after:  # it follows the completion, which is all that is learnt
+            spans = [(spans[0][0], spans[0][1] + len(after))]
+        return Shown(before + moved.text + after, spans, ids, (learnt == 1).tolist())
+
+
+def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:
+    """Which tokens of an encoding have a character of one of the spans; those of none count where they stand."""
+    if len(spans) == 1 and spans[0][1] == length:
+        learnt = np.zeros(len(encoding.ids), np.uint8)
+        places = (encoding.char_to_token(place) for place in range(spans[0][0], length))
+        first = next((token for token in places if token is not None), None)
+        if first is not None:
+            learnt[first:] = 1
+        return learnt
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    begin, end = offsets[:, 0], offsets[:, 1]
+    learnt = np.zeros(len(offsets), bool)
+    for first, last in spans:
+        learnt |= np.where(begin < end, (end > first) & (begin < last), (begin >= first) & (begin < last))
+    return learnt.astype(np.uint8)
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,111 @@
+"""Tokenised rows, mapped into memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from xxhash import xxh3_128
+
+IGNORED = -100
+SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("learnt", pa.list_(pa.uint8())), ("bad", pa.string())])
+"""Of a table of tokenised rows: ids; 1 for each that is to be learnt; why the row is bad, if it is."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row in tokens. `labels[t]` is the token that `input_ids[: t + 1]` should be followed by, or IGNORED."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Examples(Sequence[Example]):
+    """The usable rows of a split in tokens, read from memory-mapped Arrow when asked for. `rows` are their indices in
+    the split, `lengths` the tokens of each (of its input_ids), int64 [N]."""
+
+    def __init__(self, chunks: Sequence[pa.Table], rows: np.ndarray):
+        self._chunks, self.rows = chunks, rows
+        self._parts = [(lists(chunk["tokens"]), lists(chunk["learnt"])[1]) for chunk in chunks]
+        self._starts = np.cumsum([0, *(len(offsets) - 1 for (offsets, _), _ in self._parts)])
+        sizes = [np.diff(offsets) for (offsets, _), _ in self._parts]
+        self.lengths = (np.concatenate(sizes)[rows] if sizes else np.zeros(0)).astype(np.int64) - 1
+        self._dropped: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Examples(self._chunks, self.rows[index])
+        ids, labels = self.arrays(range(len(self))[index])
+        return Example(ids.tolist(), labels.tolist())
+
+    def arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """input_ids and labels of an example, int64 each."""
+        row = int(self.rows[index])
+        part = int(np.searchsorted(self._starts, row, "right")) - 1
+        (offsets, values), marks = self._parts[part]
+        begin, end = offsets[row - self._starts[part]], offsets[row - self._starts[part] + 1]
+        tokens = values[begin:end].astype(np.int64)
+        labels = np.where(marks[begin:end] == 1, tokens, IGNORED)[1:]
+        if self._dropped is not None:
+            start = self._label_starts[index]
+            labels[self._dropped[start : start + len(labels)]] = IGNORED
+        return tokens[:-1], labels
+
+    def drop_labels(self, where: np.ndarray) -> None:
+        """Takes labels away for good: bool, one for each token of all examples' labels in a row."""
+        self._label_starts = np.cumsum([0, *self.lengths])
+        self._dropped = where
+
+    def counts(self) -> tuple[int, int]:
+        """Tokens, and labels among them."""
+        used = self._used()
+        return int(self.lengths.sum()), sum(int(_inner(p, u, 1).sum()) for p, u in zip(self._parts, used, strict=True))
+
+    def largest(self) -> int:
+        """The largest id of any token; −1 without one."""
+        return max((int(values.max()) for (_, values), _ in self._parts if len(values)), default=-1)
+
+    def _used(self) -> list[np.ndarray]:
+        """For each chunk, which of its rows are used."""
+        mask = np.zeros(int(self._starts[-1]), bool)
+        mask[self.rows] = True
+        return [mask[a:b] for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
+
+    def checksum(self) -> str:
+        """XXH3-128 of all tokens and of which are learnt, in order."""
+        tokens, marks = xxh3_128(), xxh3_128()
+        for part, used in zip(self._parts, self._used(), strict=True):
+            tokens.update(np.ascontiguousarray(_inner(part, used, 0, False)).tobytes())
+            marks.update(_inner(part, used, 1, False).tobytes())
+        sizes = xxh3_128(self.lengths.tobytes()).hexdigest()
+        return xxh3_128(f"{tokens.hexdigest()} {marks.hexdigest()} {sizes}".encode()).hexdigest()
+
+
+def _inner(part: Any, used: np.ndarray, which: int, after_first: bool = True) -> np.ndarray:
+    """The values of a chunk's used rows, tokens (0) or marks (1); without each row's first, which has no label."""
+    (offsets, values), marks = part
+    keep = np.repeat(used, np.diff(offsets))
+    if after_first:
+        starts = offsets[:-1][used & (np.diff(offsets) > 0)] - offsets[0]
+        keep[starts] = False
+    chosen = marks if which else values
+    return chosen[offsets[0] : offsets[-1]][keep]
+
+
+def lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and values of a column of lists in one chunk, without a copy."""
+    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    return chunk.offsets.to_numpy(), chunk.values.to_numpy()
+
+
+def all_learnt(rows: list[list[int]]) -> Examples:
+    """Rows that are tokens already, every one of which has a label but the first."""
+    offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
+    tokens = np.fromiter((number for ids in rows for number in ids), np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (tokens, np.ones(len(tokens), np.uint8))]
+    table = pa.table([*columns, pa.nulls(len(rows), pa.string())], schema=SCHEMA)
+    return Examples([table], np.arange(len(rows)))
