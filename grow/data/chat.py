@@ -75,7 +75,10 @@ def _turn(turn: Any) -> Turn:
     if "tool_calls" in turn:
         turn["tool_calls"] = [_tool_call(call) for call in _listed(turn["tool_calls"], "tool_calls")]
     turn["content"] = _content(content, allow_empty=bool(turn.get("tool_calls")) or turn["role"] in ("system", "tool"))
-    json.dumps(turn, ensure_ascii=False, default=str).encode()  # half of a surrogate pair is in no text
+    try:
+        json.dumps(turn, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
     return turn
 
 
@@ -129,6 +132,8 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     source = chat_template(template, tokenizer, tools)
     if tools and "tools" not in source:
         raise ValueError("with tools, which the chat template does not write")
+    if any(turn.get("tool_calls") for turn in turns) and "tool_calls" not in source:
+        raise ValueError("with tool calls, which the chat template does not write")
     render = partial(_render, source=source, tools=tools or None, tokenizer=tokenizer, day=template.day)
     if _GENERATION.search(source):
         text, spans = render(turns)
@@ -237,12 +242,18 @@ def _span(
         if begin is None:
             return None
         raise ValueError("the chat template cuts off what the assistant says")
+    lead, _, trail = turn["content"].partition(core) if core else ("", "", "")
     if begin is None:  # the template writes the turn without its begin, a thought most of all
         assert finish is not None
-        begin = finish - _common_end(text[:finish], core)
-    if more and header:  # a thought or a call: with what the template puts before it
-        place = text.rfind(header, floor, begin)
-        begin = place + len(header) if place >= 0 else begin
+        begin = finish - len(core[len(core) - _common_end(text[:finish], core) :].lstrip())
+    place = text.rfind(header, floor, begin) if header else -1
+    before = place + len(header) if place >= 0 else floor
+    if more:  # a thought or a call: with what the template puts before it
+        begin = before if place >= 0 else begin
+    elif place >= 0:  # white space of the turn's own, where the template keeps it
+        begin -= _common_end(text[before:begin], lead)
+    if finish is not None and not text.startswith(end or "\0", finish):
+        finish += _common_start(text[finish:], trail)
     stop = finish if finish is not None and not turn.get("tool_calls") else text.find(end, begin) if end else -1
     if stop < 0:
         raise ValueError("where the assistant's turn ends cannot be told in the chat template's text")

@@ -19,6 +19,8 @@ CARD = "README.md"
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".txt")
 _PACKED = ("", ".gz", ".zst", ".xz", ".bz2", ".lz4")
 _PART = r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{8,})?"
+# What `datasets` itself writes beside rows.
+_FACTS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -63,7 +65,8 @@ def split_files(
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+    path = PurePosixPath(name)
+    return path.name in _FACTS or any(part.startswith((".", "__")) for part in path.parts)
 
 
 def _named_after(names: list[str], split: str) -> list[str]:

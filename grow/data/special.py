@@ -45,10 +45,9 @@ class SpecialTokens:
 
     def own_ids(self, ids: list[int]) -> list[int]:
         """The tokenizer's own ids. Raises ValueError where the model of the tokenizer itself makes a special token."""
-        own = [self._to_own.get(number, number) for number in ids]
-        if any(number == other and number in self.own for number, other in zip(ids, own, strict=True)):
+        if any(number in self.own and number not in self._to_own for number in ids):
             raise ValueError("spells a special token, which the tokenizer cannot take for text")
-        return own
+        return [self._to_own.get(number, number) for number in ids]
 
     def removed(self, text: str) -> str:
         """A text without what spells a special token."""

@@ -1,0 +1,196 @@
+"""What is learnt is what is written: values of every format as they stand in the file, and only the split's files."""
+
+import gzip
+import json
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from grow.data.files import split_files
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokens import encode
+from grow.errors import UserError
+
+
+def written(rows: Any, base: Path, template: str = "{v}") -> tuple[list[str], dict[str, list[int]]]:
+    """What each usable row is learnt as, and the bad ones."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoded = encode(rows, tokenizer, Template("", template), end=False)
+    return [tokenizer.decode([label for label in e.labels if label >= 0]) for e in encoded.examples], encoded.bad
+
+
+VALUES = ["1.50", "1e5", "0.1", "-0.0", "18446744073709551616", "true", "null", '"NA"', '"2024-02-30"', "NaN", "[1]",
+          '"\\u00e9"', '" x "', '"a\\nb"', '"\\ud83d\\ude00"', '"\\ud83d"']  # fmt: skip
+
+
+def test_jsonl_values(text_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n\r\n".join(f'{{"v": {value}}}' for value in VALUES).encode() + b"\n  \n"
+    )
+    found, bad = written(load_rows(str(tmp_path), "train"), text_base)
+    expected = [
+        "1.50",
+        "1e5",
+        "0.1",
+        "-0.0",
+        "18446744073709551616",
+        "true",
+        "NA",
+        "2024-02-30",
+        "é",
+        " x ",
+        "a\nb",
+        "😀",
+    ]
+    assert found == expected
+    assert sorted(row for some in bad.values() for row in some) == [6, 9, 10, 15]
+    assert written(load_rows(str(tmp_path), "train[:3]"), text_base, "{v:.1f} EUR")[0] == [
+        "1.5 EUR",
+        "100000.0 EUR",
+        "0.1 EUR",
+    ]
+
+
+def test_csv_cells(text_base: Path, tmp_path: Path) -> None:
+    cells = ["007", "1.50", "NA", "true", "null", "2024-01-01", '"two\nlines, and ""quotes"""', "é", "1,000"[:1]]
+    (tmp_path / "train.csv").write_bytes(
+        "\r\n".join(["v,w", *(f"{cell}," for cell in cells), "short"]).encode("utf-8-sig")
+    )
+    rows = load_rows(str(tmp_path), "train")
+    found, bad = written(rows, text_base, "{v}|{w}")
+    assert found == [f"{cell}|" for cell in [*cells[:6], 'two\nlines, and "quotes"', "é", "1"]]
+    assert bad == {"1 cells, the header has 2": [9]}
+    assert rows.where(9) == "row 9: train.csv, line 12"
+    (tmp_path / "test.tsv").write_text("v\tw\na, b\tc\n")
+    assert written(load_rows(str(tmp_path), "test"), text_base, "{v}|{w}")[0] == ["a, b|c"]
+    (tmp_path / "validation.csv").write_text('v,w\n1,2\n"never closed,3\n4,5\n')
+    with pytest.raises(UserError, match=r"validation.csv, line \d: not CSV"):
+        load_rows(str(tmp_path), "validation")
+
+
+def test_parquet_and_arrow_values(text_base: Path, tmp_path: Path) -> None:
+    columns: dict[str, Any] = {
+        "v": pyarrow.array([0.1, 2.5, None], pyarrow.float32()), "day": [date(2024, 2, 29)] * 3,
+        "price": [Decimal("1.50")] * 3, "flag": [True, False, True], "big": [2**60] * 3,
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    found, bad = written(load_rows(str(tmp_path), "train"), text_base, "{v} {day} {price} {flag} {big}")
+    assert found == [f"0.1 2024-02-29 1.50 true {2**60}", f"2.5 2024-02-29 1.50 false {2**60}"]
+    assert bad == {"without a value in a column": [2]}
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"v": ["a", "b"]})}).save_to_disk(tmp_path / "saved")
+    assert written(load_rows(str(tmp_path / "saved"), "train"), text_base)[0] == ["a", "b"]
+
+
+def test_other_ways_to_lie(text_base: Path, tmp_path: Path) -> None:
+    """A list in a .json, a compressed file, one file alone, parts that do not have the same columns, plain lines."""
+    (tmp_path / "validation.json").write_text('[{"v": 1.50},\n {"v": "x", "w": {}}, 3]')
+    found, bad = written(load_rows(str(tmp_path), "validation"), text_base)
+    assert found == ["1.50", "x"] and bad == {"not a JSON object": [2]}
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"v": "packed"}\n'))
+    assert written(load_rows(str(tmp_path), "test"), text_base)[0] == ["packed"]
+    for number, row in enumerate([{"v": 1}, {"v": "b", "extra": [1]}]):
+        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(json.dumps(row))
+    assert written(load_rows(str(tmp_path), "train"), text_base)[0] == ["1", "b"]
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(f'{{"v": {n}}}\n' for n in range(10)))
+    assert written(load_rows(str(alone), "train[80%:]+train[:1]"), text_base)[0] == ["8", "9", "0"]
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.txt").write_text("one\ntwo\n")
+    assert written(load_rows(str(tmp_path / "lines"), "train"), text_base, "{text}")[0] == ["one", "two"]
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match="cannot be read: "):
+        load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (["train.jsonl", "train_v1.jsonl", "old/train.jsonl", "train copy.jsonl"], "train", ["train.jsonl"]),
+        (["data/train-00001-of-00002.parquet", "data/train-00000-of-00002.parquet", "stats.json"], "train",
+         ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
+        (["dev.csv", "train.csv", "test.csv"], "validation", ["dev.csv"]),
+        (["questions.train.jsonl", "questions.test.jsonl"], "test", ["questions.test.jsonl"]),
+        (["alpaca.json", "LICENSE.txt~", "picture.png"], "train", ["alpaca.json"]),
+        ([".ipynb_checkpoints/train.jsonl", "__MACOSX/train.jsonl", "rows/train/a.jsonl"], "train",
+         ["rows/train/a.jsonl"]),
+        (["test/part.arrow", "test.lock", "train/part.arrow"], "test", ["test/part.arrow"]),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_split(names: list[str], split: str, found: list[str]) -> None:
+    assert split_files(names, Path, split, None, None, "here") == found
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "says"),
+    [
+        (["train.csv", "train.jsonl"], "train", "several formats: train.csv, train.jsonl"),
+        (["train.jsonl"], "validation", "no file in it holds its split validation .there are: train.jsonl"),
+        (["notes.md"], "train", "no file of rows"),
+        (["train-1-of-3.csv", "train-3-of-3.csv"], "train", "2 of the 3 parts"),
+    ],
+)
+def test_a_split_that_is_not_plain(names: list[str], split: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        split_files(names, Path, split, None, None, "here")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "text"),
+    [
+        ("{a[b][0]}", {"a": {"b": ["x"]}}, "x"),
+        ("{a.b}", {"a.b": "dotted"}, "dotted"),
+        ("{first name}", {"first name": "Ada"}, "Ada"),
+        ("{0}", {"0": "zero"}, "zero"),
+        ("{{{a}}} $HOME ~ {a:>3}", {"a": "x"}, "{x} $HOME ~   x"),
+        ("{a!r}", {"a": "x"}, "'x'"),
+    ],
+)
+def test_a_template_takes_what_a_row_has(template: str, row: dict[str, Any], text: str) -> None:
+    assert Template().fill(template, row) == text
+    Template("", template).check(list(row))
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        ("{a[b]}", {"a": {"b": None}}, r"without a value at a\[b\]"),
+        ("{a[b]}", {"a": {}}, r"without a value at a\[b\]"),
+        ("{a[9]}", {"a": [1]}, r"without a value at a\[9\]"),
+        ("{a[b]}", {"a": "text"}, r"without a value at a\[b\]"),
+        ("{a}", {}, "without a value in a column"),
+        ("{a}", {"a": {"b": 1}}, "a dict, not a text, at a"),
+        ("{a}", {"a": ["x"]}, "a list, not a text, at a"),
+        ("{a:.2f}", {"a": "dear"}, "does not take the format"),
+        ("{a}", {"a": "\udc00"}, "surrogate"),
+    ],
+)
+def test_a_row_that_cannot_fill_it_is_bad(template: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Template().fill(template, row)
+
+
+@pytest.mark.parametrize("template", ["{a.b}", "{a", "}", "{missing}"])
+def test_a_template_that_no_row_can_fill(template: str) -> None:
+    with pytest.raises(UserError):
+        Template("", template).check(["a"])
+
+
+def test_rows_of_ones_choice_are_those(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"v": {n}}}\n' for n in range(2500)))
+    rows = load_rows(str(tmp_path), "train")
+    assert [row["v"] for row in rows] == list(range(2500)) and [row["v"] for row in rows[1998:2003]] == [
+        *range(1998, 2003)
+    ]
+    chosen = rows.select(np.array([7, 3, 2499])).select([2, 0])
+    assert [row["v"] for row in chosen] == [2499, 7] and chosen.number(0) == 2499
+    assert rows[-1]["v"] == 2499 and rows.checksum() != chosen.checksum()
