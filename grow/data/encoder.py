@@ -142,10 +142,11 @@ class Encoder:
 
     def _slowly(self, text: str, spans: list[Span]) -> Made:
         """By a tokenizer that does not say which characters a token stands for: by what begins alike."""
-        text, spans = (moved := unguarded(text)).text, [(moved.place(a), moved.place(b)) for a, b in spans]
+        spells, moved = BREAK in text, unguarded(text)
+        text, spans = moved.text, [(moved.place(begin), moved.place(end)) for begin, end in spans]
 
         def ids(part: str) -> list[int]:
-            return self.tokenizer(part, add_special_tokens=False, split_special_tokens=BREAK in text).input_ids
+            return self.tokenizer(part, add_special_tokens=False, split_special_tokens=spells).input_ids
 
         whole = ids(text)
         learnt = np.zeros(len(whole), np.uint8)
