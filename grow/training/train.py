@@ -25,6 +25,7 @@ from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, read_sequences
+from grow.training.arguments import check_arguments, check_output, compute_type, planned_ranks, training_arguments
 from grow.training.run_file import check_recipe, from_rank_0, write_run_file
 from grow.training.start import starting_checkpoint
 
@@ -80,8 +81,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
-    dtype = _dtype(recipe)
-    args = _arguments(recipe, steps, dtype)
+    dtype = compute_type(recipe)
+    args = training_arguments(recipe, steps, dtype)
     deepspeed.init_distributed(verbose=False)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
@@ -129,7 +130,8 @@ def _result(trainer: Any) -> dict[str, Any]:
 
 def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
-    run, world_size = Path(recipe.output_dir), _world_size()
+    run, world_size = Path(recipe.output_dir), planned_ranks()
+    check_output(recipe.output_dir)
     start = starting_checkpoint(recipe)
     per_step = world_size * recipe.per_device_train_batch_size
     if recipe.train_batch_size % per_step:
@@ -141,6 +143,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)
     check_recipe(run, recipe)
+    check_arguments(recipe)
     return start
 
 
@@ -167,18 +170,6 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
     return Probe(PackedDataset(encoded.examples, recipe.max_length, tokenizer.pad_token_id or 0), run / "probe.jsonl")
 
 
-def _dtype(recipe: Recipe) -> Any:
-    import torch
-
-    from grow.model import compute_dtype
-
-    return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _single_process_defaults() -> None:
     """The environment that a launcher would have set, for a run of one process without one."""
     if "MASTER_PORT" not in os.environ:
@@ -187,29 +178,3 @@ def _single_process_defaults() -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
-
-
-def _arguments(recipe: Recipe, steps: int, dtype: Any) -> Any:
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from transformers import TrainingArguments
-
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
-    same = (
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-        "adam_epsilon", "max_grad_norm", "seed", "deepspeed", "output_dir", "logging_steps", "eval_steps",
-        "save_steps", "report_to", "per_device_train_batch_size", "per_device_eval_batch_size",
-    )  # fmt: skip
-    return TrainingArguments(
-        **{name: getattr(recipe, name) for name in same},
-        max_steps=steps,
-        gradient_accumulation_steps=recipe.train_batch_size // (_world_size() * recipe.per_device_train_batch_size),
-        bf16=dtype == torch.bfloat16,
-        use_cpu=get_accelerator().device_name() == "cpu",
-        eval_strategy="steps",
-        eval_on_start=True,
-        save_strategy="steps",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-    )
