@@ -73,6 +73,8 @@ def check_output(path: str) -> None:
     try:
         if not path.strip() or (os.path.lexists(run) and not run.is_dir()):
             raise UserError(f"output_dir {path!r}: not a folder; give another")
+        if os.path.lexists(run / "logs") and not (run / "logs").is_dir():
+            raise UserError(f"{run / 'logs'}: not a folder, and TensorBoard's files go there; give it another name")
         place = next(folder for folder in (run, *run.parents) if os.path.lexists(folder))
         with tempfile.TemporaryDirectory(dir=place) as made:
             Path(made, *run.relative_to(place).parts[:1]).mkdir(exist_ok=True)
@@ -164,9 +166,12 @@ def _build_schedule(arguments: Any, steps: int) -> None:
         [torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate, weight_decay=arguments.weight_decay,
         betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
     )  # fmt: skip
-    get_scheduler(
+    schedule = get_scheduler(
         arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(steps), steps, arguments.lr_scheduler_kwargs
     )
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        # DeepSpeed 0.19.8 gives it the batch size in place of the loss (engine.py, _take_model_step).
+        raise ValueError("it follows the loss, which DeepSpeed does not give it")
 
 
 def _build_reporters(arguments: Any) -> None:

@@ -32,10 +32,10 @@ _RECIPE_DECIDES = {
     "torch_autocast": "dtype",
     "activation_checkpointing": "gradient_checkpointing",
 }
-_SETTINGS = {
-    *FROM_RECIPE, "fp16", "data_types", "communication_data_type", "zero_allow_untested_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+_SHOWN = {
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
 }  # fmt: skip
+_SETTINGS = {*FROM_RECIPE, *_SHOWN, "fp16", "data_types", "communication_data_type", "zero_allow_untested_optimizer"}
 _OF_STAGE_3 = (
     "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
     "max_reuse_distance", "gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params",
@@ -103,10 +103,22 @@ def complete_deepspeed(path: str | Path) -> dict[str, Any]:
     if _is_on(given.get("fp16")):
         raise UserError(f"{path}: fp16 is on, and Gemma 3 overflows in it; take it out: the recipe's dtype decides")
     _check_values(path, given, stage)
-    settings = FROM_RECIPE | given
+    return completed(given)
+
+
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's settings, and the recipe's for what it leaves out."""
+    settings = FROM_RECIPE | {name: value for name, value in given.items() if value is not None}
     for part in ("bf16", "zero_optimization"):
-        settings[part] = FROM_RECIPE[part] | given.get(part, {})
+        settings[part] = FROM_RECIPE[part] | settings[part]
     return settings
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The name of a setting in which two files differ, but for what is only shown of a run; None if there is none."""
+    first, second = completed(one), completed(other)
+    names = sorted((first.keys() | second.keys()) - _SHOWN)
+    return next((name for name in names if first.get(name) != second.get(name)), None)
 
 
 def _part(path: str | Path, given: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ Started again, a run goes on from its last complete checkpoint; a run that is do
 
 import json
 import os
-import shutil
 import socket
 import sys
 from math import ceil
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from grow.allocator import keep_memory
-from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
-from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, set_aside, write_marker
+from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, read_sequences
 from grow.training.arguments import check_arguments, check_output, compute_type, planned_ranks, training_arguments
-from grow.training.run_file import check_recipe, from_rank_0, write_run_file
+from grow.training.run_file import from_rank_0, write_run_file
+from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
 
 
@@ -38,7 +38,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     run = Path(recipe.output_dir)
     start = check_run(recipe)
     if (run / MARKER).exists():
-        return {"run": str(run), "status": "was done already", **json.loads((run / MARKER).read_text())}
+        return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     _single_process_defaults()
     keep_memory()
 
@@ -113,7 +113,8 @@ def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
     result = _result(trainer)
     if trainer.args.process_index == 0:
-        shutil.rmtree(run / "result", ignore_errors=True)  # of an attempt that ended before its marker
+        if os.path.lexists(run / "result"):  # of an attempt that ended before its marker, or someone's own
+            set_aside(run / "result")
         trainer.method.write_result(run, run / "result")
         write_marker(run / MARKER, json.dumps(result) + "\n")
     return result
@@ -142,7 +143,7 @@ def check_run(recipe: Recipe) -> Checkpoint:
     recipe.make_method().check(recipe)
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)
-    check_recipe(run, recipe)
+    check_same_run(run, recipe)
     check_arguments(recipe)
     return start
 
