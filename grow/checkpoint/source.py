@@ -9,8 +9,16 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy, mean
 from grow.checkpoint.metadata import check_growth
-from grow.checkpoint.run_folder import MARKER, complete_checkpoints, last_checkpoint, step_of, validation_losses
+from grow.checkpoint.run_folder import (
+    MARKER,
+    complete_checkpoints,
+    last_checkpoint,
+    step_of,
+    steps_in,
+    validation_losses,
+)
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.starting import check_start, second_head
 from grow.checkpoint.writer import equal
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
@@ -128,6 +136,7 @@ def _open_mean(run: Path, average: int, start: str) -> Source:
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     try:
         run_facts, step = read_json(run / "run.json"), step_of(zero_path)
+        step = step if step >= 0 else steps_in(zero_path)  # someone's copy, checkpoint-2-keep
         recipe = run_facts["recipe"]
         facts = {key: recipe[key] for key in ("method", "data")} | {
             "steps": step,
@@ -175,6 +184,10 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
             )
         found[key] = tensor
+    names = second_head(start)
+    if names is not None and names[1] in found:
+        check_start(start)
+        found[names[0]] = found[names[1]]  # the embeddings' second name
     if GrowthPlan.from_config(start.config) is not None:
         found = {key: tensor for key, tensor in found.items() if is_growth(key) or _differs(start, key, tensor)}
         strange = [key for key in found if not is_growth(key)]

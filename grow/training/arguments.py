@@ -86,20 +86,19 @@ def check_output(path: str) -> None:
 def check_arguments(recipe: Recipe) -> None:
     """Asks transformers and DeepSpeed for their refusals. Raises UserError, one line, for the first of them."""
     complete_deepspeed(recipe.deepspeed)
-    with _quiet():
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
-        try:
-            with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):
-                arguments = training_arguments(recipe, steps, compute_type(recipe), _on_paper())
-            _check_deepspeed(recipe, arguments, steps)
-            with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or a field of the optimizer"):
-                _build_schedule(arguments, steps)
-            with _refused(f"report_to {recipe.report_to}"):
-                _build_reporters(arguments)
-        finally:
-            unset_hf_deepspeed_config()  # else what is loaded next in this process is partitioned as it says
+    steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
+    try:
+        with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):
+            arguments = training_arguments(recipe, steps, compute_type(recipe), _on_paper())
+        _check_deepspeed(recipe, arguments, steps)
+        with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or a field of the optimizer"):
+            _build_schedule(arguments, steps)
+        with _refused(f"report_to {recipe.report_to}"):
+            _build_reporters(arguments)
+    finally:
+        unset_hf_deepspeed_config()  # else what is loaded next in this process is partitioned as it says
 
 
 def _on_paper() -> Any:
@@ -127,7 +126,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What libraries log while they are only asked is of no use beside the one line."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

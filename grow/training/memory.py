@@ -10,6 +10,7 @@ from math import ceil, prod
 from typing import Any
 
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.methods.method import of_language_model
 from grow.plan import text_config
@@ -71,8 +72,8 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def model_shapes(start: Checkpoint) -> Shapes:
     """The parameters of the model that a checkpoint holds. A tied head in it is the embedding's second name."""
-    tied = any(config.get("tie_word_embeddings") for config in (start.config, text_config(start.config)))
-    return {name: info.shape for name, info in start.tensors.items() if not (tied and name.endswith("lm_head.weight"))}
+    head, _ = second_head(start) or (None, None)
+    return {name: info.shape for name, info in start.tensors.items() if name != head}
 
 
 def count(shapes: Shapes) -> int:

@@ -24,7 +24,14 @@ from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
 from grow.tasks import Epochs, PackedDataset, encode, read_sequences
-from grow.training.arguments import check_arguments, check_output, compute_type, planned_ranks, training_arguments
+from grow.training.arguments import (
+    check_arguments,
+    check_output,
+    compute_type,
+    planned_ranks,
+    quiet,
+    training_arguments,
+)
 from grow.training.run_file import from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
@@ -144,7 +151,11 @@ def check_run(recipe: Recipe) -> Checkpoint:
     for split in (recipe.train_split, recipe.validation_split):
         recipe.template.check(recipe.rows(split).column_names)
     check_same_run(run, recipe)
-    check_arguments(recipe)
+    with quiet():
+        from grow.model import check_loads
+
+        check_loads(start)
+        check_arguments(recipe)
     return start
 
 

@@ -148,8 +148,9 @@ class GrowTrainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's, over ZeRO's optimizer too, which lacks the rates of the one inside that a schedule may ask for."""
-        if optimizer is not None and not hasattr(optimizer, "defaults"):
-            optimizer.defaults = optimizer.optimizer.defaults
+        zero = getattr(optimizer or self.optimizer, "optimizer", None)  # inside accelerate's own
+        if zero is not None and not hasattr(zero, "defaults"):
+            zero.defaults = zero.optimizer.defaults
         return super().create_scheduler(num_training_steps, optimizer)
 
     # Checkpoints: what trains, nothing else.
