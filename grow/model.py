@@ -94,6 +94,15 @@ def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what a config says wrong ends in errors of many kinds
         raise UserError(f"{path}: its config.json is not one that transformers reads ({_short(error)})") from error
+    try:
+        if (path / "generation_config.json").is_file():
+            transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        pass  # transformers goes without one that it cannot read
+    except Exception as error:
+        raise UserError(
+            f"{path}: transformers refuses its generation_config.json ({_short(error)}); mend it"
+        ) from error
     named = config.architectures
     if not isinstance(named, list) or not named:
         raise UserError(f'{path}: its config.json names no class, such as "architectures": ["Gemma3ForCausalLM"]')

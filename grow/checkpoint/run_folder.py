@@ -4,6 +4,7 @@ RUN/checkpoint-N/COMPLETE     written last: the bytes and the checksum of every 
 RUN/COMPLETE                  written last of all: the run is done
 """
 
+import contextlib
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from grow.errors import UserError
 
 MARKER = "COMPLETE"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+# What an attempt that died may have left, with the rest of a name after it.
 _WRITTEN = re.compile(
-    r"global_step\d+|latest|zero_to_fp32\.py|(scheduler|optimizer)\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
-    r"|training_args\.bin|COMPLETE(\.partial)?"
+    r"global_step\d+/|latest|zero_to_\w+\.py$|(scheduler|optimizer)\.pt$|rng_state|trainer_state\.json$"
+    r"|training_args\.bin$|COMPLETE"
 )
 Facts = list[int | str]
 """A file's bytes and its XXH3-128."""
@@ -63,10 +65,15 @@ def steps_in(checkpoint: Path) -> int:
 
 
 def strange_files(checkpoint: Path) -> list[str]:
-    """Names in a checkpoint's folder of what no run writes there; its own where it is a link or a file."""
+    """Names in a checkpoint's folder of what no run wrote there; its own where it is a link or a file. Of a complete
+    one the marker says what was written."""
     if checkpoint.is_symlink() or not checkpoint.is_dir():
         return [checkpoint.name]
-    return sorted(path.name for path in checkpoint.iterdir() if not _WRITTEN.fullmatch(path.name))
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_symlink() or path.is_file()}
+    with contextlib.suppress(UserError, AttributeError):
+        written = read_json(checkpoint / MARKER).get("files", {}).keys()
+        return sorted(there - written - {MARKER})
+    return sorted(name for name in there if not _WRITTEN.match(name))
 
 
 def clear_place(path: Path) -> None:
