@@ -26,7 +26,7 @@ _LEAST = dict.fromkeys(_COUNTS, 1) | {"max_steps": -1} | dict.fromkeys(
     ("seed", "warmup_steps", "probe_rows", "max_bad_rows", "learning_rate", "weight_decay", "max_grad_norm",
      "adam_beta1", "adam_beta2"), 0
 )  # fmt: skip
-_MOST = {"seed": 2**32 - 1, "max_bad_rows": 1}
+_MOST = {"seed": 2**32 - 1, "max_bad_rows": 1, "num_train_epochs": 10**6}
 _ABOVE_0 = ("num_train_epochs", "adam_epsilon", "lora_alpha")
 _BELOW_1 = ("adam_beta1", "adam_beta2")
 

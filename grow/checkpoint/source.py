@@ -19,7 +19,7 @@ from grow.checkpoint.run_folder import (
 )
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.starting import check_start, second_head
-from grow.checkpoint.writer import equal
+from grow.checkpoint.writer import equal, file_checksums
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
 from grow.methods import METHODS
@@ -145,13 +145,27 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
             "validation_loss": [loss for _, loss in validation_losses(zero_path)],
         }
         method, dtype = METHODS[recipe["method"]].of(recipe), run_facts["dtype"]
-        start = start or str(run_facts["start"])
+        moved, start = start, start or str(run_facts["start"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
-    own = Checkpoint(start)
+    own = _started_from(run, start, bool(moved), run_facts)
     source = _open_deepspeed(zero_path, own, "", lambda trained: method.merge(own, trained, dtype))
     source.facts = facts
     return source
+
+
+def _started_from(run: Path, start: str, moved: bool, run_facts: dict[str, Any]) -> Checkpoint:
+    """What a run started from. Where it has moved, it is seen by its checksums that it is the same."""
+    try:
+        own = Checkpoint(start)
+    except UserError as error:
+        hint = "" if moved else f" ({run} started from it; --start says where it is now)"
+        raise UserError(f"{error}{hint}") from None
+    if moved and isinstance(run_facts.get("start_checksums"), dict):
+        for name, checksum in run_facts["start_checksums"].items():
+            if own.path / name not in own.shards or file_checksums(own.path / name)[0] != checksum:
+                raise UserError(f"{own.path}: is not what {run} started from: its {name} has other contents")
+    return own
 
 
 def _open_deepspeed(path: Path, start: Checkpoint, tag: str, merge: Callable[..., dict[str, Lazy]] = dict) -> Source:

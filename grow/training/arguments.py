@@ -28,8 +28,11 @@ _UNKNOWN_STEPS = 1000
 
 
 def planned_ranks() -> int:
-    """How many ranks there are, or will be where a run is only checked."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks there are, or will be where a run is only checked. Raises UserError if WORLD_SIZE is no number."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal() or not int(ranks):
+        raise UserError(f"WORLD_SIZE is {ranks!r}; it is the number of ranks")
+    return int(ranks)
 
 
 def compute_type(recipe: Recipe) -> Any:
