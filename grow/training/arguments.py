@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,5 +180,15 @@ def _build_schedule(arguments: Any, steps: int) -> None:
 def _build_reporters(arguments: Any) -> None:
     from transformers.integrations import get_reporting_integration_callbacks
 
-    for reporter in get_reporting_integration_callbacks(arguments.report_to):
-        reporter()
+    problem, hook = "", sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # some that could not be built complain again when they are taken apart
+    try:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            try:
+                reporter()
+            except Exception as error:
+                problem = problem or str(error)
+    finally:
+        sys.unraisablehook = hook
+    if problem:
+        raise ValueError(problem)
