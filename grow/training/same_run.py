@@ -83,6 +83,8 @@ def _check_deepspeed(run: Path, recipe: Recipe, before: dict[str, Any]) -> None:
     if not isinstance(said, dict):  # written before it was kept
         if old_path == recipe.deepspeed:
             return
+        if not Path(old_path).is_file():
+            raise UserError(f"{run}: holds a run with the DeepSpeed JSON {old_path}, which is gone; put it back")
         said = read_deepspeed(old_path)
     differs = first_difference(said, read_deepspeed(recipe.deepspeed))
     if differs:
