@@ -42,9 +42,8 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
     prefixes = gated_mlps(base)
-    names = [grown_name(shard) for shard in base.shards]
-    for shard, name in zip(base.shards, names, strict=True):
-        if name.startswith("growth-") or names.count(name) > 1:
+    for shard in base.shards:
+        if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
     return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
 
