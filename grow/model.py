@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from grow import bottleneck
 from grow.checkpoint.hub import locate
-from grow.checkpoint.shards import read_json
+from grow.checkpoint.shards import Checkpoint, read_json, refuse_adapter
 from grow.errors import UserError
 from grow.mlp import GrownMLP, grow_mlp
-from grow.plan import PROJECTIONS, GrowthPlan
+from grow.plan import PROJECTIONS, GrowthPlan, canonical
 
+_LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 _MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
@@ -77,19 +78,67 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
         return _load_adapter(path, dtype, alpha)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    architecture = (config.architectures or ["?"])[0]
-    cls = getattr(transformers, architecture, None)
-    if cls is None:
-        raise UserError(f"{path}: transformers {transformers.__version__} has no class {architecture}")
-    if getattr(config, "growth", None) is not None:
-        cls = grown_class(cls)
+    refuse_adapter(path)
+    config, cls = _class_of(path)
     model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True)
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")
     set_alpha(model, alpha)
     return model.eval()
+
+
+def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
+    """The config of a checkpoint, and the class that it names, with what has grown."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what a config says wrong ends in errors of many kinds
+        raise UserError(f"{path}: its config.json is not one that transformers reads ({_short(error)})") from error
+    try:
+        if (path / "generation_config.json").is_file():
+            transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        pass  # transformers goes without one that it cannot read
+    except Exception as error:
+        raise UserError(
+            f"{path}: transformers refuses its generation_config.json ({_short(error)}); mend it"
+        ) from error
+    named = config.architectures
+    if not isinstance(named, list) or not named:
+        raise UserError(f'{path}: its config.json names no class, such as "architectures": ["Gemma3ForCausalLM"]')
+    cls = getattr(transformers, str(named[0]), None)
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        raise UserError(f"{path}: transformers {transformers.__version__} has no class {named[0]}")
+    return config, cls if getattr(config, "growth", None) is None else grown_class(cls)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_loads(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that `load` would refuse, before a weight is read: of a class that transformers
+    does not know or that has no head, or without a tensor of the language model, or with one of another shape."""
+    path = checkpoint.path
+    config, cls = _class_of(path)
+    try:
+        with torch.device("meta"):
+            model: Any = cls(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: transformers builds no model of its config.json ({_short(error)})") from error
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{path}: {cls.__name__} writes no text; a class with a language model's head is needed")
+    there = {canonical(name): info.shape for name, info in checkpoint.tensors.items()}
+    tied = {canonical(one): canonical(other) for one, other in model.all_tied_weights_keys.items()}
+    tied |= {other: one for one, other in tied.items()}
+    for name, parameter in model.named_parameters():
+        key = canonical(name)
+        shape = there.get(key, there.get(tied.get(key, key)))
+        if key.startswith(_LANGUAGE_MODEL) and shape != tuple(parameter.shape):
+            found = "is missing" if shape is None else f"is {list(shape)}, its config says {list(parameter.shape)}"
+            raise UserError(f"{path}: {name} {found}; fetch the checkpoint again")
 
 
 def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrainedModel:

@@ -6,20 +6,19 @@ field can be given another value.
 """
 
 import dataclasses
-import json
 import os
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from grow.data.template import Template
 from grow.errors import UserError, unknown
 from grow.methods import METHODS, Method
+from grow.recipe_values import check_numbers, read_values, whole_number
 
 METRICS = ("loss", "chrf", "accuracy")
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 _NO_FIELDS = ("method_fields", "day")
 # In these, and in no text of a prompt or an option, ~ and environment variables are what a shell makes of them.
@@ -130,8 +129,10 @@ class Recipe:
 
     @property
     def zero(self) -> dict[str, Any]:
-        """What its DeepSpeed JSON says of ZeRO."""
-        return json.loads(Path(self.deepspeed).read_text()).get("zero_optimization", {})
+        """What its DeepSpeed JSON says of ZeRO. Raises UserError if it is not readable."""
+        from grow.training.deepspeed_json import zero_settings
+
+        return zero_settings(self.deepspeed)
 
     @property
     def template(self) -> Template:
@@ -186,14 +187,7 @@ def field_types() -> dict[str, Any]:
 def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: no recipe there ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a list of `field: value` lines")
+    values = read_values(path)
     values |= overrides or {}
     kinds = field_types()
     for name in values:
@@ -219,8 +213,8 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
         if type(None) in kinds:
             return None
     elif bool in kinds:
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
+        if str(value).lower() in _SWITCH:
+            return _SWITCH[str(value).lower()]
     elif isinstance(value, dict):
         if any(get_origin(kind) is dict for kind in kinds):
             return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
@@ -232,10 +226,10 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             if float in kinds:
                 return float(value)
             if int in kinds:
-                return int(str(value))
+                return whole_number(str(value))
             if str in kinds:
                 return os.path.expanduser(os.path.expandvars(str(value))) if name in _PLACES else str(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
     raise UserError(f"{name}: {value!r} is not what it takes ({names})")
@@ -251,9 +245,7 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         if recipe.method not in rate:
             raise UserError(f"{path}: learning_rate names no rate for {recipe.method}")
         rate = rate[recipe.method]
-    for name in ("max_length", "train_batch_size", "per_device_train_batch_size", "logging_steps", "save_steps"):
-        if getattr(recipe, name) < 1:
-            raise UserError(f"{path}: {name} must be at least 1")
+    check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
     if recipe.metric not in METRICS:

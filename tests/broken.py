@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "an index nested deep": (text(INDEX_NAME, DEEP), "not readable|nested"),
     "a name twice in the index": (text(INDEX_NAME, b'{"weight_map": {"a": "b", "a": "c"}}'), "not readable"),
     "shards named like growth": (renamed_shards(GROWTH_SHARD), "needs that name"),
-    "two shards that become one": (renamed_shards("model.safetensors", SINGLE), "needs that name"),
+    "a shard with the name of the one": (renamed_shards("model.safetensors", SINGLE), "lacks one of"),
     "a shard called README.md": (renamed_shards("README.md"), "not the name of a safetensors file"),
     "a shard called growth.json": (renamed_shards("growth.json"), "not the name of a safetensors file"),
     "growth without saying so": (rename_tensor("0.mlp.", "0.mlp.grown."), "is grown already"),

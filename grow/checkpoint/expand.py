@@ -16,7 +16,8 @@ from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
 from grow.checkpoint.lazy import Lazy, below
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
+from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_index
+from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.plan import (
@@ -39,12 +40,10 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     """The plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
-    if "quantization_config" in base.config:
-        raise UserError(f"{base.path}: its weights are quantized; give the checkpoint in bf16, fp16 or fp32")
+    check_not_quantized(base)
     prefixes = gated_mlps(base)
-    names = [grown_name(shard) for shard in base.shards]
-    for shard, name in zip(base.shards, names, strict=True):
-        if name.startswith("growth-") or names.count(name) > 1:
+    for shard in base.shards:
+        if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
     return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
 
@@ -193,6 +192,7 @@ def expand(
     refuse_existing(Path(out))
     base = Checkpoint(base_path)
     plan, prefixes = make_plan(base, factor, layers)
+    check_start(base)
     added = added_tensors(base, plan, prefixes)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
@@ -228,7 +228,7 @@ def link_base(folder: OutputFolder, base: Checkpoint) -> None:
         folder.link(shard, grown_name(shard))
     for file in side_files(base.path):
         folder.copy(file)
-    for name in ("config.json", INDEX_NAME, "README.md"):
+    for name in ("config.json", *([INDEX_NAME] if has_index(base.path) else []), "README.md"):
         if (base.path / name).is_file():
             folder.copy(base.path / name, f"{BASE_FOLDER}/{name}")
 

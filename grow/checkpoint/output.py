@@ -7,6 +7,7 @@
 A run that was killed leaves the first two: the next one keeps the shards whose checksums agree and does the rest.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -199,13 +200,24 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out}: already there; choose another name or remove it")
 
 
+# What opening or syncing a folder ends in where the file system has no such thing (CIFS, FUSE, some of the network's).
+_NO_FOLDER_SYNC = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
+    errno.ENOTTY,
+)  # fmt: skip
+
+
 def sync(path: Path) -> None:
-    """Makes a file, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Makes a file durable, or a folder's entries where the file system can do that. Raises OSError if it fails."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 # Weights in other formats, and what describes weights, are not carried along with a checkpoint's small files.

@@ -4,9 +4,12 @@ RUN/checkpoint-N/COMPLETE     written last: the bytes and the checksum of every 
 RUN/COMPLETE                  written last of all: the run is done
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,13 +20,25 @@ from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
 MARKER = "COMPLETE"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+# What an attempt that died may have left, with the rest of a name after it.
+_WRITTEN = re.compile(
+    r"global_step\d+/|latest|zero_to_\w+\.py$|(scheduler|optimizer)\.pt$|rng_state|trainer_state\.json$"
+    r"|training_args\.bin$|COMPLETE"
+)
 Facts = list[int | str]
 """A file's bytes and its XXH3-128."""
 
 
+def own_checkpoints(run: Path) -> list[Path]:
+    """What bears the name of a checkpoint of a run, complete or not, the newest first. A folder under any other name,
+    checkpoint-2-keep or checkpoint-007, is someone's copy."""
+    return sorted((path for path in run.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True)
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that were written to their end, the newest first."""
-    return sorted((marker.parent for marker in run.glob(f"checkpoint-*/{MARKER}")), key=step_of, reverse=True)
+    return [path for path in own_checkpoints(run) if (path / MARKER).is_file()]
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -35,9 +50,57 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of checkpoint-N; −1 of any other name."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
+    """N of checkpoint-N, as a run writes it; −1 of any other name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def steps_in(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was written, whatever it is called. Raises UserError if it does not
+    say."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if type(step) is not int:
+        raise UserError(f"{checkpoint}: its trainer_state.json does not say after how many steps it was written")
+    return step
+
+
+def strange_files(checkpoint: Path) -> list[str]:
+    """Names in a checkpoint's folder of what no run wrote there; its own where it is a link or a file. Of a complete
+    one the marker says what was written."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return [checkpoint.name]
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_symlink() or path.is_file()}
+    with contextlib.suppress(UserError, AttributeError):
+        written = read_json(checkpoint / MARKER).get("files", {}).keys()
+        return sorted(there - written - {MARKER})
+    return sorted(name for name in there if not _WRITTEN.match(name))
+
+
+def clear_place(path: Path) -> None:
+    """Makes room for a checkpoint. What a run that died has left there goes; anything else is someone's, and is kept
+    under another name."""
+    if os.path.lexists(path):
+        if strange_files(path):
+            set_aside(path)
+        else:
+            shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> None:
+    """Gives what is there another name, and says so: it may not be a run's own."""
+    names = (path.with_name(f"{path.name}.kept{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
+    other = next(name for name in names if not os.path.lexists(name))
+    path.rename(other)
+    print(f"{path}: something else was there; it is {other.name} now", file=sys.stderr)
+
+
+def remove_old_checkpoints(run: Path, newest: int, limit: int) -> None:
+    """Leaves the last `limit` checkpoints up to step `newest`, which has just been written, and removes those before,
+    but for what holds anything that is not a run's: that is someone's."""
+    kept = [path for path in complete_checkpoints(run) if step_of(path) <= newest][:limit]
+    for path in own_checkpoints(run):
+        if step_of(path) < newest and path not in kept and not strange_files(path):
+            shutil.rmtree(path)
 
 
 def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
@@ -80,6 +143,8 @@ def broken(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size or _checksum(path) != checksum:
                 return f"{name} changed since it was written"
+        if steps_in(checkpoint) != step_of(checkpoint):
+            return f"was written after step {steps_in(checkpoint)}"
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({error})"
     return None

@@ -59,6 +59,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path}: its safetensors header is broken (fetch the file again)") from error
 
 
+def has_index(path: Path) -> bool:
+    """Whether a checkpoint is what its index lists. Beside a file of the one name for all, which transformers then
+    takes, an index and its shards are left over from an earlier save."""
+    return (path / INDEX_NAME).exists() and not (path / SINGLE_NAME).exists()
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises UserError for a folder with PEFT's adapter: transformers would put it on the model, or on the base that it
+    names, whether it is merged already or not."""
+    if not (path / "adapter_config.json").exists():
+        return
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: an adapter (PEFT), not a model; merge it into its base first")
+    raise UserError(f"{path}: an adapter (PEFT) lies beside the model; move adapter_config.json away if it is merged")
+
+
 def refuse_devices(path: Path) -> None:
     """Raises UserError for a pipe, which would be waited for, and a device, which would be read, for ever."""
     if path.exists() and not path.is_file():
@@ -103,8 +119,7 @@ class Checkpoint:
 
     def __init__(self, name: str | os.PathLike[str]):
         self.path = locate(name)
-        if (self.path / "adapter_config.json").exists() and not (self.path / "config.json").exists():
-            raise UserError(f"{self.path}: an adapter (PEFT), not a model; merge it into its base first")
+        refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         self.shards = [self.path / name for name in _shard_names(self.path)]
         self.tensors: dict[str, TensorInfo] = {}
@@ -117,7 +132,7 @@ class Checkpoint:
         self._files: dict[Path, int] = {}
 
     def _check_index(self) -> None:
-        if not (self.path / INDEX_NAME).exists():
+        if not has_index(self.path):
             return
         for key, file in _weight_map(self.path / INDEX_NAME).items():
             if key not in self.tensors or self.tensors[key].file.name != file:
@@ -212,7 +227,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shard_names(path: Path) -> list[str]:
-    if (path / INDEX_NAME).exists():
+    if has_index(path):
         return sorted(set(_weight_map(path / INDEX_NAME).values()))
     if (path / SINGLE_NAME).exists():
         return [SINGLE_NAME]

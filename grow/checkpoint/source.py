@@ -9,9 +9,17 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import Lazy, mean
 from grow.checkpoint.metadata import check_growth
-from grow.checkpoint.run_folder import MARKER, complete_checkpoints, last_checkpoint, step_of, validation_losses
+from grow.checkpoint.run_folder import (
+    MARKER,
+    complete_checkpoints,
+    last_checkpoint,
+    step_of,
+    steps_in,
+    validation_losses,
+)
 from grow.checkpoint.shards import Checkpoint, read_json
-from grow.checkpoint.writer import equal
+from grow.checkpoint.starting import check_start, second_head
+from grow.checkpoint.writer import equal, file_checksums
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
 from grow.methods import METHODS
@@ -128,6 +136,7 @@ def _open_mean(run: Path, average: int, start: str) -> Source:
 def _open_run(run: Path, zero_path: Path, start: str) -> Source:
     try:
         run_facts, step = read_json(run / "run.json"), step_of(zero_path)
+        step = step if step >= 0 else steps_in(zero_path)  # someone's copy, checkpoint-2-keep
         recipe = run_facts["recipe"]
         facts = {key: recipe[key] for key in ("method", "data")} | {
             "steps": step,
@@ -136,13 +145,27 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
             "validation_loss": [loss for _, loss in validation_losses(zero_path)],
         }
         method, dtype = METHODS[recipe["method"]].of(recipe), run_facts["dtype"]
-        start = start or str(run_facts["start"])
+        moved, start = start, start or str(run_facts["start"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
-    own = Checkpoint(start)
+    own = _started_from(run, start, bool(moved), run_facts)
     source = _open_deepspeed(zero_path, own, "", lambda trained: method.merge(own, trained, dtype))
     source.facts = facts
     return source
+
+
+def _started_from(run: Path, start: str, moved: bool, run_facts: dict[str, Any]) -> Checkpoint:
+    """What a run started from. Where it has moved, it is seen by its checksums that it is the same."""
+    try:
+        own = Checkpoint(start)
+    except UserError as error:
+        hint = "" if moved else f" ({run} started from it; --start says where it is now)"
+        raise UserError(f"{error}{hint}") from None
+    if moved and isinstance(run_facts.get("start_checksums"), dict):
+        for name, checksum in run_facts["start_checksums"].items():
+            if own.path / name not in own.shards or file_checksums(own.path / name)[0] != checksum:
+                raise UserError(f"{own.path}: is not what {run} started from: its {name} has other contents")
+    return own
 
 
 def _open_deepspeed(path: Path, start: Checkpoint, tag: str, merge: Callable[..., dict[str, Lazy]] = dict) -> Source:
@@ -175,6 +198,10 @@ def _lay_over(start: Checkpoint, trained: dict[str, Lazy], origin: Any) -> Sourc
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
             )
         found[key] = tensor
+    names = second_head(start)
+    if names is not None and names[1] in found:
+        check_start(start)
+        found[names[0]] = found[names[1]]  # the embeddings' second name
     if GrowthPlan.from_config(start.config) is not None:
         found = {key: tensor for key, tensor in found.items() if is_growth(key) or _differs(start, key, tensor)}
         strange = [key for key in found if not is_growth(key)]

@@ -42,6 +42,10 @@ class Ewc(Method):
             raise UserError("ewc_rows must be at least 1, and ewc_lambda not below 0")
         self._examples(recipe)
 
+    def reads(self, recipe: Any) -> list[str]:
+        """The rows of old knowledge."""
+        return [recipe.retention]
+
     def _examples(self, recipe: Any) -> Any:
         from grow.data.tokens import encode
 

@@ -39,6 +39,10 @@ class Held(Method):
         if self.kl_text:
             self._text(recipe)
 
+    def reads(self, recipe: Any) -> list[str]:
+        """The general text."""
+        return self.kl_text if self.kl_weight else []
+
     def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
         """The second model."""
         return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.keeps_base else 0

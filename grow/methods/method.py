@@ -44,6 +44,10 @@ class Method:
                 f"give --deepspeed a config of stage {' or '.join(map(str, self.stages))}"
             )
 
+    def reads(self, recipe: Any) -> list[str]:
+        """Folders, beside the data, of rows that have a part in what is computed."""
+        return []
+
     def build(self, model: Any) -> None:
         """Adds parameters to a model that has just been loaded, in place.
 

@@ -10,6 +10,7 @@ from math import ceil, prod
 from typing import Any
 
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.methods.method import of_language_model
 from grow.plan import text_config
@@ -71,8 +72,8 @@ def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def model_shapes(start: Checkpoint) -> Shapes:
     """The parameters of the model that a checkpoint holds. A tied head in it is the embedding's second name."""
-    tied = any(config.get("tie_word_embeddings") for config in (start.config, text_config(start.config)))
-    return {name: info.shape for name, info in start.tensors.items() if not (tied and name.endswith("lm_head.weight"))}
+    head, _ = second_head(start) or (None, None)
+    return {name: info.shape for name, info in start.tensors.items() if name != head}
 
 
 def count(shapes: Shapes) -> int:
@@ -150,7 +151,7 @@ def gathered(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
     again = 0
     if not heads:
         heads = [size for name, size in sizes.items() if name.endswith("embed_tokens.weight")]
-        near = sum(layers.values()) < int(recipe.zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
+        near = sum(layers.values()) < _setting(recipe, "stage3_max_reuse_distance", REUSE_DISTANCE)
         again = 0 if near else sum(heads)
     return sum(sizes.values()) + again + sum(heads) + above
 
@@ -166,7 +167,13 @@ def sent(moved: dict[str, int], world_size: int) -> int:
 
 def persistence(recipe: Recipe) -> int:
     """Of at most how many values a parameter stays whole on every rank in ZeRO-3."""
-    return int(recipe.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+    return _setting(recipe, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+
+
+def _setting(recipe: Recipe, name: str, default: int) -> int:
+    """A number of the DeepSpeed JSON; DeepSpeed's default for "auto", which depends on the model."""
+    value = recipe.zero.get(name)
+    return int(value) if isinstance(value, int | float) else default
 
 
 def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:

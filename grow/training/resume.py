@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from grow.checkpoint.run_folder import set_aside
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
 
@@ -21,11 +22,11 @@ def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
     """Loads what trained and its optimizer's state into a DeepSpeed engine that has not trained yet.
 
     ZeRO's files are cut for the ranks that wrote them. For another number of ranks they are converted to DeepSpeed's
-    universal layout, in `RUN/universal`, which goes again when it is loaded. Every rank calls it.
+    universal layout, in `RUN/checkpoint-N.universal`, which goes again when it is loaded. Every rank calls it.
     Raises UserError if DeepSpeed cannot load it.
     """
     if zero.stage and zero.world_size != dist.get_world_size():
-        _load_universal(engine, zero, folder.parent / "universal")
+        _load_universal(engine, zero, folder.with_name(f"{folder.name}.universal"))
     elif engine.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
         raise UserError(f"{folder}: DeepSpeed cannot resume from it; remove it to go back one")
 
@@ -56,7 +57,10 @@ def _convert(tag_folder: Path, out: Path) -> None:
     """Writes the universal layout of one tag of a DeepSpeed checkpoint into OUT/step."""
     from deepspeed.checkpoint import ds_to_universal
 
-    shutil.rmtree(out, ignore_errors=True)  # of an attempt that died here
+    if out.is_dir() and {path.name for path in out.iterdir()} <= {"step", "latest_universal"}:
+        shutil.rmtree(out)  # of an attempt that died here
+    elif os.path.lexists(out):
+        set_aside(out)
     # Without other processes: they would be forked from one that has threads, and a GPU.
     settings = argparse.Namespace(
         input_folder=str(tag_folder), output_folder=str(out / "step"), num_extract_workers=1, num_merge_workers=1,

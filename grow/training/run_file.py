@@ -20,29 +20,10 @@ from grow.data.packing import PackedDataset
 from grow.errors import UserError
 from grow.recipe import Recipe
 from grow.tables import write_json
+from grow.training.same_run import NAME, places
 
-NAME = "run.json"
-
-# Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
-_FREE = {
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
-    "probe_rows", "metric", "options", "retention_sets",
-}  # fmt: skip
 _CHECKSUMS = 2  # of rows: how they are computed
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
-
-
-def check_recipe(run: Path, recipe: Recipe) -> None:
-    """Raises UserError if the folder holds a run by another recipe."""
-    if not (run / NAME).exists():
-        return
-    before, now = read_json(run / NAME)["recipe"], recipe.values()
-    for name in now:
-        if name in before and name not in _FREE and now[name] != before[name]:
-            raise UserError(
-                f"{run}: holds a run with {name} {before[name]!r}, not {now[name]!r}; "
-                "give another --output_dir or remove it"
-            )
 
 
 def first_day(run: Path) -> str:
@@ -67,6 +48,7 @@ def write_run_file(
         "data_checksums": {split: rows_checksum(sequences, version) for split, sequences in data.items()},
         "data_checksums_version": version,
         "day": recipe.day,
+        **places(recipe),
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
         "dtype": dtype,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.plan import is_growth
 from grow.recipe import Recipe
@@ -23,6 +24,7 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     if grows != ("growth" in start.config):
         what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
+    check_start(start)
     if grows and _is_another(start, recipe.base_name):
         raise UserError(f"{recipe.grown}: did not grow from {recipe.base_name}; give `grown` a folder for each base")
     return start

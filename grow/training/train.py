@@ -11,7 +11,6 @@ Started again, a run goes on from its last complete checkpoint; a run that is do
 
 import json
 import os
-import shutil
 import socket
 import sys
 from math import ceil
@@ -19,15 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from grow.allocator import keep_memory
-from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, write_marker
-from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, set_aside, write_marker
+from grow.checkpoint.shards import Checkpoint, read_json
 from grow.data.packing import Epochs, PackedDataset, read_sequences, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.plan import canonical
 from grow.recipe import Recipe
-from grow.training.run_file import check_recipe, first_day, from_rank_0, write_run_file
+from grow.training.arguments import (
+    check_arguments,
+    check_output,
+    compute_type,
+    planned_ranks,
+    quiet,
+    training_arguments,
+)
+from grow.training.run_file import first_day, from_rank_0, write_run_file
+from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
 
 
@@ -39,7 +47,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     run = Path(recipe.output_dir)
     start = check_run(recipe)
     if (run / MARKER).exists():
-        return {"run": str(run), "status": "was done already", **json.loads((run / MARKER).read_text())}
+        return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     _single_process_defaults()
     keep_memory()
 
@@ -84,8 +92,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     if steps < 1:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
-    dtype = _dtype(recipe)
-    args = _arguments(recipe, steps, dtype)
+    dtype = compute_type(recipe)
+    args = training_arguments(recipe, steps, dtype)
     set_seed(recipe.seed)
     model = load(recipe.start, dtype)
     method = recipe.make_method()
@@ -115,7 +123,8 @@ def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
     result = _result(trainer)
     if trainer.args.process_index == 0:
-        shutil.rmtree(run / "result", ignore_errors=True)  # of an attempt that ended before its marker
+        if os.path.lexists(run / "result"):  # of an attempt that ended before its marker, or someone's own
+            set_aside(run / "result")
         trainer.method.write_result(run, run / "result")
         write_marker(run / MARKER, json.dumps(result) + "\n")
     return result
@@ -132,7 +141,8 @@ def _result(trainer: Any) -> dict[str, Any]:
 
 def check_run(recipe: Recipe) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
-    run, world_size = Path(recipe.output_dir), _world_size()
+    run, world_size = Path(recipe.output_dir), planned_ranks()
+    check_output(recipe.output_dir)
     start = starting_checkpoint(recipe)
     per_step = world_size * recipe.per_device_train_batch_size
     if recipe.train_batch_size % per_step:
@@ -141,7 +151,12 @@ def check_run(recipe: Recipe) -> Checkpoint:
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
     recipe.make_method().check(recipe)
-    check_recipe(run, recipe)
+    check_same_run(run, recipe)
+    with quiet():
+        from grow.model import check_loads
+
+        check_loads(start)
+        check_arguments(recipe)
     return start
 
 
@@ -192,18 +207,6 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
     return Probe(sequences, run / "probe.jsonl")
 
 
-def _dtype(recipe: Recipe) -> Any:
-    import torch
-
-    from grow.model import compute_dtype
-
-    return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _single_process_defaults() -> None:
     """The environment that a launcher would have set, for a run of one process without one."""
     if "MASTER_PORT" not in os.environ:
@@ -212,29 +215,3 @@ def _single_process_defaults() -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
-
-
-def _arguments(recipe: Recipe, steps: int, dtype: Any) -> Any:
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from transformers import TrainingArguments
-
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
-    same = (
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-        "adam_epsilon", "max_grad_norm", "seed", "deepspeed", "output_dir", "logging_steps", "eval_steps",
-        "save_steps", "report_to", "per_device_train_batch_size", "per_device_eval_batch_size",
-    )  # fmt: skip
-    return TrainingArguments(
-        **{name: getattr(recipe, name) for name in same},
-        max_steps=steps,
-        gradient_accumulation_steps=recipe.train_batch_size // (_world_size() * recipe.per_device_train_batch_size),
-        bf16=dtype == torch.bfloat16,
-        use_cpu=get_accelerator().device_name() == "cpu",
-        eval_strategy="steps",
-        eval_on_start=True,
-        save_strategy="steps",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-    )

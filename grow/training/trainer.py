@@ -17,9 +17,8 @@ import torch.distributed as dist
 import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.trainer_utils import rotate_checkpoints
 
-from grow.checkpoint.run_folder import seal, settle
+from grow.checkpoint.run_folder import clear_place, remove_old_checkpoints, seal, settle
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
@@ -148,6 +147,13 @@ class GrowTrainer(transformers.Trainer):
                     batch["labels"][i] = IGNORED
             yield batch
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's, over ZeRO's optimizer too, which lacks the rates of the one inside that a schedule may ask for."""
+        zero = getattr(optimizer or self.optimizer, "optimizer", None)  # inside accelerate's own
+        if zero is not None and not hasattr(zero, "defaults"):
+            zero.defaults = zero.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # Checkpoints: what trains, nothing else.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -160,8 +166,8 @@ class GrowTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():  # of an attempt that died here
-            shutil.rmtree(folder)
+        if self.args.should_save:
+            clear_place(folder)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
@@ -175,7 +181,7 @@ class GrowTrainer(transformers.Trainer):
             ) from error
         if self.args.should_save:
             seal(folder, {name: facts for part in parts for name, facts in part.items()})
-            rotate_checkpoints(self.args.output_dir, self.recipe.save_total_limit)
+            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:

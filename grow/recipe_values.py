@@ -1,0 +1,103 @@
+"""The values of a recipe: read from YAML as they are typed, and held to what makes sense.
+
+A value's type is its field's to say, not its spelling's: to YAML 5e-5 is text, `yes` a switch, 0123 a number in eights
+and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe makes them what
+their fields take.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grow.errors import UserError
+
+_LARGEST = 2**31 - 1
+_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+
+_COUNTS = (
+    "max_length", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
+    "eval_steps", "save_steps", "save_total_limit", "adapter_size", "lora_rank", "ewc_rows",
+)  # fmt: skip
+# The least of a number; whatever is not here has only to be finite.
+_LEAST = dict.fromkeys(_COUNTS, 1) | {"max_steps": -1} | dict.fromkeys(
+    ("seed", "warmup_steps", "probe_rows", "max_bad_rows", "learning_rate", "weight_decay", "max_grad_norm",
+     "adam_beta1", "adam_beta2"), 0
+)  # fmt: skip
+_MOST = {"seed": 2**32 - 1, "max_bad_rows": 1, "num_train_epochs": 10**6}
+_ABOVE_0 = ("num_train_epochs", "adam_epsilon", "lora_alpha")
+_BELOW_1 = ("adam_beta1", "adam_beta2")
+
+
+class _AsTyped(yaml.SafeLoader):
+    """Reads every plain value as text, but for null. Raises ConstructorError for a name that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's, which takes the last of several values of one name."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _TAGS[1]:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands in it twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_AsTyped.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_values(path: str) -> dict[str, Any]:
+    """The fields that a recipe's file has, their values as text, null, a list or a mapping of these.
+
+    Raises UserError if the file is not there, is not YAML, or is something else than fields and their values.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _AsTyped)
+    except OSError as error:
+        raise UserError(f"{path}: no recipe there ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of `field: value` lines")
+    return values
+
+
+def whole_number(text: str) -> int:
+    """A whole number, also one that is written 1e3 or 8.0. Raises ValueError or OverflowError for anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+def check_numbers(values: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for a number that no run could have, or that would do nothing of what its name says."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            problem = _problem(name, value)
+            if problem:
+                raise UserError(f"{path}: {name} must be {problem}, not {value}")
+    if values["max_steps"] == 0:
+        raise UserError(f"{path}: max_steps must be at least 1, or -1, which leaves it to num_train_epochs")
+
+
+def _problem(name: str, value: float) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if value < _LEAST.get(name, -math.inf):
+        return f"at least {_LEAST[name]}"
+    if value > _MOST.get(name, _LARGEST if isinstance(value, int) else math.inf):
+        return f"at most {_MOST.get(name, _LARGEST)}"
+    if name in _ABOVE_0 and value <= 0:
+        return "more than 0"
+    return "below 1" if name in _BELOW_1 and value >= 1 else None

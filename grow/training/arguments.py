@@ -1,0 +1,194 @@
+"""What transformers and DeepSpeed are told of a recipe, and what they would say to it.
+
+`--check` builds the same arguments as a run does, DeepSpeed's configuration and the schedule too, on no device and for
+as many ranks as are planned: so whatever the libraries refuse is one line before anything is loaded.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from grow.errors import UserError, one_line
+from grow.recipe import Recipe
+from grow.training.deepspeed_json import complete_deepspeed
+
+_SAME = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "seed", "output_dir", "logging_steps", "eval_steps", "save_steps", "report_to",
+    "per_device_train_batch_size", "per_device_eval_batch_size",
+)  # fmt: skip
+_UNKNOWN_STEPS = 1000
+"""Stands for the number of steps that only the data's length tells."""
+
+
+def planned_ranks() -> int:
+    """How many ranks there are, or will be where a run is only checked. Raises UserError if WORLD_SIZE is no number."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal() or not int(ranks):
+        raise UserError(f"WORLD_SIZE is {ranks!r}; it is the number of ranks")
+    return int(ranks)
+
+
+def compute_type(recipe: Recipe) -> Any:
+    """The torch.dtype that a run computes in: the recipe's, or what this machine is fast in."""
+    import torch
+
+    from grow.model import compute_dtype
+
+    return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None) -> Any:
+    """The recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a torch.dtype.
+
+    Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
+    """
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from transformers import TrainingArguments
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
+    return (kind or TrainingArguments)(
+        **{name: getattr(recipe, name) for name in _SAME},
+        deepspeed=complete_deepspeed(recipe.deepspeed),
+        max_steps=steps,
+        gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.per_device_train_batch_size),
+        bf16=dtype == torch.bfloat16,
+        use_cpu=get_accelerator().device_name() == "cpu",
+        eval_strategy="steps",
+        eval_on_start=True,
+        save_strategy="steps",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+    )
+
+
+def check_output(path: str) -> None:
+    """Raises UserError if a run's folder could not be made there, or not be written."""
+    run = Path(path)
+    try:
+        if not path.strip() or (os.path.lexists(run) and not run.is_dir()):
+            raise UserError(f"output_dir {path!r}: not a folder; give another")
+        if os.path.lexists(run / "logs") and not (run / "logs").is_dir():
+            raise UserError(f"{run / 'logs'}: not a folder, and TensorBoard's files go there; give it another name")
+        place = next(folder for folder in (run, *run.parents) if os.path.lexists(folder))
+        with tempfile.TemporaryDirectory(dir=place) as made:
+            Path(made, *run.relative_to(place).parts[:1]).mkdir(exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"output_dir {path}: cannot be written ({reason})") from None
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Asks transformers and DeepSpeed for their refusals. Raises UserError, one line, for the first of them."""
+    complete_deepspeed(recipe.deepspeed)
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
+    try:
+        with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):
+            arguments = training_arguments(recipe, steps, compute_type(recipe), _on_paper())
+        _check_deepspeed(recipe, arguments, steps)
+        with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or a field of the optimizer"):
+            _build_schedule(arguments, steps)
+        with _refused(f"report_to {recipe.report_to}"):
+            _build_reporters(arguments)
+    finally:
+        unset_hf_deepspeed_config()  # else what is loaded next in this process is partitioned as it says
+
+
+def _on_paper() -> Any:
+    """TrainingArguments that reach for no device, and form no process group."""
+    import torch
+    from transformers import TrainingArguments
+
+    class OnPaper(TrainingArguments):
+        device = torch.device("cpu")
+        n_gpu = 1
+        world_size = property(lambda self: planned_ranks())
+
+    return OnPaper
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has kinds of its own
+        reason = " ".join(one_line(error).replace("\\n", " ").split()) or type(error).__name__
+        raise UserError(f"{what}: is refused ({reason[:300]})") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What libraries log while they are only asked is of no use beside the one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_deepspeed(recipe: Recipe, arguments: Any, steps: int) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    filled = arguments.hf_deepspeed_config
+    if filled.mismatches:
+        found = re.sub(r"^- ds (.*) vs hf ", r"\1, the recipe's ", filled.mismatches[0])
+        raise UserError(f'{recipe.deepspeed}: contradicts the recipe: {found}; write "auto" there')
+    with _refused(recipe.deepspeed):
+        # Some settings can be as large as the model asks for; here it is any model.
+        filled.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=64)), steps)
+        own = dict(filled.config)
+        # DeepSpeed, too, divides by the ranks that it finds: here it is one.
+        own["train_batch_size"] = own["train_micro_batch_size_per_gpu"] * own["gradient_accumulation_steps"]
+        DeepSpeedConfig(own)
+    if filled.is_offload() and filled.config["zero_force_ds_cpu_optimizer"]:
+        raise UserError(
+            f"{recipe.deepspeed}: zero_force_ds_cpu_optimizer: resumed, DeepSpeed's own Adam does not end in the same "
+            "bits; take it out"
+        )
+
+
+def _build_schedule(arguments: Any, steps: int) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate, weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
+    )  # fmt: skip
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(steps), steps, arguments.lr_scheduler_kwargs
+    )
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        # DeepSpeed 0.19.8 gives it the batch size in place of the loss (engine.py, _take_model_step).
+        raise ValueError("it follows the loss, which DeepSpeed does not give it")
+
+
+def _build_reporters(arguments: Any) -> None:
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    problem, hook = "", sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # some that could not be built complain again when they are taken apart
+    try:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            try:
+                reporter()
+            except Exception as error:
+                problem = problem or str(error)
+    finally:
+        sys.unraisablehook = hook
+    if problem:
+        raise ValueError(problem)
