@@ -21,8 +21,8 @@ on a processor what stays in each core's cache, which takes half the time or les
 def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Runs the model, of any class and under any wrapper, on packed sequences.
 
-    `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.data.packing). Returns logits [N, V] in the
-    model's dtype and labels [N], in the order of the labels. The head is given hidden states [N, H]: a 2-D input,
+    `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.data.packing). Returns logits [N, V] in
+    the model's dtype and labels [N], in the order of the labels. The head is given hidden states [N, H]: a 2-D input,
     since torch copies a frozen head's weight for every batch row of a strided 3-D one.
     """
     labels_BL = batch["labels"]

@@ -10,7 +10,7 @@ from grow.data.encoder import Encoder
 from grow.data.template import Template
 from grow.data.tokens import encode
 from tests.running import here
-from tests.tiny import make_base, make_data, make_recipe
+from tests.tiny import grow, make_base, make_data, make_recipe
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -139,4 +139,9 @@ def test_a_template_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = here(capsys, "preview", recipe, "--chat_template", "mine.jinja", "--limit", "1")
     assert "[user]1+1=[/]\n[assistant]⟦2[/]\n⟧" in shown
     here(capsys, "train", recipe, "--check", "--chat_template", "mine.jinja")
+    grow("train", recipe, "--chat_template", "mine.jinja", "--max_steps", "1")
+    grow("consolidate", tmp_path / "run", tmp_path / "stock")
+    conversation = [user("1+1="), assistant("2")]
+    stock = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert stock.apply_chat_template(conversation, tokenize=False) == "[user]1+1=[/]\n[assistant]2[/]\n"
     assert "no such file" in here(capsys, "train", recipe, "--check", "--chat_template", "none.jinja", code=2)

@@ -22,6 +22,7 @@ from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
 
 FORMATS = ("stock", "grown")
 _SCORES = ("loss", "token_accuracy", "exact_match", "log_likelihood", "rows")  # what a card says, not each row's
+_CHAT_TEMPLATE = "chat_template.jinja"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -154,7 +155,10 @@ def _write_stock(
     with OutputFolder(out, {"request": request}) as folder:
         folder.write_shards(shards, progress)
         for file in side_files(start.path):
-            folder.copy(file)
+            if file.name != _CHAT_TEMPLATE or not source.chat_template:
+                folder.copy(file)
+        if source.chat_template:
+            folder.write_text(_CHAT_TEMPLATE, source.chat_template)
         if len(shards) > 1:
             folder.write_index(files_of(shards), {name: tensor.nbytes for name, tensor in tensors.items()})
         folder.write_text("README.md", stock_card(source.base_facts(), growth, source.facts, source.scores, alpha))

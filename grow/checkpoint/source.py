@@ -33,6 +33,7 @@ class Source:
     start: Checkpoint
     trained: dict[str, Lazy] = field(default_factory=dict)  # by the name on disk; fp32 master weights of a run
     facts: dict[str, Any] = field(default_factory=dict)  # of the training
+    chat_template: str = ""  # one of the recipe's own, which the base does not have
     scores: dict[str, Any] = field(default_factory=dict)  # of `eval`
     identity: list[Any] = field(default_factory=list)  # of all that is read
 
@@ -150,7 +151,7 @@ def _open_run(run: Path, zero_path: Path, start: str) -> Source:
         raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
     own = _started_from(run, start, bool(moved), run_facts)
     source = _open_deepspeed(zero_path, own, "", lambda trained: method.merge(own, trained, dtype))
-    source.facts = facts
+    source.facts, source.chat_template = facts, str(run_facts.get("chat_template") or "")
     return source
 
 

@@ -39,15 +39,15 @@ def write_run_file(
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
-    before = from_rank_0(lambda: read_json(run / NAME) if (run / NAME).exists() else {})
-    version = before.get("data_checksums_version", 1) if before else _CHECKSUMS
+    before = from_rank_0(lambda: _before(run))
+    version = _version(before)
     facts = {
         "recipe": recipe.values(),
         "start": str(start.path.resolve()),
         "start_checksums": from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
-        "data_checksums": {split: rows_checksum(sequences, version) for split, sequences in data.items()},
-        "data_checksums_version": version,
+        **data_facts(data, version),
         "day": recipe.day,
+        "chat_template": recipe.template.chat_template,
         **places(recipe),
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
@@ -57,15 +57,39 @@ def write_run_file(
         "git_commit": _commit(),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
     }
-    for what in ("start_checksums", "data_checksums"):
-        for name, checksum in before.get(what, {}).items():
-            if facts[what].get(name) != checksum:
-                raise UserError(
-                    f"{run}: holds a run that began with other contents of {name} ({what}); "
-                    "put them back, or give another --output_dir"
-                )
+    _check_contents(run, before, facts, "start_checksums")
     if dist.get_rank() == 0:
         write_json(run / NAME, facts)
+
+
+def _before(run: Path) -> dict[str, Any]:
+    return read_json(run / NAME) if (run / NAME).exists() else {}
+
+
+def _version(before: dict[str, Any]) -> int:
+    return int(before.get("data_checksums_version", 1)) if before else _CHECKSUMS
+
+
+def check_rows(run: Path, data: dict[str, PackedDataset]) -> None:
+    """Raises UserError if the folder holds a run that learnt other rows."""
+    before = _before(run)
+    if before:
+        _check_contents(run, before, data_facts(data, _version(before)), "data_checksums")
+
+
+def _check_contents(run: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    for name, checksum in before.get(what, {}).items():
+        if now[what].get(name) != checksum:
+            raise UserError(
+                f"{run}: holds a run that began with other contents of {name} ({what}); "
+                "put them back, or give another --output_dir"
+            )
+
+
+def data_facts(data: dict[str, PackedDataset], version: int) -> dict[str, Any]:
+    """What tells the rows of each split from others."""
+    sums = {split: rows_checksum(sequences, version) for split, sequences in data.items()}
+    return {"data_checksums": sums, "data_checksums_version": version}
 
 
 def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:

@@ -34,7 +34,7 @@ from grow.training.arguments import (
     quiet,
     training_arguments,
 )
-from grow.training.run_file import first_day, from_rank_0, write_run_file
+from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
 
@@ -167,8 +167,7 @@ def check_all(recipe: Recipe) -> None:
     if (Path(recipe.output_dir) / MARKER).exists():
         return
     recipe = recipe.on(first_day(Path(recipe.output_dir)))
-    tokenizer = recipe.tokenizer()
-    for name, sequences in read_data(recipe, start, tokenizer).items():
+    for name, sequences in read_data(recipe, start, recipe.tokenizer()).items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
 
 
@@ -180,6 +179,7 @@ def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, Pa
     splits = {"train": recipe.train_split, "validation": recipe.validation_split}
     data = {name: read_sequences(recipe, tokenizer, split) for name, split in splits.items()}
     check_vocabulary(max(sequences.examples.largest() for sequences in data.values()), start)
+    check_rows(Path(recipe.output_dir), data)
     return data
 
 
