@@ -21,24 +21,21 @@ from pathlib import Path
 from tests.tiny import ROOT
 
 LENGTH = 512
-TRL = (
-    """
+TRL = """
 import sys
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-base, data, out, processes = sys.argv[1:]
+base, data, out, processes, length = sys.argv[1:]
 rows = load_dataset("json", data_files=data + "/train.jsonl", split="train")
 rows = rows.map(lambda row: {"prompt": f"English: {row['en']}\\nFrench:", "completion": f" {row['fr']}"},
                 remove_columns=rows.column_names, num_proc=int(processes))
-args = SFTConfig(output_dir=out, packing=True, max_length=%d, dataset_num_proc=int(processes), report_to="none",
-                 use_cpu=True, bf16=False, max_steps=1)
+args = SFTConfig(output_dir=out, packing=True, max_length=int(length), dataset_num_proc=int(processes),
+                 report_to="none", use_cpu=True, bf16=False, max_steps=1)
 made = SFTTrainer(AutoModelForCausalLM.from_pretrained(base), args, train_dataset=rows,
                   processing_class=AutoTokenizer.from_pretrained(base))
 print(len(made.train_dataset), "sequences")
 """
-    % LENGTH
-)
 
 
 def make_rows(folder: Path, count: int) -> Path:
@@ -132,6 +129,7 @@ def main(count: int = 1_000_000, ranks: int = 2) -> None:
 
         def trl(name: str, run: str) -> tuple[float, list[float]]:
             words = [str(base), str(data[name]), str(home / run), str(len(os.sched_getaffinity(0)))]
+            words.append(str(LENGTH))
             return measured([sys.executable, "-c", TRL, *words], home / f"hf-{run}")
 
         rows = []
@@ -142,10 +140,9 @@ def main(count: int = 1_000_000, ranks: int = 2) -> None:
         print(f"{count:,} rows, {len(os.sched_getaffinity(0))} cores; beyond a start with 300 rows:")
         print("| | seconds | GB, largest process | GB, next |\n|---|---|---|---|")
         for title, (seconds, memory), (base_seconds, base_memory) in rows:
-            nexts = [part[1] if len(part) > 1 else 0.0 for part in (memory, base_memory)]
-            print(
-                f"| {title} | {seconds - base_seconds:.0f} | {memory[0] - base_memory[0]:.2f} | {nexts[0] - nexts[1]:.2f} |"
-            )
+            second = [part[1] if len(part) > 1 else 0.0 for part in (memory, base_memory)]
+            first, other = memory[0] - base_memory[0], second[0] - second[1]
+            print(f"| {title} | {seconds - base_seconds:.0f} | {first:.2f} | {other:.2f} |")
         print(f"packing {count:,} examples: {packing(count):.2f} s")
 
 
