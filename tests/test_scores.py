@@ -1,0 +1,157 @@
+"""Scores: several lines and line ends, rows left out, parts that fail, overlap in scripts without spaces, messages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grow.data.rows import load_rows
+from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer
+from grow.evaluation.overlap import overlapping
+from grow.evaluation.writing import write
+from grow.model import load
+from tests.running import here
+from tests.tiny import make_base, make_data, make_recipe
+
+
+class Says(torch.nn.Module):
+    """A model that writes what it is told to, whatever it is asked."""
+
+    def __init__(self, tokenizer: Any, texts: list[str]):
+        super().__init__()
+        self.tokenizer, self.texts, self.device = tokenizer, texts, "cpu"
+        self.generation_config: Any = type("Config", (), {"eos_token_id": [3, 4]})()
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:
+        self.settings = generation_config
+        ids = [self.tokenizer(text).input_ids for text in self.texts]
+        width = min(generation_config.max_new_tokens, max(map(len, ids)))
+        rows = [(own + [258] * width)[:width] for own in ids]
+        # Batches are in the order of the prompts' length, which is that of the texts here.
+        return torch.cat([input_ids, torch.tensor(rows)], 1)
+
+
+@pytest.mark.parametrize(
+    ("completion", "references", "says", "outputs", "line_end"),
+    [
+        (" {a}", ["one", "two"], [" one\nmore", " two"], ["one", "two"], True),
+        ("\n{a}", ["one", "two"], ["\none", "\ntwo"], ["one", "two"], False),
+        (" {a}", ["one\nand two", "three"], [" one\nand two", " three\n4"], ["one\nand two", "three\n4"], False),
+        (" {a}<eos>", ["one", "two"], [" one<eos>", ""], ["one", "–"], True),
+    ],
+)
+def test_what_is_written_is_cut_as_the_references_are(
+    completion: str,
+    references: list[str],
+    says: list[str],
+    outputs: list[str],
+    line_end: bool,
+    text_base: Path,
+    tmp_path: Path,
+) -> None:
+    rows = [{"q": "a" * (n + 1), "a": reference} for n, reference in enumerate(references)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(str(text_base))
+    model = Says(tokenizer, says)
+    found = write(model, tokenizer, Template("{q}", completion), load_rows(str(tmp_path), "test"))
+    assert [row["output"] for row in found] == outputs and [row["reference"] for row in found] == references
+    ends = [3, 4, *tokenizer("\n").input_ids] if line_end else [3, 4]
+    assert sorted(model.settings.eos_token_id) == sorted([*ends, tokenizer.eos_token_id])
+    assert not model.settings.do_sample
+
+
+def test_a_turns_end_ends_writing(text_base: Path, tmp_path: Path) -> None:
+    """Of a chat template whose turns end in a token that is not the tokenizer's end of text."""
+    base = make_base(tmp_path / "base", "text")
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho\nho"}]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"m": turns}))
+    model = Says(tokenizer, ["Ho\nho<turn>"])
+    (row,) = write(model, tokenizer, Template(messages="m"), load_rows(str(tmp_path), "test"))
+    assert (row["output"], row["reference"]) == ("Ho\nho", "Ho\nho")
+    assert tokenizer.convert_tokens_to_ids("<turn>") in model.settings.eos_token_id
+
+
+def test_whatever_one_part_ends_in_the_others_are_written(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft", metric="chrf")
+    out = tmp_path / "scores.json"
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory,\nsomewhere")
+
+    monkeypatch.setattr("grow.evaluation.evaluate.translation_scores", fails)
+    from grow.cli import main
+
+    assert main(["eval", str(text_base), "--recipe", str(recipe), "--limit", "4", "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "chrf: RuntimeError: out of memory" in said.err and "all else is scored" in said.err
+    assert "task: loss" in said.out
+    scores = json.loads(out.read_text())
+    assert scores["task"]["rows"] == 4 and "chrf" not in scores["task"] and "chrf" in scores["failed"]
+
+
+def test_rows_that_are_left_out_are_counted_and_said(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "data")
+    lines = ['{"question": "5*5=", "answer": "25"}', '{"question": "5*6="}', '{"question": "5*', "[]"]
+    (data / "test.jsonl").write_text("\n".join([*lines, '{"question": "' + "5" * 90 + '", "answer": "5"}']))
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, method="sft")
+    from grow.cli import main
+
+    assert main(["eval", str(text_base), "--recipe", str(recipe), "--json"]) == 0
+    said = capsys.readouterr()
+    task = json.loads(said.out.splitlines()[-1])["task"]
+    assert (task["rows"], task["unusable"]) == (1, 4)
+    assert "4 of 5 rows cannot be scored" in said.err and "test.jsonl, line" in said.err
+    (data / "test.jsonl").write_text("\n".join(['{"question": "1", "answer": null}', *lines[2:]]))
+    line = here(capsys, "eval", text_base, "--recipe", recipe, code=2)
+    assert "no row to score for task" in line and "without a value" in line and "not JSON" in line
+
+
+def test_a_file_that_no_library_reads_is_named(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "data")
+    (data / "validation.jsonl").rename(data / "validation.parquet")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, method="sft")
+    line = here(capsys, "train", recipe, "--check", code=2)
+    assert "validation" in line and "Parquet magic bytes" in line
+
+
+@pytest.mark.parametrize(
+    ("held", "learnt", "given_away"),
+    [
+        ("山の上の小さな村に住む老人は毎朝早く起きて鶏に餌をやり庭の花に水をまいた", "昔々{}とさ", True),
+        ("山の上の小さな村", "昔々{}とさ", False),
+        ("ชายชราในหมู่บ้านเล็กๆบนภูเขาตื่นแต่เช้าทุกวันเพื่อให้อาหารไก่และรดน้ำดอกไม้ในสวน", "วันหนึ่ง{}นะ", True),
+        ("पहाड़ी के छोटे गाँव में रहने वाला बूढ़ा हर सुबह जल्दी उठकर मुर्गियों को दाना देता था", "सुनो {} हाँ", True),
+        ("पहाड़ी के छोटे गाँव में रहने वाला बूढ़ा हर सुबह", "सुनो {} हाँ", False),
+        ("The old man of the hill rose early every day to feed his hens", "Once {}, it is said", True),
+        ("The old man of the hill rose early every day to feed", "Once {}, it is said", False),
+        ("?!", "{}", False),
+    ],
+)
+def test_overlap_counts_words_in_every_script(held: str, learnt: str, given_away: bool) -> None:
+    template = Template("", "{t}")
+    found = overlapping([([{"t": f"x {held} y"}], template)], ([{"t": learnt.format(held)}], template))
+    assert found == [{0} if given_away else set()]
+
+
+def test_a_model_that_is_whole_is_asked_as_before(text_base: Path, sums: Path) -> None:
+    """Greedy writing of a row does not depend on the rows beside it."""
+    tokenizer, model = load_tokenizer(str(text_base)), load(text_base, torch.float32)
+    rows = load_rows(str(sums), "test").select(range(5))
+    together = write(model, tokenizer, Template("{question}", "{answer}"), rows)
+    for index in range(5):
+        assert (
+            write(model, tokenizer, Template("{question}", "{answer}"), rows.select([index]))[0]["prompt"]
+            == (together[index]["prompt"])
+        )
