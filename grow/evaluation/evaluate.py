@@ -151,13 +151,13 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
         # Of old knowledge no end token: the question is whether the answer comes, not whether the text ends there.
         encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
         bad = {row for some in encoded.bad.values() for row in some}
-        if bad:
-            print(f"{name}: {len(bad)} of {len(kept)} rows cannot be scored: {encoded.reasons()}", file=sys.stderr)
         if not encoded.examples:
             raise UserError(
                 f"no row to score for {name}: {len(given_away)} of {len(rows)} overlap with training rows; of the "
                 f"others {encoded.reasons()}"
             )
+        if bad:
+            print(f"{name}: {len(bad)} of {len(kept)} rows cannot be scored: {encoded.reasons()}", file=sys.stderr)
         kept = kept.select([i for i in range(len(kept)) if i not in bad])
         found.append(Items(name, kept, template, encoded.examples, len(given_away), len(bad)))
     return found
