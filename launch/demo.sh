@@ -23,11 +23,14 @@ if [[ $# != 0 ]]; then
     help_of "$0"
     [[ $1 == --help ]] && exit 0 || exit 2
 fi
+check_numbers STEPS LIMIT NPROC
 enter "$@"
 OUT=${OUT:-$ROOT/runs/demo}
 LIMIT=${LIMIT:-200}
-found=$(gpus)
-export NPROC=${NPROC:-$((found > 0 ? found : 2))}
+if [[ -z ${HOSTFILE:-} ]]; then
+    found=$(gpus)
+    export NPROC=${NPROC:-$((found > 0 ? found : 2))}
+fi
 recipe=$ROOT/recipes/gemma3_270m/translation.yaml
 base=$GROW_CACHE/gemma3_270m/model
 grown=$GROW_CACHE/gemma3_270m/grown
