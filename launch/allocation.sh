@@ -43,7 +43,9 @@ job_state() {
 }
 
 # is_over STATE: whether a job in this state will not run any more.
-is_over() { [[ $1 =~ ^(UNKNOWN|COMPLETED|FAILED|CANCELLED|TIMEOUT|OUT_OF_MEMORY|NODE_FAIL|PREEMPTED|DEADLINE|BOOT_FAIL|REVOKED) ]]; }
+is_over() {
+    [[ $1 =~ ^(UNKNOWN|COMPLETED|FAILED|CANCELLED|TIMEOUT|OUT_OF_MEMORY|NODE_FAIL|PREEMPTED|DEADLINE|BOOT_FAIL|REVOKED) ]]
+}
 
 # in_allocation: whether Slurm has given this shell nodes to start ranks on. Ends the script where that is to be put right.
 in_allocation() {
@@ -51,17 +53,19 @@ in_allocation() {
     [[ -n ${SLURM_JOB_ID:-} ]] || return 1
     : "${SLURM_JOB_NUM_NODES:=${SLURM_NNODES:-}}" "${SLURM_JOB_NODELIST:=${SLURM_NODELIST:-}}"
     if ! has_slurm; then
-        ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
-            die 2 "job $SLURM_JOB_ID has $SLURM_JOB_NUM_NODES nodes, and srun is not here: start it where srun is, or unset SLURM_JOB_ID"
+        [[ ${SLURM_JOB_NUM_NODES:-1} == 1 ]] || die 2 "SLURM_JOB_ID=$SLURM_JOB_ID: srun is not here to start ranks on" \
+            "the job's $SLURM_JOB_NUM_NODES nodes; start this where srun is, or unset SLURM_JOB_ID"
         say "SLURM_JOB_ID=$SLURM_JOB_ID, but srun is not here: on this machine alone"
         return 1
     fi
     ((${SLURM_STEP_NUM_TASKS:-1} == 1)) || refuse_tasks
     record=$(job_record "$SLURM_JOB_ID")
     state=$(sed -n 's/^JobState=//p' <<<"$record")
-    ! is_over "$state" ||
+    # These two are also states of a job that is about to be requeued.
+    [[ $state =~ ^(PREEMPTED|NODE_FAIL) ]] || ! is_over "$state" ||
         die 2 "SLURM_JOB_ID=$SLURM_JOB_ID: this job is over ($state); unset SLURM_JOB_ID, or get another allocation"
-    : "${SLURM_JOB_NUM_NODES:=$(sed -n 's/^NumNodes=//p' <<<"$record")}" "${SLURM_JOB_NODELIST:=$(sed -n 's/^NodeList=//p' <<<"$record")}"
+    : "${SLURM_JOB_NUM_NODES:=$(sed -n 's/^NumNodes=//p' <<<"$record")}"
+    : "${SLURM_JOB_NODELIST:=$(sed -n 's/^NodeList=//p' <<<"$record")}"
     [[ -n $SLURM_JOB_NUM_NODES && -n $SLURM_JOB_NODELIST ]] ||
         die 2 "SLURM_JOB_ID=$SLURM_JOB_ID: Slurm does not say which nodes the job has; unset SLURM_JOB_ID to do without"
     export SLURM_JOB_NUM_NODES SLURM_JOB_NODELIST
@@ -91,8 +95,10 @@ step() {
     esac
     # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
     # together, with a checkpoint, are done by then.
-    # The ranks get this script's variables, whatever the job was submitted with (--export=NONE holds for steps too).
-    srun --overlap --overcommit --export=ALL --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
+    # The ranks get this script's variables, whatever the job was submitted with (--export=NONE holds for steps too). A
+    # step beside another one, such as an interactive shell, shares its resources; where it may not, it does not wait for
+    # ever.
+    srun --overlap --overcommit --immediate=300 --export=ALL --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --cpus-per-task="$((cores > tasks ? cores / tasks : 1))" \
         --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "${around[@]}" "$@"
 }

@@ -8,7 +8,7 @@ ROOT=$(cd "$ROOT" && pwd)
 # need_job: without Slurm, or without a job of its own, a script says how it is meant to be used.
 need_job() {
     command -v scontrol >/dev/null || die 2 "there is no Slurm on this machine; launch/train.sh trains without it"
-    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job: sbatch $0"
+    in_allocation || die 2 "this is a job: sbatch $0"
 }
 
 # One line of a job's diary.
