@@ -2,7 +2,7 @@
 # What the scripts in launch/ share; sourced, not run. What they share about Slurm is in allocation.sh.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export HOME=${HOME:-~} # a job that was submitted with --export=NONE may have none
+export HOME=${HOME:-~} USER=${USER:-$(id -un)} # a job that was submitted with --export=NONE may have none
 OWN_VENV=${VENV:-}
 PYTHON=${PYTHON:-python3}
 TORCH_INDEX=${TORCH_INDEX:-}

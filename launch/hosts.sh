@@ -48,7 +48,8 @@ check_hosts() {
     done
     [[ -n ${MASTER_ADDR:-} ]] || MASTER_ADDR=$(on "${hosts[0]}" "hostname -I" | awk '{ print $1; exit }') || true
     [[ -n $MASTER_ADDR ]] || die 2 "${hosts[0]} does not say what its address is; set MASTER_ADDR to it"
-    port=$(free_port "${MASTER_PORT:-0}" on "${hosts[0]}") || die 2 "MASTER_PORT=$MASTER_PORT: this port cannot be had on ${hosts[0]}; unset it"
+    port=$(free_port "${MASTER_PORT:-0}" on "${hosts[0]}") ||
+        die 2 "MASTER_PORT=$MASTER_PORT: this port cannot be had on ${hosts[0]}; unset it"
 }
 
 # Variables that belong to this machine or this login, that the launcher sets for each rank, or that are secrets, which
@@ -70,7 +71,7 @@ check_launchers_file() {
         [[ -f $file ]] || continue
         while IFS= read -r line || [[ -n $line ]]; do
             [[ $line =~ ^[[:space:]]*([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*= ]] ||
-                die 2 "$file: \"$line\" is not like NAME=VALUE, and DeepSpeed's launcher takes nothing else, not even an empty line"
+                die 2 "$file: \"$line\" is not like NAME=VALUE; DeepSpeed's launcher takes nothing else, no empty line either"
             named+="${BASH_REMATCH[1]} "
         done <"$file"
     done

@@ -88,8 +88,9 @@ if [[ -f $run/COMPLETE ]]; then
     exit 0
 fi
 
+export PYTHONUNBUFFERED=1 # or a log on a file stands still
 status=0
-$way "$VENV/bin/python" -u -m grow train "$@" || status=$?
+$way "$VENV/bin/python" -m grow train "$@" || status=$?
 # The deepspeed launcher returns 0 when a rank dies of a signal; the marker does not lie.
 if [[ ! -f $run/COMPLETE ]]; then
     die $((status > 0 ? status : 1)) "$run: training did not finish (see above); run the same command again to go on"
