@@ -75,7 +75,7 @@ def train(machine: Path, code: int = 0, **environment: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("visible", "ranks"),
+    ("visible", "gpus"),
     [
         (None, 4),
         ("3,0,2", 3),
@@ -86,14 +86,21 @@ def train(machine: Path, code: int = 0, **environment: str) -> list[str]:
         ("GPU-3a5d,GPU-c9000000-14", 2),
         ("GPU-3a5c,GPU-3", 1),
         ("MIG-f2", 1),
-        # No GPU, so one rank on the CPU.
-        ("", 1),
-        ("-1", 1),
-        ("4", 1),
-        ("2,2", 1),
-        ("GPU-3a5", 1),
-        ("NoDevFiles", 1),
+        ("", 0),
+        ("-1", 0),
+        ("4", 0),
+        ("2,2", 0),
+        ("GPU-3a5", 0),
+        ("NoDevFiles", 0),
     ],
+)
+def test_visible_gpus_are_counted_as_cuda_does(machine: Path, visible: str | None, gpus: int) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert int(run("bash", "-c", "source launch/common.sh; gpus", **environment).stdout) == gpus
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"), [(None, 4), ("3,1", 2), ("GPU-b7,GPU-3a5d,GPU-c9", 3), ("MIG-f2", 1), ("", 1)]
 )
 def test_as_many_ranks_as_visible_gpus_and_on_those(machine: Path, visible: str | None, ranks: int) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
