@@ -74,7 +74,7 @@ mounts() {
 
 # The variables that a container gets; apptainer and pyxis hand all of them on.
 HANDED_ON=(GROW_CACHE HF_HOME HF_TOKEN HF_HUB_OFFLINE PYTHONPATH WORLD_SIZE NPROC CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
-    OUT SCORES LIMIT ALPHA FACTOR LAYERS STEPS MASTER_PORT TQDM_DISABLE)
+    GPU_WAIT OUT SCORES LIMIT ALPHA FACTOR LAYERS STEPS MASTER_PORT TQDM_DISABLE)
 
 # Fills the array `around` with what goes before a command, so that it runs in the container.
 surround() {

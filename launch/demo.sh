@@ -9,7 +9,7 @@
 #   OUT          folder for runs, models and the report (default: runs/demo)
 #   STEPS        training steps (default: the recipe's)
 #   LIMIT        held-out rows of the task that are scored (default: 200)
-#   NPROC        ranks (default: the number of GPUs, or 2 without)
+#   NPROC        ranks (default: the number of visible GPUs, or 2 without)
 #   GROW_CACHE   where the base model and the data are kept (default: ~/.cache/grow)
 #   PYTHON       the Python, 3.11 or newer, that makes the virtual environment (default: python3)
 #   VENV         the virtual environment (default: .venv)

@@ -75,7 +75,8 @@ case $way in
         ((found > 0)) || [[ ${CUDA_VISIBLE_DEVICES:--} =~ ^(-|NoDevFiles) ]] ||
             say "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names none of the GPUs that nvidia-smi lists here"
         NPROC=${NPROC:-$((found > 0 ? found : 1))}
-        ((found == 0 || NPROC <= found)) || die 2 "NPROC=$NPROC: $found GPUs can be used here (CUDA_VISIBLE_DEVICES)"
+        ((found == 0 || NPROC <= found)) || die 2 \
+            "${HOSTFILE:+$HOSTFILE: slots or }NPROC=$NPROC: $found GPUs can be used here (CUDA_VISIBLE_DEVICES)"
         port=$(free_port "${MASTER_PORT:-0}") || die 2 "MASTER_PORT=$MASTER_PORT: this port cannot be had here; unset it"
         world=$NPROC
         ;;
