@@ -37,7 +37,7 @@ esac
 # Like DeepSpeed's launcher: devices by number from 0 on, so many as it is told.
 LAUNCHER = """\
 #!/bin/bash
-while [[ $1 != --no_python ]]; do [[ $1 != --num_accelerators ]] || number=$2; shift; done
+while [[ $# != 0 && $1 != --no_python ]]; do [[ $1 != --num_accelerators ]] || number=$2; shift; done
 for ((rank = 0; rank < number; rank++)); do
     RANK=$rank CUDA_VISIBLE_DEVICES=$(seq --separator=, 0 $((number - 1))) "${@:2}"
 done
