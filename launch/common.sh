@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# What the scripts in launch/ share; sourced, not run.
+# What the scripts in launch/ share; sourced, not run. What they share about Slurm is in allocation.sh.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export HOME=${HOME:-~} USER=${USER:-$(id -un)} # a job that was submitted with --export=NONE may have none
 OWN_VENV=${VENV:-}
 PYTHON=${PYTHON:-python3}
 TORCH_INDEX=${TORCH_INDEX:-}
@@ -19,6 +20,7 @@ choose_environment() {
     [[ -z $CONTAINER ]] || export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
     VENV=${OWN_VENV:-${CONTAINER:+/opt/venv}}
     VENV=${VENV:-$ROOT/.venv}
+    [[ $VENV == /* ]] || VENV=$PWD/$VENV
 }
 choose_environment
 
@@ -41,6 +43,27 @@ help_if_asked() {
     exit 0
 }
 
+# The settings that are numbers: the least and the most that each may be. A point in the least allows fractions.
+declare -A RANGES=(
+    [NPROC]="1 9999" [MASTER_PORT]="1 65535" [RANK_WAIT]="0 86400" [CHECK_TIMEOUT]="1 86400" [GPU_WAIT]="1 3600" [MIN_FREE_GB]="0. 1e9"
+    [FACTOR]="2 9999" [STEPS]="1 999999999" [LIMIT]="0 999999999" [ALPHA]="0. 1"
+    [PILOT_STEPS]="1 999999999" [TOP]="1 9999" [PARALLEL]="1 9999"
+)
+
+# check_numbers NAME…: of these settings, each that is set must be such a number. A script calls it before all else.
+check_numbers() {
+    local name value least most
+    for name in "$@"; do
+        value=${!name-}
+        read -r least most <<<"${RANGES[$name]}"
+        [[ -z $value ]] || awk -v value="$value" -v least="$least" -v most="$most" 'BEGIN {
+            whole = "^[0-9]+$"; fraction = "^([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?$"
+            exit !(value ~ (least ~ /[.]/ ? fraction : whole) && value + 0 >= least + 0 && value + 0 <= most + 0)
+        }' || die 2 "$name=$value: it must be a $([[ $least == *.* ]] || echo "whole ")number from ${least%.} to $most"
+        [[ -z $value || $least == *.* ]] || printf -v "$name" %d "$((10#$value))" # 08 would be octal
+    done
+}
+
 # What a container sees of this machine, each where it is here; a line each.
 mounts() {
     local more paths=("$ROOT" "$PWD" "$GROW_CACHE" "$HF_HOME")
@@ -51,7 +74,7 @@ mounts() {
 
 # The variables that a container gets; apptainer and pyxis hand all of them on.
 HANDED_ON=(GROW_CACHE HF_HOME HF_TOKEN HF_HUB_OFFLINE PYTHONPATH WORLD_SIZE NPROC CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
-    OUT SCORES LIMIT ALPHA FACTOR LAYERS STEPS MASTER_PORT TQDM_DISABLE)
+    GPU_WAIT OUT SCORES LIMIT ALPHA FACTOR LAYERS STEPS MASTER_PORT TQDM_DISABLE)
 
 # Fills the array `around` with what goes before a command, so that it runs in the container.
 surround() {
@@ -80,7 +103,7 @@ surround() {
 # inside COMMAND…: in the container, if there is to be one.
 inside() {
     local around=()
-    if [[ -n ${SLURM_JOB_ID:-} && $CONTAINER == *.sqsh ]]; then
+    if [[ $CONTAINER == *.sqsh ]] && has_slurm; then
         step 1 1 "$@"
         return
     fi
@@ -101,7 +124,7 @@ check_container() {
     [[ $CONTAINER != *.sif ]] || program=apptainer
     [[ $CONTAINER != *.sqsh ]] || program=enroot
     [[ $program == docker || -f $CONTAINER ]] || die 2 "CONTAINER=$CONTAINER: there is no such image (docker/README.md)"
-    [[ -n ${SLURM_JOB_ID:-} && $program == enroot ]] || command -v "$program" >/dev/null ||
+    { [[ $program == enroot ]] && has_slurm; } || command -v "$program" >/dev/null ||
         die 2 "CONTAINER=$CONTAINER: $program is not on this machine"
 }
 
@@ -109,6 +132,42 @@ grow() { inside "$VENV/bin/python" -m grow "$@"; }
 
 # Where the environment keeps what of a requirements file was installed.
 installed() { echo "$VENV/installed-$(basename "$1")"; }
+
+# Fills the array `missing` with those of these files that the environment does not have; all, if it has no Python.
+find_missing() {
+    local file
+    missing=()
+    for file in "$@"; do
+        [[ -x $VENV/bin/python ]] && cmp -s "$file" "$(installed "$file")" || missing+=(-r "$file")
+    done
+}
+
+# One process installs, others wait for it and find everything there. The lock is not empty while an environment is new:
+# one that was killed then is begun again, and with it goes nothing but what was begun here.
+install_missing() {
+    local file lock=$VENV/install.lock
+    { mkdir -p "$VENV" && touch "$lock"; } 2>/dev/null || die 2 "VENV=$VENV: cannot be written; name another place"
+    (
+        exec 8>>"$lock"
+        if ! flock --nonblock 8; then
+            say "waiting for another installation into $VENV"
+            flock 8 || say "$lock: this file system has no locks; see that nothing else installs"
+        fi
+        find_missing "$@"
+        ((${#missing[@]})) || exit 0
+        say "installing the requirements into $VENV (once)"
+        [[ ! -s $lock ]] || find "$VENV" -mindepth 1 -maxdepth 1 ! -name install.lock -exec rm -rf {} +
+        [[ -n $(find "$VENV" -mindepth 1 ! -name install.lock -print -quit) ]] || echo unfinished >"$lock"
+        [[ -x $VENV/bin/python ]] || rm -f "$VENV"/bin/python* # links to a Python that is gone
+        "$PYTHON" -m venv "$VENV" ||
+            die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
+        "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet \
+            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${missing[@]}" ||
+            die 1 "the requirements could not be installed"
+        for file in "$@"; do cp "$file" "$(installed "$file")"; done
+        : >"$lock"
+    )
+}
 
 # install FILE…: a virtual environment with these requirements; quick when they are there already. An image has them.
 install() {
@@ -118,71 +177,71 @@ install() {
     fi
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
-    local file missing=()
-    for file in "$@"; do
-        cmp -s "$file" "$(installed "$file")" || missing+=(-r "$file")
-    done
+    local missing
+    find_missing "$@"
     if ((${#missing[@]})); then
         [[ -z ${IN_IMAGE:-} ]] || die 2 "the image has not what ${missing[-1]} asks for; build it again (docker/README.md)"
-        say "installing the requirements into $VENV (once)"
-        "$PYTHON" -m venv "$VENV" ||
-            die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
-        "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet \
-            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${missing[@]}" ||
-            die 1 "the requirements could not be installed"
-        for file in "$@"; do cp "$file" "$(installed "$file")"; done
+        install_missing "$@"
     fi
     export PATH=$VENV/bin:$PATH
 }
 
+# free_port PORT [on HOST]: prints this port if it is free, or for 0 one that is; here or on a host of HOSTFILE.
 free_port() {
-    "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    local code='import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); '
+    code+='s.bind(("", int(sys.argv[1]))); print(s.getsockname()[1])'
+    if (($# == 1)); then
+        "$VENV/bin/python" -c "$code" "$1"
+    else
+        "${@:2}" "$VENV/bin/python -c '$code' $1"
+    fi 2>/dev/null
 }
 
-gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
-
-# What the scripts in slurm/ set for this cluster: modules to load, where the caches are.
-site_settings() {
-    local file=${SITE_ENV:-$ROOT/slurm/site.env}
-    # shellcheck source=/dev/null
-    [[ ! -f $file ]] || source "$file"
-    choose_environment
+# gpus: how many GPUs this shell may use, of those that nvidia-smi lists; an error of it lists none.
+gpus() {
+    local listed='' status=0 count
+    if [[ ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-|NoDevFiles|$) ]]; then # none, whatever there is
+        echo 0
+        return
+    fi
+    # One that hangs, since a GPU is broken, cannot always be killed, so it is not waited for.
+    IFS= read -r -d '' -t "$GPU_WAIT" listed < <(exec nvidia-smi --list-gpus </dev/null 2>/dev/null) || status=$?
+    if ((status > 128)); then
+        kill -KILL $! 2>/dev/null || true
+        die 2 "nvidia-smi does not answer: see to this machine's GPUs, or do without: CUDA_VISIBLE_DEVICES= $0"
+    fi
+    count=$(awk "$VISIBLE" <<<"$listed")
+    ((count >= 0)) || die 2 "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: of MIG slices CUDA uses the first alone; name one"
+    echo "$count"
 }
+GPU_WAIT=${GPU_WAIT:-30} # seconds; eight GPUs whose driver is not kept loaded take half of it
 
-# The address by which Slurm knows a node: its name, or what the cluster was told to use instead.
-node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'; }
-
-# step NODES TASKS_PER_NODE COMMAND…: a step of the job, one task a rank and nothing between Slurm and the rank.
-step() {
-    local nodes=$1 tasks=$2 cores=${SLURM_CPUS_ON_NODE:-1} around=()
-    shift 2
-    case $CONTAINER in
-        '') ;;
-        *.sqsh) # options of srun, from pyxis
-            around=(--container-image="$CONTAINER" --container-workdir="$PWD"
-                --container-mounts="$(mounts | sed 's/.*/&:&/' | paste -sd ,)")
-            ;;
-        *.sif) surround ;;
-        *) die 2 "CONTAINER=$CONTAINER: in Slurm an image is a file, .sqsh for pyxis or .sif for apptainer" ;;
-    esac
-    # A rank that is gone leaves the others waiting for it: they are ended half a minute later. Ranks that leave
-    # together, with a checkpoint, are done by then.
-    srun --overlap --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
-        --cpus-per-task="$((cores > tasks ? cores / tasks : 1))" \
-        --kill-on-bad-exit=0 --wait="${RANK_WAIT:-30}" "${around[@]}" "$@"
+# CUDA's rules for CUDA_VISIBLE_DEVICES: numbers, or UUIDs or what only one UUID begins with. The list ends at the first
+# entry that is no GPU here; an entry that stands there twice leaves none.
+# shellcheck disable=SC2016 # awk's
+VISIBLE='
+function device(entry, name, found, count) {
+    if (visible !~ /^(GPU|MIG)-/) {
+        sub(/^ *[+]?/, "", entry)
+        return entry ~ /^[0-9]/ && int(entry) < gpus ? int(entry) : ""
+    }
+    for (name in names) if (index(name, entry) == 1 && entry ~ /^(GPU|MIG)-./) { found = name; count++ }
+    return entry in names ? entry : count == 1 ? found : ""
 }
+/^GPU [0-9]+:/ { gpus++ }
+match($0, /[(]UUID: [^)]*/) { names[substr($0, RSTART + 7, RLENGTH - 7)] }
+END {
+    if (!("CUDA_VISIBLE_DEVICES" in ENVIRON)) { print gpus + 0; exit }
+    visible = ENVIRON["CUDA_VISIBLE_DEVICES"]
+    many = split(visible, entries, ",")
+    for (i = 1; i <= many; i++) {
+        if ((one = device(entries[i])) == "") break
+        if (one in seen) { count = 0; break }
+        seen[one]
+        count++
+    }
+    print (count > 1 && visible ~ /^MIG-/ ? -1 : count + 0)
+}'
 
-# How many ranks a node of this allocation has: one a GPU, unless the job says otherwise.
-tasks_per_node() {
-    local found=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    echo "${NPROC:-${found%%(*}}"
-}
-
-# ranks COMMAND…: the command as every rank of the allocation.
-ranks() {
-    local first
-    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    MASTER_ADDR=${MASTER_ADDR:-$(node_address "$first")}
-    export MASTER_ADDR
-    step "$SLURM_JOB_NUM_NODES" "$(tasks_per_node)" "$ROOT/launch/rank.sh" "$@"
-}
+# shellcheck source-path=SCRIPTDIR
+source "$ROOT/launch/allocation.sh"

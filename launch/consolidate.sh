@@ -14,6 +14,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
+check_numbers LIMIT ALPHA
 enter "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" output_dir method "${@:2}")
@@ -27,4 +28,4 @@ elif [[ ! -d $OUT ]]; then
     grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" --uniform
 fi
 [[ $SCORES == none || -f $SCORES ]] ||
-    grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" --name "$(basename "$run")" --out "$SCORES"
+    grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" "--name=$(basename "$run")" "--out=$SCORES"

@@ -9,7 +9,7 @@
 #   OUT          folder for runs, models and the report (default: runs/demo)
 #   STEPS        training steps (default: the recipe's)
 #   LIMIT        held-out rows of the task that are scored (default: 200)
-#   NPROC        ranks (default: the number of GPUs, or 2 without)
+#   NPROC        ranks (default: the number of visible GPUs, or 2 without)
 #   GROW_CACHE   where the base model and the data are kept (default: ~/.cache/grow)
 #   PYTHON       the Python, 3.11 or newer, that makes the virtual environment (default: python3)
 #   VENV         the virtual environment (default: .venv)
@@ -23,11 +23,14 @@ if [[ $# != 0 ]]; then
     help_of "$0"
     [[ $1 == --help ]] && exit 0 || exit 2
 fi
+check_numbers STEPS LIMIT NPROC
 enter "$@"
 OUT=${OUT:-$ROOT/runs/demo}
 LIMIT=${LIMIT:-200}
-found=$(gpus)
-export NPROC=${NPROC:-$((found > 0 ? found : 2))}
+if [[ -z ${HOSTFILE:-} ]]; then
+    found=$(gpus)
+    export NPROC=${NPROC:-$((found > 0 ? found : 2))}
+fi
 recipe=$ROOT/recipes/gemma3_270m/translation.yaml
 base=$GROW_CACHE/gemma3_270m/model
 grown=$GROW_CACHE/gemma3_270m/grown

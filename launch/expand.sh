@@ -13,6 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
+check_numbers FACTOR
 enter "$@"
 install "$ROOT/requirements.txt"
 shown=$(grow show "$1" grows base grown "${@:2}")

@@ -15,6 +15,7 @@ if [[ $# == 0 || $1 == --help ]]; then
     help_of "$0"
     exit 0
 fi
+[[ -n ${SLURM_PROCID:-} ]] || die 2 "this is a task of srun; launch/train.sh trains without"
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 # Below the ports that systems give out by themselves; a step does not meet the sockets of the one before, nor a job
 # those of its last start.
@@ -26,7 +27,8 @@ fi
 if [[ -n ${INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
-if (($(gpus) == 0)); then
+found=$(gpus)
+if ((found == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 fi
 export TQDM_DISABLE=${TQDM_DISABLE:-1} # a log has no use for progress bars

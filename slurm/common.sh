@@ -8,7 +8,7 @@ ROOT=$(cd "$ROOT" && pwd)
 # need_job: without Slurm, or without a job of its own, a script says how it is meant to be used.
 need_job() {
     command -v scontrol >/dev/null || die 2 "there is no Slurm on this machine; launch/train.sh trains without it"
-    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job: sbatch $0"
+    in_allocation || die 2 "this is a job: sbatch $0"
 }
 
 # One line of a job's diary.
@@ -50,38 +50,81 @@ watched() {
 # claim RUN: only one job works on a run; a second one, submitted by mistake, leaves it alone. The claim is a link to
 # the number of the job, which any file system makes at one stroke.
 claim() {
-    local holder
+    local holder state tries=0
     lock=$1.job
     mkdir -p "$(dirname "$lock")" || exit 2
     [[ -w $(dirname "$lock") ]] || die 2 "$(dirname "$lock"): cannot be written"
     while ! ln -s "$SLURM_JOB_ID" "$lock" 2>/dev/null; do
-        holder=$(readlink "$lock") || die 2 "$lock: is in the way, and no job's claim; remove it"
+        if ! holder=$(readlink "$lock"); then
+            [[ ! -e $lock ]] || die 2 "$lock: is in the way, and no job's claim; remove it"
+            ((++tries < 5)) || die 1 "$lock: no link can be made there"
+            sleep 1
+            continue # its job has just ended
+        fi
         [[ $holder != "$SLURM_JOB_ID" ]] || return 0
-        if [[ -n $(squeue --noheader --jobs="$holder" 2>/dev/null) ]]; then
+        # Only what Slurm says ends a claim; that it gives no answer for a while says nothing about the job.
+        state=$(patiently job_state "$holder")
+        [[ -n $state ]] || die 1 "Slurm does not say whether job $holder still works on $1, so it is left alone; submit again"
+        if ! is_over "$state"; then
             note "job $holder works on $1 already; nothing to do"
             exit 0
         fi
-        rm -f "$lock" # of a job that is no more
+        note "job $holder, which worked on $1, is over ($state)"
+        rm -f "$lock"
+        # Another job may find the same at the same moment, and remove this one's claim instead: so it is looked at again.
+        ln -s "$SLURM_JOB_ID" "$lock" 2>/dev/null && sleep 2
     done
+}
+
+# patiently COMMAND…: asks Slurm until there is an answer, for five minutes; a controller restarts in less.
+patiently() {
+    local answer try
+    for try in {1..20}; do
+        answer=$("$@")
+        [[ -z $answer ]] || break
+        ((try == 20)) || sleep 15
+    done
+    echo "$answer"
+}
+
+# Settings that jobs read. SBATCH_EXPORT=NONE, or --export=NONE among a script's sbatch options, would keep from them even
+# what the script itself sets.
+SETTINGS=(HOME PATH USER LANG GROW_ROOT SITE_ENV GROW_CACHE HF_HOME HF_TOKEN HF_HUB_OFFLINE PYTHON VENV TORCH_INDEX CONTAINER
+    CONTAINER_MOUNTS FACTOR LAYERS PILOT OUT SCORES LIMIT ALPHA STUDY SWEEP PARALLEL SKIP_CHECK RANK_WAIT MIN_FREE_GB
+    CHECK_TIMEOUT INTERFACE MASTER_PORT NPROC GPU_WAIT)
+# Adds to the array `options` what hands them on nevertheless.
+hand_settings_on() {
+    local name given=()
+    [[ "--export=${SBATCH_EXPORT:-} ${options[*]}" =~ --export[=\ ](NONE|NIL) ]] || return 0
+    for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || { export "${name?}" && given+=("$name"); }; done
+    options+=(--export="$(IFS=, && echo "${given[*]}")")
 }
 
 checkpoints() { compgen -G "$1/checkpoint-*/COMPLETE" || true; }
 
 # again WHY: puts the job back into the queue, from where it goes on. Does not return.
 again() {
-    if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
-        note "$1; the job is being ended"
-        exit 75
-    fi
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
-        note "$1; requeueing is off: submit the same command again to go on"
-        exit 75
-    fi
-    note "$1; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
-    stop_signalling # or it would reach the job's next start
-    trap - USR1 TERM
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # Slurm ends this script
+    local record try
+    for try in {1..20}; do
+        record=$(job_record "$SLURM_JOB_ID")
+        if [[ $record == *JobState=* && $record != *JobState=RUNNING* ]]; then
+            note "$1; the job is being ended"
+            exit 75
+        fi
+        if [[ $record == *Requeue=0* ]]; then
+            note "$1; requeueing is off: submit the same command again to go on"
+            exit 75
+        fi
+        ((try > 1)) || note "$1; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+        stop_signalling # or it would reach the job's next start
+        trap - USR1 TERM
+        if timeout 30 scontrol requeue "$SLURM_JOB_ID"; then
+            sleep 60 # Slurm ends this script
+            exit 75
+        fi
+        sleep 10 # the controller does not answer
+    done
+    note "$1; Slurm did not take the job back: submit the same command again to go on"
     exit 75
 }
 
@@ -110,6 +153,7 @@ ready() {
     trap stop_signalling EXIT
     need_job
     site_settings
+    check_numbers FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB CHECK_TIMEOUT NPROC GPU_WAIT
     # What launch/prepare.sh fetched is in the cache; asking the hub again could hang a node that has no way out.
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     install "$ROOT/requirements.txt"

@@ -10,9 +10,10 @@
 #
 # Variables:
 #   GROW_ROOT     the repository (default: the folder that it was submitted from)
-#   SITE_ENV      a file of settings for this cluster, sourced if it is there (default: slurm/site.env)
+#   SITE_ENV      a file of settings for this cluster, sourced (default: slurm/site.env, if it is there)
 #   SKIP_CHECK    1 leaves the check of the nodes out
 #   RANK_WAIT     when a rank is gone, the others have so many seconds to end by themselves (default: 30)
+#   CHECK_TIMEOUT the check's ranks have so many seconds to find each other (default: 30)
 #   MIN_FREE_GB   disk space that the check wants for checkpoints (default: 20)
 #   INTERFACE, MASTER_PORT, VENV: see launch/rank.sh --help; FACTOR, LAYERS: launch/expand.sh --help;
 #   OUT, SCORES, LIMIT, ALPHA: launch/consolidate.sh --help

@@ -31,6 +31,7 @@ if [[ $1 == --pilot ]]; then
 fi
 command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
 site_settings
+check_numbers PILOT_STEPS TOP FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
 read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
 read -ra cpu <<<"${CPU_SBATCH:---nodes=1 --ntasks=1 --cpus-per-task=8 --mem=32G --time=2:00:00}"
 export GROW_ROOT=$ROOT SCORES=${SCORES:-none}
@@ -53,7 +54,9 @@ without() {
     done
 }
 submit() { # submit PART AFTER OPTION…: prints the job's number
-    sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${@:3}" \
+    local options=("${@:3}")
+    hand_settings_on
+    sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${options[@]}" \
         "$ROOT/slurm/part.sh" "$1" "${arguments[@]}" | cut -d ';' -f 1
 }
 piloting=

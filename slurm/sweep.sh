@@ -53,6 +53,7 @@ fi
 command -v sbatch >/dev/null ||
     die 2 "there is no Slurm on this machine; launch/train.sh trains one run, recipes/study/run.py a grid of them"
 site_settings
+check_numbers PARALLEL FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
 SWEEP=${SWEEP:-runs/sweep}
 mkdir -p "$SWEEP"
 SWEEP=$(cd "$SWEEP" && pwd)
@@ -60,7 +61,9 @@ read -ra options <<<"${SWEEP_SBATCH:---nodes=1 --ntasks-per-node=1 --gpus-per-no
 
 submit() { # submit COUNT WHAT ARGUMENT…: an array of so many jobs with these arguments
     local job
-    job=$(GROW_ROOT=$ROOT sbatch --parsable --array="0-$(($1 - 1))%${PARALLEL:-8}" "${options[@]}" \
+    export GROW_ROOT=$ROOT
+    hand_settings_on
+    job=$(sbatch --parsable --array="0-$(($1 - 1))%${PARALLEL:-8}" "${options[@]}" \
         "$ROOT/slurm/sweep.sh" "${@:3}" | cut -d ';' -f 1)
     echo "$job: $1 $2"
     echo "follow: squeue --jobs=$job; tail -F grow-sweep-${job}_*.out"

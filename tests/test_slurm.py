@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,9 @@ class Site:
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
         self.clone = clone(folder / "a clone")
+        # For jobs that are submitted without variables; those of others come first.
+        lines = (f"{name}=${{{name}-{shlex.quote(value)}}}\n" for name, value in self.variables.items())
+        (self.clone / "slurm" / "site.env").write_text("".join(lines))
         self.bases = {kind: make_base(folder / kind, kind) for kind in ("text", "multimodal")}
         self.data = make_data(folder / "data")
 
@@ -87,9 +91,9 @@ def weights(stock: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site, cluster: Cluster) -> Path:
-    """The run of a job that nothing disturbs."""
+    """The run of a job that nothing disturbs, and whose variables are all from slurm/site.env."""
     path = site.recipe(site.folder / "undisturbed")
-    job = site.submit("slurm/grow_gemma4b.sh", path)
+    job = site.submit("slurm/grow_gemma4b.sh", path, options=("--export=NONE",))
     assert cluster.finish(job) == "COMPLETED", site.log(job)
     return path.parent / "run"
 
