@@ -5,6 +5,9 @@
 #     launch/on_host.sh PACKED
 set -euo pipefail
 
-[[ $# == 1 && $1 != --help ]] || { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0" && exit 2; }
+if [[ $# != 1 || $1 == --help ]]; then
+    awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+    [[ ${1:-} == --help ]] && exit 0 || exit 2
+fi
 mapfile -d '' words < <(base64 --decode <<<"$1" | gzip --decompress)
 exec env "${words[@]}"
