@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,13 @@ from tests.hub import TOKEN, Hub, serving
 from tests.slurm_cluster import Cluster
 from tests.test_hub import stand_ins
 from tests.test_slurm import NODES
+from tests.test_slurm import cluster as cluster
 from tests.tiny import clone, run
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}"),
     pytest.mark.full,
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 def test_from_the_hub_to_a_scored_stock_checkpoint(cluster: Cluster, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Heavy imports happen inside a command, so that --help answers at once.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from grow.arguments import number
 from grow.errors import Fault, UserError, unknown
@@ -152,13 +153,18 @@ def eval(
     if out:
         write_json(out, result)
     said = say(result, eval_text, json)
+    _raise_failed(result, said, out)
+    return said
+
+
+def _raise_failed(result: dict[str, Any], said: str, out: str) -> None:
+    """Of a result of which a part failed: says what is there, and raises UserError or Fault for what is not."""
     failed = [entry for point in result.get("dial", [result]) for entry in point.get("failed", {}).items()]
     if failed:
         print(said)
         parts = "; ".join(f"{part}: {why['line']}" for part, why in failed)
         kind = UserError if all(why["mistake"] for _, why in failed) else Fault
         raise kind(f"eval: {parts} (all else is scored{', and in ' + out if out else ''})")
-    return said
 
 
 def report(*runs: str, out: str, json: bool = False) -> str:
