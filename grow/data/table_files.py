@@ -1,7 +1,8 @@
 """Rows of Parquet and Arrow files, through `datasets`."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +51,18 @@ def read_table(path: Path, kind: str, name: str) -> Rows:
         datasets.disable_progress_bars()
     if kind == ".arrow":
         return TableRows(datasets.Dataset.from_file(str(path)), path, name)
-    return TableRows(datasets.Dataset.from_parquet(str(path)), path, name)
+    with _no_word_of_its_own():
+        return TableRows(datasets.Dataset.from_parquet(str(path)), path, name)
+
+
+@contextlib.contextmanager
+def _no_word_of_its_own() -> Iterator[None]:
+    """What the library logs of a file that it cannot read, it also raises."""
+    from datasets import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
