@@ -129,6 +129,15 @@ def test_the_cache_is_the_same_as_memory(
     assert len(list((tmp_path / "cache" / "grow").glob("*.arrow"))) == 4
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(
+    text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, make_data(tmp_path / "data"), 2, method="sft")
+    assert "HF_DATASETS_CACHE" in here(capsys, "train", recipe, "--check", code=2)
+
+
 def test_preview_says_what_is_learnt(text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.jsonl").write_text(
         '{"q": "1+1=", "a": 2}\n{"q": "0/0=", "a": null}\n{"q": "a", "a": "\\u001b"}\n'

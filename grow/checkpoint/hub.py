@@ -79,6 +79,9 @@ class Repository:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # a repository without a card is no mistake
 
         def bring(*names: str) -> Path:
             patterns = [escape(name) for name in names]

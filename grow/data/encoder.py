@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from grow.data.chat import chat_template
 from grow.data.examples import SCHEMA
 from grow.data.rows import BrokenRow
 from grow.data.special import BREAK, SpecialTokens, unguarded
@@ -34,11 +35,14 @@ class Shown:
 class Encoder:
     """Makes tokens of rows by a template. `end`: whether an end token follows a completion, and is learnt.
 
-    It can be sent to another process, which reads the tokenizer from its folder again.
+    It can be sent to another process, which reads the tokenizer from its folder again. Raises UserError for messages
+    without a chat template.
     """
 
     def __init__(self, tokenizer: Any, template: Template, end: bool = True):
         self.template, self.end = template, end
+        if template.messages:
+            chat_template(template, tokenizer)
         self._set(tokenizer)
 
     def _set(self, tokenizer: Any) -> None:

@@ -4,10 +4,11 @@ They are made once, by as many processes as there are cores, and kept in the cac
 ranks map into memory.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -97,26 +98,41 @@ def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> 
     import datasets
     from filelock import FileLock
 
+    if not len(rows):
+        return []
     key = _key(rows, tokenizer, template, end)
     path = Path(datasets.config.HF_DATASETS_CACHE) / "grow" / f"{key}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have a core each
     try:
-        with FileLock(path.with_suffix(".lock")):  # the first makes it, the others of this machine find it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The first makes it, the others of this machine find it.
+        with FileLock(path.with_suffix(".lock")), _a_core_each():
             made = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
                 _Batch(Encoder(tokenizer, template, end), rows), batched=True, batch_size=_AT_A_TIME,
                 remove_columns=["row"], features=datasets.Features.from_arrow_schema(SCHEMA), desc="tokenising",
                 cache_file_name=str(path), load_from_cache_file=True, new_fingerprint=key,
                 num_proc=_processes(len(rows)),
             )  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: the rows' tokens cannot be kept there ({error.strerror or error}); mend that, or name "
+            "another place in HF_DATASETS_CACHE"
+        ) from error
+    return [pa.Table.from_batches([batch]) for batch in made.data.table.to_batches()]
+
+
+@contextlib.contextmanager
+def _a_core_each() -> Iterator[None]:
+    """Processes that tokenise side by side, none of which uses all cores."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-    return [pa.Table.from_batches([batch]) for batch in made.data.table.to_batches()]
 
 
 class _Batch:
