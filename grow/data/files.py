@@ -6,8 +6,9 @@ name among their words; and, where no name has any split's, all files, which the
 lies there plays no part.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,8 +32,27 @@ _WORDS = {
 def data_format(name: str) -> str:
     """The format of a file's rows by its name, such as ".jsonl"; "" if it is none of FORMATS."""
     path = PurePosixPath(name)
-    suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix in _PACKED else [path.suffix]
+    suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix.lower() in _PACKED else [path.suffix]
     return next((suffix for suffix in suffixes if suffix.lower() in FORMATS), "").lower()
+
+
+def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of those inside it, those that links lead to too.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(entry.path, (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def split_files(
