@@ -186,6 +186,8 @@ def test_other_ways_to_lie(text_base: Path, tmp_path: Path) -> None:
         (["alpaca.json", "LICENSE.txt~", "picture.png"], "train", ["alpaca.json"]),
         ([".ipynb_checkpoints/train.jsonl", "__MACOSX/train.jsonl", "rows/train/a.jsonl"], "train",
          ["rows/train/a.jsonl"]),
+        (["a/train-1-of-1.csv", "b/train-1-of-2.csv", "b/train-2-of-2.csv"], "train",
+         ["a/train-1-of-1.csv", "b/train-1-of-2.csv", "b/train-2-of-2.csv"]),
         (["test/part.arrow", "test.lock", "train/part.arrow"], "test", ["test/part.arrow"]),
     ],
 )  # fmt: skip
@@ -194,8 +196,32 @@ def test_the_files_of_a_split(names: list[str], split: str, found: list[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("configs", "split", "config", "found"),
+    [
+        ("{data_files: 'x-[0-9].csv'}", "train", None, ["x-1.csv", "x-2.csv"]),
+        ("{data_files: 'x-[!0-9].csv'}", "train", None, ["x-a.csv"]),
+        ("{data_files: x-1.csv}", "train", None, ["x-1.csv"]),
+        ("[{config_name: en, data_dir: en}, {config_name: fr, data_dir: ./fr/}]", "train", "fr", ["fr/0.parquet"]),
+        ("[{config_name: en, data_dir: en}, {data_files: x-1.csv}]", "validation", "en", ["en/dev.csv"]),
+        ("[{config_name: a, data_files: x-1.csv}, {config_name: 7, default: true, data_files: {train: [x-2.csv]}}]",
+         "train", None, ["x-2.csv"]),
+        ("[{data_files: [{split: train, path: '**/*.parquet'}]}]", "train", None, ["fr/0.parquet"]),
+    ],
+)  # fmt: skip
+def test_what_a_card_says(configs: str, split: str, config: str | None, found: list[str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"\ufeff---\nconfigs: {configs}\n---\n")
+    names = ["README.md", "x-1.csv", "x-2.csv", "x-a.csv", "en/train.csv", "en/dev.csv", "fr/0.parquet", "train.csv"]
+    assert split_files(names, tmp_path.joinpath, split, None, config, "here") == found
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n\tdata_files: x-1.csv\n---\n")
+    with pytest.raises(UserError, match="its card is not YAML"):
+        split_files(names, tmp_path.joinpath, split, None, config, "here")
+
+
+@pytest.mark.parametrize(
     ("names", "split", "says"),
     [
+        (["a/train-1-of-1.csv", "b/train-1-of-2.csv"], "train", "1 of the 2 parts of b/train"),
+        (["train.jsonl", "train.jsonl.gz"], "train", "train.jsonl is there twice"),
         (["train.csv", "train.jsonl"], "train", "several formats: train.csv, train.jsonl"),
         (["train.jsonl"], "validation", "no file in it holds its split validation .there are: train.jsonl"),
         (["notes.md"], "train", "no file of rows"),
