@@ -114,6 +114,13 @@ def test_special_tokens_that_rows_spell_are_text(real_base: Path) -> None:
     assert tokenizer.decode(found[0].input_ids[2:]).endswith("<end_of_turn>, a text with <eos>. <bos>?")
 
 
+@pytest.mark.parametrize("code", ["\ufdd0", "\ufdd1", "\ufdd2"])
+def test_what_stands_for_special_tokens_is_no_text(code: str, text_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    rows = [{"p": "<eos>", "c": f"a\ufdd1258\ufdd2{code}"}, {"p": "<eos>", "c": "b"}]
+    assert list(encode(rows, tokenizer, Template("{p}", "{c}")).bad.values()) == [[0]]
+
+
 def test_without_offsets_it_is_cut_by_what_begins_alike(text_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(text_base)
     fast, slow = Encoder(tokenizer, Template("{p}", "{c}")), Encoder(tokenizer, Template("{p}", "{c}"))
