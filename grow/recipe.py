@@ -137,7 +137,7 @@ class Recipe:
     @property
     def template(self) -> Template:
         """How a row of the data becomes text."""
-        own = Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else ""
+        own = _text(self.chat_template) if self.chat_template else ""
         return Template(self.prompt, self.completion, self.messages, own, self.day)
 
     @property
@@ -168,6 +168,16 @@ class Recipe:
         """Every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS} | own
+
+
+def _text(file: str) -> str:
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {file}: cannot be read ({error})") from None
+    if not text.strip():
+        raise UserError(f"chat_template: {file}: is empty")
+    return text
 
 
 def sliced(folder: str) -> tuple[str, str]:
@@ -254,6 +264,8 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(
             f"{path}: metric: accuracy, options (all completions that there are) and completion go together"
         )
+    if any(not option.strip() for option in recipe.options) or len(set(recipe.options)) < len(recipe.options):
+        raise UserError(f"{path}: options: one is empty, or stands in it twice: {recipe.options}")
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
     if recipe.chat_template and not recipe.messages:

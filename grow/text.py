@@ -90,7 +90,9 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         f"exact {figure_text(s, 'exact_match', '.1%')}",
         f"log-likelihood {figure_text(s, 'log_likelihood', '.2f')}",
     ]
-    parts += [f"accuracy {figure_text(s, 'accuracy', '.1%')}"] if "accuracy" in s else []
+    if "accuracy" in s:
+        fewer = f" over {s['accuracy_rows']} rows" if s.get("accuracy_rows", s["rows"]) != s["rows"] else ""
+        parts.append(f"accuracy {figure_text(s, 'accuracy', '.1%')}{fewer}")
     parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
     if "from_base" in s:
         parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")

@@ -49,6 +49,23 @@ CALLS = (
     "{{ m.content }}{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}"
     "{% endfor %}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# Phi's: the last turn is ended by one token more, and with it the question alone.
+ONE_MORE = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '[/]' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% else %}<eos>{% endif %}"
+)
+# Mistral's: nothing stands before an answer, and something of its own before a call.
+NO_HEADER = (
+    "{% for m in messages %}{% if m.role == 'user' %}[Q]{{ m.content }}[A]{% elif m.tool_calls %}"
+    "[CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]<eos>"
+    "{% elif m.role == 'tool' %}[R]{{ m.content | tojson }}[/R]{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
+)
+# DeepSeek's: no thought is written, and a prompt opens one.
+NO_THOUGHT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '(User>' + m.content }}{% elif m.role == 'assistant' %}"
+    "{{ '(Assistant>' + m.content.split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}(Assistant><think>\n{% endif %}"
+)
 THOUGHT = "<think>\nTwo and two.\n</think>\n\nFour."
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
@@ -76,6 +93,29 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "
         (PLAIN, [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], ["Ho[/]\n"]),
         (PLAIN, [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]), assistant("Ho")], ["Ho[/]\n"]),
         (PLAIN, '[{"role": "user", "content": "Hi"}, {"role": "model", "content": "Ho"}]', ["Ho[/]\n"]),
+        (ONE_MORE, [user("a"), assistant(" b"), user("c"), assistant("d")], [" b[/]", "d[/]<eos>"]),
+        (
+            NO_HEADER,
+            [user("2+2?"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": '"4"'}, assistant("Four.")],
+            ['[CALLS][{"name": "add", "arguments": {"a": 2, "b": 2}}]<eos>', "Four.<eos>"],
+        ),
+        (
+            NO_THOUGHT,
+            [user("2+2?"), assistant(THOUGHT), user("Sure?"), assistant("<think>So.</think>Yes.")],
+            ["\n\nFour.<eos>", "Yes.<eos>"],
+        ),
+        # A thought that the template writes in its own way.
+        (THINKS, [user("2+2?"), assistant("<think>Two and two.</think>Four.")],
+         ["Two and two.\n</think>\n\nFour.[/]"]),
+        # Turns that are not to be learnt.
+        (PLAIN, [user("a"), assistant("b", train=False), user("c"), assistant("d", weight=1)], ["d[/]\n"]),
+        (SAYS_ITSELF, [user("a"), assistant("b", weight=0.0), user("c"), assistant("d")], ["d!"]),
+        (
+            CALLS,
+            [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+             {"from": "observation", "value": "4"}, {"from": "gpt", "value": "Four."}],
+            ["CALL add {}[/]", "Four.[/]"],
+        ),
         # Text that spells a special token is text, what the template writes is one.
         (MOVES, [user("What is <eos>?"), assistant("The end: <eos>.")], ["The end: <eos>.<eos>"]),
     ],
@@ -90,7 +130,7 @@ def test_what_the_assistant_says_is_found(template: str, turns: Any, learnt: lis
     (example,) = encode([row], tokenizer, chat).examples
     labels = [token for token in example.labels if token >= 0]
     assert tokenizer.decode(labels) == "".join(learnt)
-    assert labels.count(tokenizer.eos_token_id) == (0 if template != MOVES else len(learnt))
+    assert labels.count(tokenizer.eos_token_id) == sum(text.endswith("<eos>") for text in learnt)
     assert shown.text.startswith(tokenizer.decode(example.input_ids))
 
 
@@ -101,6 +141,15 @@ def test_what_the_assistant_says_is_found(template: str, turns: Any, learnt: lis
         (PLAIN, [user("Hi"), assistant([{"type": "image", "url": "a.png"}])], "not text"),
         (PLAIN, [user("Hi"), assistant("\ud800")], "surrogate"),
         (PLAIN, [user("Hi"), assistant("", tool_calls=[CALL])], "does not write"),
+        (NO_THOUGHT, [user("Hi"), {"role": "tool", "content": "4"}, assistant("Ho")], "the role tool, .* not write"),
+        (
+            CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+            [user("Hi"), assistant("", tool_calls=[CALL, CALL])],
+            "does not write",
+        ),
+        (PLAIN, [user("Hi"), assistant("Ho", weight=0.5)], "weight is neither 0 nor 1"),
+        (PLAIN, [user("Hi"), assistant("Ho", train=False)], "an assistant's turn that is to be learnt"),
+        (PLAIN, [user([{"type": "image", "text": ""}, {"type": "text", "text": "Hi"}]), assistant("Ho")], "not text"),
         (PLAIN, [user("Hi")], "without an assistant's turn"),
         (PLAIN, ["Hi", "Ho"], "not an object"),
         (PLAIN, "Hi", "not JSON"),

@@ -12,6 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grow.checkpoint.hub import Choose, Repository
+from grow.data.files import split_files
 from tests.hub import TOKEN, Hub, serving
 from tests.tiny import ROOT, make_base, make_recipe
 
@@ -180,6 +182,22 @@ def test_revisions_configurations_and_cards(hub: Hub, tmp_path: Path) -> None:
     assert "not in the Hugging Face cache" in found[4][1]
     ((code, said),) = commands([["plan", "someone/sums@older/one"]], tmp_path, HF_HUB_OFFLINE="1")
     assert code == 0, said
+
+
+def test_a_cache_of_an_older_version_has_no_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not in it may be on the hub all the same: that is for the hub to say."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "datasets--someone--lines"
+    for name, text in {"refs/main": "abc", "snapshots/abc/train.jsonl": "{}"}.items():
+        (cached / name).parent.mkdir(parents=True)
+        (cached / name).write_text(text)
+    source = Repository("someone/lines", "dataset")
+
+    def choose(split: str) -> Choose:
+        return lambda names, read: split_files(names, read, split, None, None, str(source))
+
+    assert source.cached(choose("train")) == [cached / "snapshots/abc/train.jsonl"]
+    assert source.cached(choose("validation")) is None
 
 
 def test_all_parts_of_a_split_have_to_be_there(hub: Hub, tmp_path: Path) -> None:

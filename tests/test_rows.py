@@ -1,7 +1,9 @@
 """What is learnt is what is written: values of every format as they stand in the file, and only the split's files."""
 
+import bz2
 import gzip
 import json
+import lzma
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -91,6 +93,67 @@ def test_parquet_and_arrow_values(text_base: Path, tmp_path: Path) -> None:
     assert written(load_rows(str(tmp_path / "saved"), "train"), text_base)[0] == ["a", "b"]
 
 
+def test_an_object_of_json_is_as_it_stands(text_base: Path, tmp_path: Path) -> None:
+    """A key twice is nobody's value; -0 is -0; a file of which no line can be read says why, and not what it lacks."""
+    (tmp_path / "train.jsonl").write_text('{"v": 1, "v": 2}\n{"v": -0}\n{"v": 1E400}\n{"v": {"w": 1, "w": 1}}')
+    found, bad = written(load_rows(str(tmp_path), "train"), text_base)
+    assert found == ["-0", "1E400"] and sorted(bad.values()) == [[0], [3]]
+    assert list(bad) == ["the key v stands in an object twice", "the key w stands in an object twice"]
+    (tmp_path / "test.json").write_text('[{"v": 1, "v": 2}]')
+    with pytest.raises(UserError, match=r"test.json: the key v stands"):
+        load_rows(str(tmp_path), "test")
+    (tmp_path / "validation.jsonl").write_text("{'v': 1}\n{'v': 2}\n")
+    with pytest.raises(UserError, match=r"has no row that can be used: 2 not JSON .*in validation.jsonl, line 1"):
+        encode(load_rows(str(tmp_path), "validation"), AutoTokenizer.from_pretrained(text_base), Template("", "{v}")
+               ).check("v", 1)  # fmt: skip
+
+
+def test_typed_objects_have_what_their_row_has(text_base: Path, tmp_path: Path) -> None:
+    """Names that only other rows have are not there, numbers inside are written shortest, NaN is no value; a part of a
+    split may be empty."""
+    rows = [{"f": 0.1, "calls": [{"a": 1, "b": None}], "n": float("nan")}, {"f": 0.2, "calls": [{"a": None, "b": "x"}]}]
+    kind = pyarrow.struct({"a": pyarrow.int64(), "b": pyarrow.string()})
+    schema = pyarrow.schema({"v": pyarrow.struct({"f": pyarrow.float32(), "calls": pyarrow.list_(kind),
+                                                  "n": pyarrow.float64()})})  # fmt: skip
+    for part, some in enumerate((rows, [])):
+        table = pyarrow.Table.from_pylist([{"v": row} for row in some], schema)
+        pyarrow.parquet.write_table(table, tmp_path / f"train-{part}-of-2.parquet")
+    found = load_rows(str(tmp_path), "train")
+    assert [row["v"]["calls"] for row in found] == [[{"a": 1}], [{"b": "x"}]]
+    assert written(found, text_base, "{v[f]}")[0] == ["0.1", "0.2"]
+    assert list(written(found, text_base, "{v[n]}")[1]) == ["without a value at v[n]"]
+
+
+@pytest.mark.parametrize("end", ["gz", "GZ", "zst", "xz", "bz2", "lz4"])
+def test_what_is_packed_is_read_anew_and_whole(end: str, text_base: Path, tmp_path: Path) -> None:
+    """Of several members all; of a file that was replaced what is in it now; of one that was cut short nothing."""
+    file = tmp_path / f"train.jsonl.{end}"
+    kinds = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+    pack = kinds.get(end.lower()) or (
+        lambda text: pyarrow.Codec({"zst": "zstd"}.get(end, end)).compress(text, asbytes=True)
+    )
+    file.write_bytes(pack(b'{"v": "old"}\n'))
+    assert written(load_rows(str(tmp_path), "train"), text_base)[0] == ["old"]
+    whole = pack(b'{"v": "new"}\n') + pack(b'{"v": "and more"}\n')
+    file.write_bytes(whole)
+    assert written(load_rows(str(tmp_path), "train"), text_base)[0] == ["new", "and more"]
+    file.write_bytes(whole[:-6])
+    with pytest.raises(UserError, match="cannot be read: "):
+        load_rows(str(tmp_path), "train")
+
+
+def test_folders_that_links_lead_to(text_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "ROWS.JSONL").write_text('{"v": 1}')
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    for split in ("train", "test"):
+        assert len(load_rows(str(tmp_path / "linked"), split)) == 1
+
+
 def test_other_ways_to_lie(text_base: Path, tmp_path: Path) -> None:
     """A list in a .json, a compressed file, one file alone, parts that do not have the same columns, plain lines."""
     (tmp_path / "validation.json").write_text('[{"v": 1.50},\n {"v": "x", "w": {}}, 3]')
@@ -123,6 +186,8 @@ def test_other_ways_to_lie(text_base: Path, tmp_path: Path) -> None:
         (["alpaca.json", "LICENSE.txt~", "picture.png"], "train", ["alpaca.json"]),
         ([".ipynb_checkpoints/train.jsonl", "__MACOSX/train.jsonl", "rows/train/a.jsonl"], "train",
          ["rows/train/a.jsonl"]),
+        (["a/train-1-of-1.csv", "b/train-1-of-2.csv", "b/train-2-of-2.csv"], "train",
+         ["a/train-1-of-1.csv", "b/train-1-of-2.csv", "b/train-2-of-2.csv"]),
         (["test/part.arrow", "test.lock", "train/part.arrow"], "test", ["test/part.arrow"]),
     ],
 )  # fmt: skip
@@ -131,8 +196,32 @@ def test_the_files_of_a_split(names: list[str], split: str, found: list[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("configs", "split", "config", "found"),
+    [
+        ("{data_files: 'x-[0-9].csv'}", "train", None, ["x-1.csv", "x-2.csv"]),
+        ("{data_files: 'x-[!0-9].csv'}", "train", None, ["x-a.csv"]),
+        ("{data_files: x-1.csv}", "train", None, ["x-1.csv"]),
+        ("[{config_name: en, data_dir: en}, {config_name: fr, data_dir: ./fr/}]", "train", "fr", ["fr/0.parquet"]),
+        ("[{config_name: en, data_dir: en}, {data_files: x-1.csv}]", "validation", "en", ["en/dev.csv"]),
+        ("[{config_name: a, data_files: x-1.csv}, {config_name: 7, default: true, data_files: {train: [x-2.csv]}}]",
+         "train", None, ["x-2.csv"]),
+        ("[{data_files: [{split: train, path: '**/*.parquet'}]}]", "train", None, ["fr/0.parquet"]),
+    ],
+)  # fmt: skip
+def test_what_a_card_says(configs: str, split: str, config: str | None, found: list[str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"\ufeff---\nconfigs: {configs}\n---\n")
+    names = ["README.md", "x-1.csv", "x-2.csv", "x-a.csv", "en/train.csv", "en/dev.csv", "fr/0.parquet", "train.csv"]
+    assert split_files(names, tmp_path.joinpath, split, None, config, "here") == found
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n\tdata_files: x-1.csv\n---\n")
+    with pytest.raises(UserError, match="its card is not YAML"):
+        split_files(names, tmp_path.joinpath, split, None, config, "here")
+
+
+@pytest.mark.parametrize(
     ("names", "split", "says"),
     [
+        (["a/train-1-of-1.csv", "b/train-1-of-2.csv"], "train", "1 of the 2 parts of b/train"),
+        (["train.jsonl", "train.jsonl.gz"], "train", "train.jsonl is there twice"),
         (["train.csv", "train.jsonl"], "train", "several formats: train.csv, train.jsonl"),
         (["train.jsonl"], "validation", "no file in it holds its split validation .there are: train.jsonl"),
         (["notes.md"], "train", "no file of rows"),

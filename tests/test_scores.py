@@ -1,5 +1,6 @@
 """Scores: several lines and line ends, rows left out, parts that fail, overlap in scripts without spaces, messages."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ import torch
 from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
+from grow.errors import UserError
 from grow.evaluation.overlap import overlapping
+from grow.evaluation.scoring import Scores, choices
 from grow.evaluation.writing import write
 from grow.model import load
+from grow.recipe import read_recipe
+from grow.text import eval_text
 from tests.running import here
 from tests.tiny import make_base, make_data, make_recipe
+
+FIGURES = dict.fromkeys(("loss", "token_accuracy", "exact_match", "log_likelihood"), 0.0) | {
+    "rows": 3,
+    "overlapping": 0,
+}
 
 
 class Says(torch.nn.Module):
@@ -124,6 +134,50 @@ def test_a_file_that_no_library_reads_is_named(
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, method="sft")
     line = here(capsys, "train", recipe, "--check", code=2)
     assert "validation" in line and "Parquet magic bytes" in line
+
+
+def test_an_option_that_begins_another(text_base: Path, sums: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Without an end token the shorter of the two would always be the likelier."""
+    ends = []
+
+    def score(_: Any, examples: Any, *__: Any) -> Scores:
+        ends.append(examples[0].labels[-1] == 258)
+        return Scores([-1.0] * len(examples), [1] * len(examples), [1] * len(examples))
+
+    monkeypatch.setattr("grow.evaluation.scoring.score", score)
+    rows = load_rows(str(sums), "test").select([0])
+    answer = rows[0]["answer"]
+    for options, end in (([answer, f"{answer}0"], True), ([answer, "x"], False)):
+        fields = {"method": "sft", "metric": "accuracy", "options": options}
+        recipe = read_recipe(str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, **fields)))
+        ends.clear()
+        assert choices(None, rows, recipe, load_tokenizer(str(text_base)))["accuracy_rows"] == 1
+        assert ends == [end, end]
+    too_long = dataclasses.replace(recipe, options=[answer, "x" * 99])
+    with pytest.raises(UserError, match=r"no test row can be scored with 'xxx.*longer than"):
+        choices(None, rows, too_long, load_tokenizer(str(text_base)))
+    assert "accuracy 50.0% over 2 rows" in eval_text({"task": FIGURES | {"accuracy": 0.5, "accuracy_rows": 2}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"metric": "accuracy", "options": ["yes", ""]}, "options: one is empty"),
+        ({"metric": "accuracy", "options": ["yes", "yes"]}, "stands in it twice"),
+        ({"retention": "nowhere/at/all"}, "nowhere/at/all: no such folder of data"),
+        ({"retention": "DATA"}, "prompt is not among the columns question, answer"),
+        ({"messages": "question", "completion": "", "chat_template": "empty.jinja"}, "empty.jinja: is empty"),
+        ({"messages": "question", "completion": "", "chat_template": "latin.jinja"}, "latin.jinja: cannot be read"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_heavy(
+    fields: dict[str, Any], says: str, text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jinja").write_text("\n")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9{{ messages }}")
+    fields = {name: str(sums) if value == "DATA" else value for name, value in fields.items()}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft", **fields)
+    assert says in here(capsys, "train", recipe, "--check", code=2)
 
 
 @pytest.mark.parametrize(

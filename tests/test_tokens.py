@@ -68,6 +68,33 @@ def test_the_border_is_cut_by_characters(
     assert [label for label in found.examples[0].labels if label != IGNORED] == learnt[not prompt and not begin :]
 
 
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "learnt"),
+    [("A:", " 4", " 4"), ("A: ", "4", "4"), ("A: ", " 4", " 4"), ("", " 4", " 4"), ("A:\n", "  4 ", "  4 ")],
+)
+def test_a_space_that_is_a_token_is_whose_it_is(
+    trims: bool, prompt: str, completion: str, learnt: str, tmp_path: Path
+) -> None:
+    """Llama 3's tokenizer trims spaces off what a token stands for, and has a space before a number as a token."""
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trims)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    shown = Encoder(made, Template("{p}", "{c}")).shown({"p": prompt, "c": completion})
+    assert made.decode([i for i, own in zip(shown.ids, shown.learnt, strict=True) if own]) == f"{learnt}</s>"
+    chat = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"role": "user", "content": prompt or "?"}, {"role": "assistant", "content": completion}]
+    shown = Encoder(made, Template(messages="m", chat_template=chat)).shown({"m": [*turns, *turns]})
+    assert made.decode([i for i, own in zip(shown.ids, shown.learnt, strict=True) if own]) == f"{learnt}\n" * 2
+
+
 def test_a_begin_or_an_end_that_a_template_writes_is_not_doubled(text_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(text_base)
     shown = Encoder(tokenizer, Template("<bos>Q {q}", "A {a}<eos>")).shown({"q": "<eos>", "a": "<bos>"})
@@ -85,6 +112,13 @@ def test_special_tokens_that_rows_spell_are_text(real_base: Path) -> None:
     special, start = [[i for i in e.input_ids if i in ids] for e in found], ids[2]
     assert special == [[tokenizer.bos_token_id, start]] * 2
     assert tokenizer.decode(found[0].input_ids[2:]).endswith("<end_of_turn>, a text with <eos>. <bos>?")
+
+
+@pytest.mark.parametrize("code", ["\ufdd0", "\ufdd1", "\ufdd2"])
+def test_what_stands_for_special_tokens_is_no_text(code: str, text_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    rows = [{"p": "<eos>", "c": f"a\ufdd1258\ufdd2{code}"}, {"p": "<eos>", "c": "b"}]
+    assert list(encode(rows, tokenizer, Template("{p}", "{c}")).bad.values()) == [[0]]
 
 
 def test_without_offsets_it_is_cut_by_what_begins_alike(text_base: Path) -> None:

@@ -40,19 +40,28 @@ class Repository:
         snapshot = store / "snapshots" / commit
         return snapshot if commit and snapshot.is_dir() else None
 
-    def names(self) -> list[str]:
-        """The names of its files, whether fetched or not, as far as the cache knows them."""
+    def listed(self) -> list[str] | None:
+        """The names of its files, whether fetched or not; None in a cache that has no list, as older ones have none."""
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-        with contextlib.suppress(CachedRepoTreeNotFoundError):
+        with contextlib.suppress(CachedRepoTreeNotFoundError, ValueError):
             return sorted(file.path for file in get_cached_repo_tree(
                 self.name, repo_type=self.kind, revision=self.revision))  # fmt: skip
+        return None
+
+    def names(self) -> list[str]:
+        """The names of its files as far as the cache knows them."""
+        if (names := self.listed()) is not None:
+            return names
         folder = self.folder()
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder else []
 
     def cached(self, choose: Choose) -> list[Path] | None:
-        """The chosen files, if all of them are in the cache. Raises UserError as `choose` does."""
+        """The chosen files, if all of them are in the cache.
+
+        Raises UserError as `choose` does, where all names are known to it.
+        """
         folder = self.folder()
         if folder is None:
             return None
@@ -62,7 +71,12 @@ class Repository:
                 raise UserError(f"{self}: its {name} is not in the Hugging Face cache")
             return folder / name
 
-        paths = [folder / name for name in choose(self.names(), read)]
+        try:
+            paths = [folder / name for name in choose(self.names(), read)]
+        except UserError:
+            if self.listed() is None:
+                return None
+            raise
         return paths if all(path.is_file() for path in paths) else None
 
     def fetch(self, choose: Choose) -> list[Path]:

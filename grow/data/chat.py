@@ -6,31 +6,22 @@ assistant says: if that text without its marks is the first one, the marks are w
 moves or shortens turns. A conversation for which it is not is a bad row, never text of another place.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
-from datetime import date, datetime
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from grow.data.conversation import Turn, conversation, is_learnt, listed
+from grow.data.rendering import GENERATION, render_chat
 from grow.errors import UserError
 
 if TYPE_CHECKING:
     from grow.data.template import Guard, Span, Template, Text
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-          "function": "tool", "observation": "tool"}  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = re.compile("gRoW([be])([0-9]+)mArK")
-
-# A template that writes the date asks for it by this name; it is given the run's day, at midnight.
-_ON_A_DAY = (
-    "{%- macro strftime_now(form) -%}{%- set now = namespace(text=form) -%}{%- for code, value in day_parts.items() -%}"
-    "{%- set now.text = now.text.replace(code, value) -%}{%- endfor -%}{{- now.text -}}{%- endmacro -%}"
-)
-
-Turn = dict[str, Any]
+_MARK = re.compile("gRoW([bec])([0-9]+(?:x[0-9]+)?)mArK")
 
 
 def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> str:
@@ -46,80 +37,6 @@ def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> st
         ) from None
 
 
-def conversation(row: Mapping[str, Any], column: str) -> list[Turn]:
-    """A row's turns, {"role", "content"} with a text in each. ShareGPT's names and parts of text are understood.
-
-    Raises ValueError for what is not a conversation.
-    """
-    turns = row.get(column)
-    if isinstance(turns, str):
-        turns = _from_json(turns, "the messages")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("without an assistant's turn")
-    found = [turn for turn in map(_turn, turns) if turn["content"] or turn["role"] != "system"]
-    if not any(turn["role"] == "assistant" for turn in found):
-        raise ValueError("without an assistant's turn")
-    return found
-
-
-def _turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict):
-        raise ValueError("a turn that is not an object with role and content")
-    # Typed columns give every turn every key; one that is null is not there.
-    turn = {key: value for key, value in turn.items() if value is not None}
-    role = turn.pop("from", None) if "role" not in turn and "from" in turn else turn.get("role")
-    content = turn.pop("value", None) if "content" not in turn and "value" in turn else turn.get("content")
-    if not isinstance(role, str):
-        raise ValueError("a turn without a role")
-    turn["role"] = _ROLES.get(role, role)
-    if "tool_calls" in turn:
-        turn["tool_calls"] = [_tool_call(call) for call in _listed(turn["tool_calls"], "tool_calls")]
-    turn["content"] = _content(content, allow_empty=bool(turn.get("tool_calls")) or turn["role"] in ("system", "tool"))
-    try:
-        json.dumps(turn, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair, which is no character") from None
-    return turn
-
-
-def _content(content: Any, allow_empty: bool) -> str:
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ValueError("a part of a turn that is not text")
-        content = "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"a turn whose content is not text but {type(content).__name__}")
-    if not (content or "").strip() and not allow_empty:
-        raise ValueError("an empty turn")
-    return content or ""
-
-
-def _tool_call(call: Any) -> Any:
-    if not isinstance(call, dict):
-        raise ValueError("a tool call that is not an object")
-    inner = call.get("function", call)
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise ValueError("a tool call without a name")
-    inner = {key: value for key, value in inner.items() if value is not None}
-    if isinstance(inner.get("arguments"), str):  # OpenAI's way; templates expect the object
-        inner["arguments"] = _from_json(inner["arguments"] or "{}", "a tool call's arguments")
-    return call | {"function": inner} if "function" in call else inner
-
-
-def _from_json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"{what} are a text that is not JSON") from None
-
-
-def _listed(value: Any, what: str) -> list[Any]:
-    value = _from_json(value, what) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise ValueError(f"{what} that is not a list")
-    return value
-
-
 def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: Any, guard: "Guard") -> "Text":
     """The text of a row's conversation, and what the assistant says in it, each turn with what ends it.
 
@@ -128,22 +45,43 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     from grow.data.template import Text
 
     turns = _guarded(conversation(row, template.messages), guard)
-    tools = _guarded(_listed(row["tools"], "tools"), guard) if row.get("tools") else None
+    tools = _guarded(listed(row["tools"], "tools"), guard) if row.get("tools") else None
     source = chat_template(template, tokenizer, tools)
     if tools and "tools" not in source:
         raise ValueError("with tools, which the chat template does not write")
     if any(turn.get("tool_calls") for turn in turns) and "tool_calls" not in source:
         raise ValueError("with tool calls, which the chat template does not write")
-    render = partial(_render, source=source, tools=tools or None, tokenizer=tokenizer, day=template.day)
-    if _GENERATION.search(source):
-        text, spans = render(turns)
-    else:
-        text, _ = render(turns)
-        spans = _marked_spans(text, turns, render, _header_and_end(source, tokenizer, template.day))
+    learnt = [is_learnt(turn) for turn in turns if turn["role"] == "assistant"]
+    if not any(learnt):
+        raise ValueError("without an assistant's turn that is to be learnt")
+    render = partial(render_chat, source=source, tools=tools or None, tokenizer=tokenizer, day=template.day)
+    text, spans = render(turns)
+    if not GENERATION.search(source):
+        spans = _marked_spans(text, turns, render, _header_and_end(source, tokenizer, template.day), tokenizer)
+    elif not all(learnt) and len(spans) != len(learnt):
+        raise ValueError("which of the assistant's turns are to be learnt cannot be told in the chat template's text")
+    if not all(learnt):
+        spans = [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
     spans = [(begin, end) for begin, end in spans if begin < end]
     if not any(text[begin:end].strip() for begin, end in spans):
         raise ValueError("of what the assistant says the chat template writes nothing")
+    _check_written(text, turns, render)
     return Text(text, spans)
+
+
+def _check_written(text: str, turns: list[Turn], render: Any) -> None:
+    """Raises ValueError for what somebody else than the assistant says and the template leaves out."""
+    for index, turn in enumerate(turns):
+        said = turn["content"].strip()
+        if turn["role"] == "assistant" or said in text:
+            continue
+        with contextlib.suppress(ValueError):  # it is looked at, at least
+            other, _ = render([*turns[:index], turn | {"content": f"{said} gRoW"}, *turns[index + 1 :]])
+            if other == text:
+                break
+    else:
+        return
+    raise ValueError(f"with a turn of the role {turn['role']}, which the chat template does not write")
 
 
 def _guarded(value: Any, guard: "Guard") -> Any:
@@ -157,53 +95,64 @@ def _guarded(value: Any, guard: "Guard") -> Any:
     return value
 
 
-def _render(
-    turns: list[Turn], source: str, tools: Any, tokenizer: Any, day: str, add_generation_prompt: bool = False
-) -> tuple[str, list["Span"]]:
-    """The template's text, and the spans that its own `{% generation %}` gives."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    marked = bool(_GENERATION.search(source))
-    try:
-        texts, spans = render_jinja_template(
-            [turns], tools=tools, chat_template=_ON_A_DAY + source, return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map, day_parts=_day_parts(day),
-        )  # fmt: skip
-    except Exception as error:  # a template is a program: it can raise anything
-        raise ValueError(f"refused by the chat template ({' '.join(str(error).split())[:120]})") from error
-    return texts[0], [tuple(span) for span in spans[0]] if marked and spans else []
-
-
-@cache
-def _day_parts(day: str) -> dict[str, str]:
-    """What strftime's codes stand for."""
-    start = datetime.combine(date.fromisoformat(day) if day else date.today(), datetime.min.time())
-    codes = [f"%{sign}{letter}" for letter in "aAbBcdDeFfHIjmMpSTuUwWxXyYzZ" for sign in ("", "-")]
-    return {code: start.strftime(code) for code in codes} | {"%%": "%"}
-
-
-def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, str]) -> list["Span"]:
+def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, str], tokenizer: Any) -> list["Span"]:
     header, end = around
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     with_marks, _ = render([_mark(turn, index) if index in spoken else turn for index, turn in enumerate(turns)])
-    places: dict[tuple[str, int], int] = {}
-    plain, last = [], 0
+    places: dict[tuple[str, str], int] = {}
+    plain, last, place = [], 0, 0
     for mark in _MARK.finditer(with_marks):
         plain.append(with_marks[last : mark.start()])
-        last = mark.end()
+        place, last = place + mark.start() - last, mark.end()
         # Some templates write a thought under several names; the first begin and the last end count.
-        key, place = (mark[1], int(mark[2])), sum(map(len, plain))
+        key = (mark[1], mark[2])
         places[key] = place if mark[1] == "e" else places.get(key, place)
     if "".join(plain) + with_marks[last:] != text:
         raise ValueError("what the assistant says cannot be told apart in the chat template's text")
     spans: list[Span] = []
     for index in spoken:
         floor = spans[-1][1] if spans else 0
-        span = _span(text, turns[index], places.get(("b", index)), places.get(("e", index)), floor, header, end)
-        if span is not None and span[0] < floor:
+        begin, finish = places.get(("b", str(index))), places.get(("e", str(index)))
+        if any(("c", f"{index}x{n}") not in places for n in range(len(turns[index].get("tool_calls") or []))):
+            raise ValueError("with tool calls, which the chat template does not write")
+        begin, stop = _span(text, turns[index], begin, finish, floor, header, end)
+        if begin < floor:
             raise ValueError("the chat template writes the assistant's turns in another order")
-        spans += [span] if span is not None else []
+        if not header and begin == places.get(("b", str(index))) and _opens(text, turns[index], begin):
+            lead, _ = render(turns[:index])
+            if not floor <= len(lead) <= begin or not text.startswith(lead):
+                raise ValueError("where the assistant's turn begins cannot be told in the chat template's text")
+            begin = len(lead)
+        spans.append((begin, _whole_end(text, stop, end, tokenizer)))
     return spans
+
+
+def _opens(text: str, turn: Turn, begin: int) -> bool:
+    """Whether a turn begins with a call or a thought, before which a template puts something that is learnt too."""
+    thoughts = [turn[name].strip() for name in _REASONING if isinstance(turn.get(name), str)]
+    return bool(turn.get("tool_calls")) or any(thought and text.startswith(thought, begin) for thought in thoughts)
+
+
+def _whole_end(text: str, stop: int, end: str, tokenizer: Any) -> int:
+    """Where a turn ends with what ends it, `end` or of that as much as stands there; never within a special token.
+
+    The last turn may end otherwise than those before it: another token, or one more.
+    """
+    place = stop + _common_start(text[stop : stop + len(end)], end)
+    if place - stop == len(end):
+        return place
+    for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, stop):
+        if token.start() >= place:
+            break
+        if place < token.end():
+            return token.end() if token.start() == stop else token.start()
+    return place
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any, size: int) -> re.Pattern[str]:
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def _mark(turn: Turn, index: int) -> Turn:
@@ -220,7 +169,8 @@ def _mark(turn: Turn, index: int) -> Turn:
             before, _, after = turn[name].partition(thought)
             turn[name] = f"{before}{begin}{thought}{after}"
     if turn.get("tool_calls"):
-        turn["tool_calls"] = [_marked_call(call, begin) for call in turn["tool_calls"]]
+        calls = enumerate(turn["tool_calls"])
+        turn["tool_calls"] = [_marked_call(call, f"{begin}gRoWc{index}x{number}mArK") for number, call in calls]
     return turn
 
 
@@ -230,22 +180,18 @@ def _marked_call(call: Turn, begin: str) -> Turn:
     return call | {"function": inner} if "function" in call else inner
 
 
-def _span(
-    text: str, turn: Turn, begin: int | None, finish: int | None, floor: int, header: str, end: str
-) -> "Span | None":
-    """Where a turn stands, with what ends it; None where the template leaves it out."""
+def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: int, header: str, end: str) -> "Span":
+    """Where a turn begins, and where what ends it begins."""
     more = bool(turn.get("tool_calls")) or any(turn.get(name) for name in _REASONING)
-    if turn.get("tool_calls") and begin is None:
-        raise ValueError("with tool calls, which the chat template does not write")
     core = turn["content"].strip()
     if finish is None and core:
         if begin is None:
-            return None
+            raise ValueError("of what the assistant says the chat template writes nothing")
         raise ValueError("the chat template cuts off what the assistant says")
     lead, _, trail = turn["content"].partition(core) if core else ("", "", "")
     if begin is None:  # the template writes the turn without its begin, a thought most of all
         assert finish is not None
-        begin = finish - len(core[len(core) - _common_end(text[:finish], core) :].lstrip())
+        begin = _begin_of_rest(text, core, floor, finish, header)
     place = text.rfind(header, floor, begin) if header else -1
     before = place + len(header) if place >= 0 else floor
     if more:  # a thought or a call: with what the template puts before it
@@ -257,7 +203,24 @@ def _span(
     stop = finish if finish is not None and not turn.get("tool_calls") else text.find(end, begin) if end else -1
     if stop < 0:
         raise ValueError("where the assistant's turn ends cannot be told in the chat template's text")
-    return begin, stop + _common_start(text[stop:], end)
+    return begin, stop
+
+
+def _begin_of_rest(text: str, core: str, floor: int, finish: int, header: str) -> int:
+    """Where a turn begins of which the template writes what ends at `finish`, and perhaps the thought before it."""
+    same = _common_end(text[floor:finish], core)
+    if same == len(core):
+        return finish - same
+    thought, closed, rest = core.rpartition("</think>")
+    if closed:
+        same = min(same, len(rest))
+    begin = finish - len(core[len(core) - same :].lstrip())
+    place = text.rfind(header, floor, begin) if header else -1
+    before = place + len(header) if place >= 0 else begin
+    thought = thought.rpartition("<think>")[2].strip()
+    # What stands between is the thought, written another way, or white space of the turn's own.
+    between = text[before:begin]
+    return before if (thought and thought in between) or (between.isspace() and rest.startswith(between)) else begin
 
 
 def _common_start(one: str, other: str) -> int:
@@ -290,7 +253,7 @@ class _Tokens:
 @cache
 def _around(source: str, day: str, tokenizer: _Tokens) -> tuple[str, str]:
     asked = [{"role": "user", "content": "Question"}]
-    render = partial(_render, source=source, tools=None, tokenizer=tokenizer, day=day)
+    render = partial(render_chat, source=source, tools=None, tokenizer=tokenizer, day=day)
     try:
         answered, _ = render([*asked, {"role": "assistant", "content": "gRoWb0mArK"}])
         question, _ = render(asked)
@@ -298,7 +261,8 @@ def _around(source: str, day: str, tokenizer: _Tokens) -> tuple[str, str]:
     except ValueError:
         return "", ""
     before, mark, after = answered.partition("gRoWb0mArK")
-    if not mark or not before.startswith(question) or not prompt.startswith(question):
+    asked_until = _common_start(question, prompt)  # a question alone may end in what ends a text
+    if not mark or "Question" not in question[:asked_until] or not before.startswith(question[:asked_until]):
         return "", after
     # Either may go on to a thought, which is not part of the header.
-    return before[len(question) :][: _common_start(before[len(question) :], prompt[len(question) :])], after
+    return before[asked_until : _common_start(before, prompt)], after

@@ -63,8 +63,8 @@ class Encoder:
 
     def begin(self) -> list[int]:
         """The token before a prompt, where the tokenizer has one and the prompt does not write it itself."""
-        first = self.tokenizer.bos_token
-        if self.template.messages or not first or self.template.prompt.startswith(first):
+        first, template = self.tokenizer.bos_token, self.template
+        if template.messages or not first or (template.prompt or template.completion).startswith(first):
             return []
         return [self.tokenizer.bos_token_id]
 
@@ -177,20 +177,30 @@ class Encoder:
 
 
 def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:
-    """Which tokens of an encoding have a character of one of the spans; those of none count where they stand."""
+    """Which tokens of an encoding have a character of one of the spans.
+
+    Some tokenizers (Llama 3's) trim spaces off what a token stands for: one that is a space alone has no character,
+    and its place is the end of the space.
+    """
     if len(spans) == 1 and spans[0][1] == length:
-        learnt = np.zeros(len(encoding.ids), np.uint8)
-        places = (encoding.char_to_token(place) for place in range(spans[0][0], length))
-        first = next((token for token in places if token is not None), None)
-        if first is not None:
-            learnt[first:] = 1
+        learnt, start = np.zeros(len(encoding.ids), np.uint8), spans[0][0]
+        places = (encoding.char_to_token(place) for place in range(start, length))
+        first = next((token for token in places if token is not None), len(learnt)) if start else 0
+        while first and _ends_of_space(encoding.token_to_chars(first - 1)) > start:
+            first -= 1
+        learnt[first:] = 1
         return learnt
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     begin, end = offsets[:, 0], offsets[:, 1]
     learnt = np.zeros(len(offsets), bool)
     for first, last in spans:
-        learnt |= np.where(begin < end, (end > first) & (begin < last), (begin >= first) & (begin < last))
+        learnt |= (end > first) & np.where(begin < end, begin < last, begin <= last)
     return learnt.astype(np.uint8)
+
+
+def _ends_of_space(place: Span | None) -> int:
+    """Where the space ends that a token without a character stands for; -1 for a token with one."""
+    return place[1] if place and place[0] == place[1] else -1
 
 
 def _alike(one: list[int], other: list[int]) -> int:

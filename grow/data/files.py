@@ -6,8 +6,9 @@ name among their words; and, where no name has any split's, all files, which the
 lies there plays no part.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,8 +32,27 @@ _WORDS = {
 def data_format(name: str) -> str:
     """The format of a file's rows by its name, such as ".jsonl"; "" if it is none of FORMATS."""
     path = PurePosixPath(name)
-    suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix in _PACKED else [path.suffix]
+    suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix.lower() in _PACKED else [path.suffix]
     return next((suffix for suffix in suffixes if suffix.lower() in FORMATS), "").lower()
+
+
+def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of those inside it, those that links lead to too.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(entry.path, (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def split_files(
@@ -43,14 +63,16 @@ def split_files(
     `data_dir` is the folder inside to look in. `config` names a configuration of the card, or else a folder inside.
     `where` is what messages call it. Raises UserError where there is no such split, or more than one reading of it.
     """
-    prefix = f"{data_dir.strip('/')}/" if data_dir and data_dir.strip("./") else ""
-    listed = None if prefix or CARD not in names else _of_card(read(CARD), split, config, where)
-    if listed is None and config:
+    prefix = _prefix(data_dir)
+    inside, listed = (None, None) if prefix or CARD not in names else _of_card(read(CARD), split, config, where)
+    if inside is not None:
+        prefix = inside
+    elif config:
         prefix += f"{config}/"
         if not any(name.startswith(prefix) for name in names):
             raise UserError(f"{where}: data_config {config}: neither its card nor a folder in it has that name")
-    inside = [name.removeprefix(prefix) for name in sorted(names) if name.startswith(prefix)]
-    rows = [name for name in inside if data_format(name) and not _hidden(name)]
+    rows = [name.removeprefix(prefix) for name in sorted(names) if name.startswith(prefix)]
+    rows = [name for name in rows if data_format(name) and not _hidden(name)]
     if listed is not None:
         found = [name for name in rows if any(_glob(pattern).fullmatch(name) for pattern in listed)]
     else:
@@ -62,6 +84,10 @@ def split_files(
         raise UserError(f"{where}: its split {split} is there in several formats: {', '.join(found[:4])}; keep one")
     _check_parts(found, where)
     return [prefix + name for name in found]
+
+
+def _prefix(folder: str | None) -> str:
+    return f"{folder.removeprefix('./').strip('/')}/" if folder and folder.strip("./") else ""
 
 
 def _hidden(name: str) -> bool:
@@ -90,10 +116,17 @@ def _among_its_words(names: list[str], split: str) -> list[str]:
 
 
 def _check_parts(found: list[str], where: str) -> None:
-    """Parts are numbered "3-of-8": all have to be there, or rows would be missing without a word."""
-    counts = [re.search(r"of[-_.](\d+)", PurePosixPath(name).name) for name in found]
-    if all(counts) and len(found) % int(counts[0][1]):  # type: ignore[index]
-        raise UserError(f"{where}: {len(found)} of the {counts[0][1]} parts of {found[0]} are there")  # type: ignore[index]
+    """Parts are numbered "3-of-8": all have to be there, or rows would be missing without a word; and none twice."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in found:
+        if part := re.search(r"\d+[-_.]of[-_.](\d+)[^/]*$", name):
+            sets.setdefault((name[: part.start()], part[1]), []).append(name)
+        packed = PurePosixPath(name)
+        if packed.suffix.lower() in _PACKED and str(packed.with_suffix("")) in found:
+            raise UserError(f"{where}: {packed.with_suffix('')} is there twice, as {name} too; keep one")
+    for (_, count), parts in sets.items():
+        if len(parts) % int(count):
+            raise UserError(f"{where}: {len(parts)} of the {count} parts of {parts[0]} are there")
 
 
 def _what_there_is(names: list[str]) -> str:
@@ -102,20 +135,26 @@ def _what_there_is(names: list[str]) -> str:
     return "there are: " + ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _of_card(card: Path, split: str, config: str | None, where: str) -> list[str] | None:
-    """The patterns that a card gives for a split; None where it names no files."""
-    text = card.read_text(encoding="utf-8", errors="replace")
+def _of_card(card: Path, split: str, config: str | None, where: str) -> tuple[str | None, list[str] | None]:
+    """The folder inside that a card gives, "" for the top, and its patterns for a split there, if it has any; (None,
+    None) where it names neither."""
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         facts = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        if head and re.search(r"^[\s-]*data_(files|dir):", head[1], re.MULTILINE):
+            raise UserError(f"{where}: its card is not YAML ({' '.join(str(error).split())})") from None
         facts = None
-    configs = [entry for entry in (facts or {}).get("configs") or [] if isinstance(entry, dict)] if isinstance(
-        facts, dict) else []  # fmt: skip
-    configs = [entry for entry in configs if entry.get("data_files") or entry.get("data_dir")]
-    if not configs:
-        return None
-    named = {str(entry.get("config_name", "default")): entry for entry in configs}
+    configs = (facts.get("configs") or []) if isinstance(facts, dict) else []
+    entries = [entry for entry in (configs if isinstance(configs, list) else [configs]) if isinstance(entry, dict)]
+    named = {
+        str(entry.get("config_name", "default")): entry
+        for entry in entries
+        if entry.get("data_files") or entry.get("data_dir")
+    }
+    if not named:
+        return None, None
     if config is None:
         chosen = [name for name, entry in named.items() if entry.get("default")] or [
             name for name in named if name == "default" or len(named) == 1
@@ -123,14 +162,13 @@ def _of_card(card: Path, split: str, config: str | None, where: str) -> list[str
         if not chosen:
             raise UserError(f"{where}: has the configurations {', '.join(named)}; name one in data_config")
         config = chosen[0]
-    return _patterns(named[config], split) if config in named else None
+    if config not in named:
+        return None, None
+    folder, files = named[config].get("data_dir"), named[config].get("data_files")
+    return _prefix(str(folder) if folder else None), _patterns(files, split) if files else None
 
 
-def _patterns(entry: dict[str, Any], split: str) -> list[str] | None:
-    inside = f"{str(entry['data_dir']).strip('/')}/" if entry.get("data_dir") else ""
-    files = entry.get("data_files")
-    if files is None:
-        return [f"{inside}{split}*", f"{inside}**/{split}*", f"{inside}**/{split}/*"]
+def _patterns(files: Any, split: str) -> list[str]:
     by_split: dict[str, Any] = {}
     if isinstance(files, dict):
         by_split = files
@@ -139,11 +177,18 @@ def _patterns(entry: dict[str, Any], split: str) -> list[str] | None:
     else:
         by_split = {"train": files}
     patterns = by_split.get(split, [])
-    return [inside + str(pattern) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
+    return [str(pattern) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A path's pattern as on the hub: * within a folder, ** across folders."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    """A path's pattern as on the hub: * within a folder, ** across folders, [0-9] one of these characters."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\])", pattern.removeprefix("./"))
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(known.get(part) or re.escape(part) for part in parts))
+    return re.compile("".join(known.get(part) or _characters(part) for part in parts))
+
+
+def _characters(part: str) -> str:
+    if part[:1] != "[" or len(part) < 3:
+        return re.escape(part)
+    inner = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    return f"[^{inner[1:]}]" if inner[0] == "!" else f"[{inner}]"

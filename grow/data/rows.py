@@ -4,23 +4,33 @@ What stands in a file is what a template gets (grow.data.text_files, grow.data.t
 same columns or types.
 """
 
+import bz2
+import gzip
+import lzma
 import os
 import re
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import pyarrow
 from xxhash import xxh3_128
 
 from grow.checkpoint.hub import Repository
-from grow.data.files import data_format, split_files
+from grow.data.files import data_format, files_below, split_files
 from grow.errors import UserError, innermost
 
 _DATA_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BLOCK = 2**24
+_PACKED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
+    ".zst": partial(pyarrow.input_stream, compression="zstd"),
+    ".lz4": partial(pyarrow.input_stream, compression="lz4"),
+}  # fmt: skip
 
 
 class BrokenRow(dict[str, Any]):
@@ -181,7 +191,7 @@ def data_paths(
         return [Path(data)]
     if os.path.isdir(data):
         folder = Path(data)
-        there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        there = [path.relative_to(folder).as_posix() for path in files_below(data)]
         return [folder / name for name in split_files(there, folder.joinpath, split, data_dir, config, data)]
     if data.startswith((".", "/", "~")) or not _DATA_NAME.fullmatch(data):
         hint = " (python recipes/gemma3_270m/fetch.py brings it)" if "gemma3_270m" in data else ""
@@ -220,11 +230,22 @@ def _open(paths: list[Path], where: str) -> Rows:
 
 
 def _unpacked(path: Path) -> Path:
-    if path.suffix not in (".gz", ".zst", ".xz", ".bz2", ".lz4"):
+    """The file itself, or what is packed in it, which is kept in the cache of `datasets` by what the file holds."""
+    kind = path.suffix.lower()
+    if kind not in _PACKED:
         return path
     import datasets
+    from filelock import FileLock
 
-    return Path(datasets.DownloadManager().extract(str(path)))
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "grow" / "unpacked" / file_checksum(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.is_file():
+            unready = place.with_suffix(".partial")
+            with _PACKED[kind](path) as packed, unready.open("wb") as out:
+                shutil.copyfileobj(packed, out, _BLOCK)
+            unready.replace(place)
+    return place
 
 
 def file_checksum(path: Path) -> str:

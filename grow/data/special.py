@@ -28,9 +28,10 @@ class SpecialTokens:
         self._firsts = tuple({name[0] for name in names if name})
 
     def guard(self, text: str) -> str:
-        """Breaks up what spells a special token. Raises ValueError for text that holds the character to do it with."""
-        if BREAK in text:
-            raise ValueError("with the code point U+FDD0, which is no character")
+        """Breaks up what spells a special token. Raises ValueError for text that holds a character to do it with."""
+        for own in (BREAK, _NAME, _NAME_END):
+            if own in text:
+                raise ValueError(f"with the code point U+{ord(own):X}, which is no character")
         if not any(first in text for first in self._firsts) or not self._pattern.search(text):
             return text
         return self._pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)

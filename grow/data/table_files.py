@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,22 @@ from grow.data.text_files import Number
 
 
 class TableRows(Rows):
-    """Rows of typed columns, from Parquet or Arrow: a datasets.Dataset, which is mapped into memory."""
+    """Rows of typed columns, from Parquet or Arrow: the table of a datasets.Dataset, which is mapped into memory."""
 
     def __init__(self, table: Any, path: Path, name: str):
-        self.table, self.path, self.name = table.data, path, name
+        self.table, self.path, self.name = table, path, name
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Numbers of 16 and 32 bits as they are written shortest, not as the nearest of 64 bits."""
-        import pyarrow as pa
-
+        """Values as `_reader` has them."""
         part = self.table.slice(first, last - first)
         columns = {}
         for name in part.column_names:
             column = part.column(name)
-            values = column.to_pylist()
-            if column.type in (pa.float16(), pa.float32()):
-                kind = column.type.to_pandas_dtype()
-                values = [None if value is None else Number(str(kind(value))) for value in values]
-            columns[name] = values
+            values, read = column.to_pylist(), _reader(column.type)
+            columns[name] = [None if value is None else read(value) for value in values] if read else values
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def checksum(self) -> str:
@@ -43,16 +40,49 @@ class TableRows(Rows):
         return list(self.table.column_names)
 
 
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes of a value of an Arrow type the one that is meant; None where that is the value itself.
+
+    Numbers of 16 and 32 bits are written shortest, not as the nearest of 64 bits; what is not a number is no value. A
+    typed object has all the names that any row's has: those without a value were not in the row's own.
+    """
+    import pyarrow as pa
+
+    if kind == pa.float64():
+        return lambda value: value if isfinite(value) else None
+    if pa.types.is_floating(kind):
+        number = kind.to_pandas_dtype()
+        return lambda value: Number(str(number(value))) if isfinite(value) else None
+    if pa.types.is_struct(kind):
+        inner = {field.name: _reader(field.type) or _itself for field in kind}
+        return lambda value: {
+            name: made for name, item in value.items() if item is not None and (made := inner[name](item)) is not None
+        }
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        read = _reader(kind.value_type)
+        return read and (lambda values: [None if value is None else read(value) for value in values])
+    return None
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 def read_table(path: Path, kind: str, name: str) -> Rows:
     """The rows of one file: the parts of a split need not have the same columns, where no template looks."""
     import datasets
+    import pyarrow.parquet
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if kind == ".arrow":
-        return TableRows(datasets.Dataset.from_file(str(path)), path, name)
+        return TableRows(datasets.Dataset.from_file(str(path)).data, path, name)
+    facts = pyarrow.parquet.ParquetFile(path)
+    if not facts.metadata.num_rows:  # such as the last of many parts, which `datasets` does not take
+        return TableRows(facts.schema_arrow.empty_table(), path, name)
     with _no_word_of_its_own():
-        return TableRows(datasets.Dataset.from_parquet(str(path)), path, name)
+        return TableRows(datasets.Dataset.from_parquet(str(path)).data, path, name)
 
 
 @contextlib.contextmanager

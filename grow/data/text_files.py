@@ -156,7 +156,23 @@ def _no_constant(name: str) -> None:
     """NaN and Infinity are no JSON, and no value."""
 
 
-_parse = json.JSONDecoder(parse_float=Number, parse_constant=_no_constant).decode
+def _integer(text: str) -> int | Number:
+    """A whole number; -0 too is written as it stands."""
+    return Number(text) if text == "-0" else int(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError where a key stands in it twice: which of the values is meant, nobody knows."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands in an object twice")
+    return made
+
+
+_parse = json.JSONDecoder(
+    parse_float=Number, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_once
+).decode
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -176,6 +192,8 @@ def _json_list(path: Path) -> list[Any]:
         raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds no list of objects")
     return rows

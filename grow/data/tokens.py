@@ -24,7 +24,7 @@ from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.errors import UserError
 
-_FORMAT = 1  # of what is cached: raised when the same rows come to other tokens
+_FORMAT = 2  # of what is cached: raised when the same rows come to other tokens
 _MANY = 20_000  # rows from which on several processes are worth their start
 _AT_A_TIME = 1000
 
@@ -89,9 +89,11 @@ def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: in
 
 def _check_columns(rows: Sequence[dict[str, Any]], template: Template) -> None:
     if isinstance(rows, Rows):
-        template.check(rows.columns(template.columns()))
-    elif rows:
-        template.check(list(dict.fromkeys(name for row in rows for name in row)))
+        columns = rows.columns(template.columns())
+    else:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+    if columns:  # without any there is no row at all, or none that can be read, which is what is said then
+        template.check(columns)
 
 
 def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> list[pa.Table]:

@@ -140,6 +140,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     shared = overlapping([(rows, template) for _, rows, template, _ in sets], (training, recipe.template))
     found = []
     for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
+        if not len(rows):
+            raise UserError(f"no row to score for {name}: there is none at all")
         if len(given_away) == len(rows):
             print(
                 f"{name}: all its {len(rows)} rows are in the training rows too; they are scored all the same, and say "

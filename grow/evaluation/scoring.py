@@ -76,12 +76,16 @@ def right_options(rows: Any, recipe: Recipe) -> list[int]:
 
 def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     """`accuracy`: the share of rows whose own completion is the likeliest of the recipe's options, by the sum of its
-    tokens' log-probabilities, without an end token; with its interval."""
+    tokens' log-probabilities; with its interval. An end token counts only where one option begins another one, which
+    would never be the likelier without it. Raises UserError where there is no row that every option fits."""
     right = right_options(rows, recipe)
+    end = any(one != other and other.startswith(one) for one in recipe.options for other in recipe.options)
     likelihoods = []
     for option in recipe.options:
         literal = option.replace("{", "{{").replace("}", "}}")
-        encoded = encode(rows, tokenizer, Template(recipe.prompt, literal), recipe.max_length, end=False)
+        encoded = encode(rows, tokenizer, Template(recipe.prompt, literal), recipe.max_length, end=end)
+        if not encoded.examples:
+            raise UserError(f"options: no test row can be scored with {option!r}: {encoded.reasons()}")
         scores = score(model, encoded.examples, recipe, tokenizer.pad_token_id, option.strip())
         bad = {row for some in encoded.bad.values() for row in some}
         kept = [row for row in range(len(right)) if row not in bad]
@@ -91,4 +95,6 @@ def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, 
         if all(index in of_option for of_option in likelihoods):
             found = [of_option[index] for of_option in likelihoods]
             hits.append(float(found[place] == max(found)))
+    if not hits:
+        raise UserError(f"options: no test row can be scored with every one of them at max_length {recipe.max_length}")
     return {"accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "intervals": {"accuracy": interval(hits)}}

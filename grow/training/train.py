@@ -95,6 +95,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     dtype = compute_type(recipe)
     args = training_arguments(recipe, steps, dtype)
     set_seed(recipe.seed)
+    probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
@@ -109,7 +110,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
         watch=watch,
-        probe=_probe(recipe, tokenizer, run),
+        probe=probe,
     )
 
 
@@ -167,7 +168,10 @@ def check_all(recipe: Recipe) -> None:
     if (Path(recipe.output_dir) / MARKER).exists():
         return
     recipe = recipe.on(first_day(Path(recipe.output_dir)))
-    for name, sequences in read_data(recipe, start, recipe.tokenizer()).items():
+    tokenizer = recipe.tokenizer()
+    data = read_data(recipe, start, tokenizer)
+    _probe(recipe, tokenizer, Path(recipe.output_dir))
+    for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
 
 
