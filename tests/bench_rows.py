@@ -76,7 +76,7 @@ def measured(command: list[str], home: Path, **environment: str) -> tuple[float,
         while process.poll() is None:
             for pid in descendants(process.pid):
                 most[pid] = max(most.get(pid, 0.0), anonymous(pid))
-            time.sleep(0.2)
+            time.sleep(0.05)
         seconds = time.monotonic() - start
         log.seek(0)
         assert process.returncode == 0, log.read()[-3000:]
