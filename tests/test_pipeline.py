@@ -14,7 +14,15 @@ from grow.model import load
 from tests.tiny import file_checksum, grow, logits, make_data, make_recipe, run
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("tiny_base", "stage"),
+    [
+        ("text", 2),
+        ("multimodal", 3),
+        *(pytest.param(*p, marks=pytest.mark.full) for p in (("text", 3), ("multimodal", 2))),
+    ],
+    indirect=["tiny_base"],
+)
 def test_expand_train_resume_consolidate_load(tiny_base: Path, stage: int, tmp_path: Path) -> None:
     grown, work = tmp_path / "grown", tmp_path / "with a space"
     expand(str(tiny_base), str(grown))
@@ -61,7 +69,7 @@ def test_expand_train_resume_consolidate_load(tiny_base: Path, stage: int, tmp_p
     assert torch.equal(logits(load(work / "trained", alpha=0)), logits(load(tiny_base)))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.full)])
 def test_sft_ends_in_a_stock_checkpoint(text_base: Path, stage: int, tmp_path: Path) -> None:
     """All parameters train, in two groups (norms have no weight decay), so the shards are cut in more ways."""
     recipe = make_recipe(
