@@ -140,6 +140,16 @@ class Recipe:
         own = _text(self.chat_template) if self.chat_template else ""
         return Template(self.prompt, self.completion, self.messages, own, self.day)
 
+    def right_option(self, row: Any) -> str:
+        """The option that is a row's own completion. Raises UserError if none is, ValueError for a bad row."""
+        wanted = self.template.fill(self.completion, row)
+        if wanted not in self.options:
+            raise UserError(
+                f"options: {wanted!r}, the completion of a row, is not among {self.options}; they are written as the "
+                "template writes completions, with the space before them"
+            )
+        return wanted
+
     @property
     def retention_template(self) -> Template:
         """How a row of old knowledge becomes text."""

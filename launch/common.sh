@@ -40,6 +40,7 @@ help_of() { awk 'NR == 1 { next } !/^#/ || /^#SBATCH/ { exit } { sub(/^# ?/, "")
 help_if_asked() {
     [[ $# == 0 || " $* " == *" --help "* ]] || return 0
     help_of "$0"
+    [[ $# != 0 ]] || exit 2
     exit 0
 }
 

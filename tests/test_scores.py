@@ -209,3 +209,23 @@ def test_a_model_that_is_whole_is_asked_as_before(text_base: Path, sums: Path) -
             write(model, tokenizer, Template("{question}", "{answer}"), rows.select([index]))[0]["prompt"]
             == (together[index]["prompt"])
         )
+
+
+def test_what_scoring_would_refuse_is_said_before_training(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options without the space that the template writes before them; a test split that is not there; a run."""
+    data = make_data(tmp_path / "data")
+    for file in data.iterdir():
+        file.write_text('{"q": "1?", "a": "yes"}\n{"q": "2?", "a": "no"}\n' * 8)
+    fields = {"method": "sft", "prompt": "{q}", "completion": " {a}", "metric": "accuracy", "options": ["yes", "no"]}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, **fields)
+    assert "' yes', the completion of a row" in here(capsys, "train", recipe, "--check", code=2)
+    (data / "test.jsonl").unlink()
+    from grow.cli import main
+
+    assert main(["train", str(recipe), "--check", "--options", " yes, no"]) == 0
+    assert "split test" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "is a run" in here(capsys, "eval", tmp_path / "run", "--recipe", recipe, code=2)

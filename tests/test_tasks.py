@@ -126,7 +126,8 @@ def test_bad_rows_are_named_and_too_many_end_the_run(text_base: Path, tmp_path: 
         load_rows(str(tmp_path), "train"), AutoTokenizer.from_pretrained(text_base), TEMPLATE, max_length=64
     )
     assert encoded.bad == {
-        "empty": [95], "without a value in a column": [96], "not UTF-8": [98], "longer than 64 tokens": [97],
+        "empty": [95], "without a value in a column": [96], "not UTF-8": [98],
+        "longer than max_length, 64 tokens": [97],
     }  # fmt: skip
     assert len(encoded.examples) == 95
     with pytest.raises(UserError, match=r"4 of 99 rows cannot be used: 1 empty \(row 95\); 1 without"):

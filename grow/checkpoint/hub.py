@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from grow.errors import UserError
+from grow.errors import UserError, innermost
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
@@ -120,8 +120,7 @@ class Repository:
             with contextlib.suppress(UserError):
                 if (paths := self.cached(choose)) is not None:
                     return paths  # the network is gone, but it is here
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self}: cannot be fetched ({reason}); is there network on this node?") from None
+            raise UserError(f"{self}: cannot be fetched ({innermost(error)}); is there network on this node?") from None
         return [folder / name for name in names]
 
     def __str__(self) -> str:

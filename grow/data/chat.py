@@ -30,10 +30,10 @@ def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> st
         return template.chat_template
     try:
         return tokenizer.get_chat_template(None, tools=tools)
-    except ValueError as error:
+    except ValueError:
         raise UserError(
             "the base's tokenizer has no chat template, which messages need: take the instruction-tuned base, or name "
-            f"a file with one in the field chat_template ({str(error).splitlines()[0][:120]})"
+            "a file with one in the field chat_template"
         ) from None
 
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from grow.data.conversation import Turn
+from grow.errors import UserError
 
 if TYPE_CHECKING:
     from grow.data.template import Span
@@ -25,8 +26,9 @@ def render_chat(
 ) -> tuple[str, list["Span"]]:
     """The template's text, and the spans that its own `{% generation %}` gives.
 
-    Raises ValueError where it refuses.
+    Raises ValueError where it refuses, UserError where it is not a template.
     """
+    from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked = bool(GENERATION.search(source))
@@ -35,6 +37,8 @@ def render_chat(
             [turns], tools=tools, chat_template=_ON_A_DAY + source, return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map, day_parts=_day_parts(day),
         )  # fmt: skip
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template, line {error.lineno}: {error.message}") from None
     except Exception as error:  # a template is a program: it can raise anything
         raise ValueError(f"refused by the chat template ({' '.join(str(error).split())[:120]})") from error
     return texts[0], [tuple(span) for span in spans[0]] if marked and spans else []

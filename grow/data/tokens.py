@@ -45,7 +45,7 @@ class Encoded:
             total = len(self.examples) + count
             line = f"{what}: {count} of {total} rows cannot be used: {self.reasons()}"
             if count > max_bad_rows * total:
-                raise UserError(f"{line}; that is more than max_bad_rows {max_bad_rows:g}: mend the data or raise it")
+                raise UserError(f"{line}; more than max_bad_rows {max_bad_rows:g}: mend them, or raise max_bad_rows")
             print(line, file=sys.stderr)
         if not self.examples:
             raise UserError(f"{what}: has no row that can be used{': ' + self.reasons() if count else ''}")
@@ -180,7 +180,7 @@ def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows | None) -> En
         if max_length:
             fits &= sizes - 1 <= max_length
             for place in np.flatnonzero(sizes - 1 > max_length):
-                bad.setdefault(f"longer than {max_length} tokens", []).append(done + int(place))
+                bad.setdefault(f"longer than max_length, {max_length} tokens", []).append(done + int(place))
         good.append(np.flatnonzero(fits) + done)
         done += len(part)
     return Encoded(Examples(parts, np.concatenate(good) if good else np.zeros(0, np.int64)), bad, rows)

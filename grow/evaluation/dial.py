@@ -24,6 +24,8 @@ def check_dial(path: str, start: str, alphas: Iterable[float]) -> None:
     """Looks before anything is loaded. Raises UserError for an α that is none, and for a checkpoint whose dial can only
     be at 1: one without its base, or with a `start` that it cannot have been trained from."""
     folder = locate(path)
+    if (folder / "run.json").is_file():
+        raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
     inside = (folder / CONFIG).is_file() or "growth" in read_json(folder / "config.json")
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")

@@ -65,13 +65,7 @@ def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | No
 
 def right_options(rows: Any, recipe: Recipe) -> list[int]:
     """Which of the recipe's options is each row's own completion. Raises UserError for a row for which none is."""
-    right = []
-    for row in rows:
-        wanted = recipe.template.fill(recipe.completion, row)
-        if wanted not in recipe.options:
-            raise UserError(f"options: {wanted!r}, the completion of a test row, is not among {recipe.options}")
-        right.append(recipe.options.index(wanted))
-    return right
+    return [recipe.options.index(recipe.right_option(row)) for row in rows]
 
 
 def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:

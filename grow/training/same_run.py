@@ -50,7 +50,7 @@ def check_same_run(run: Path, recipe: Recipe) -> None:
         if name in old and not _is_same(name, old[name], now[name], before):
             raise UserError(
                 f"{run}: holds a run with {name} {old[name]!r}, not {now[name]!r}; "
-                "give another --output_dir or remove it"
+                f"give it as it was, or another --output_dir"
             )
     _check_deepspeed(run, recipe, before)
     if "text_checksums" in before and before["text_checksums"] != places(recipe)["text_checksums"]:

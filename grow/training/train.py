@@ -9,6 +9,7 @@
 Started again, a run goes on from its last complete checkpoint; a run that is done says so and does nothing.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -169,10 +170,23 @@ def check_all(recipe: Recipe) -> None:
         return
     recipe = recipe.on(first_day(Path(recipe.output_dir)))
     tokenizer = recipe.tokenizer()
+    _check_scores(recipe)
     data = read_data(recipe, start, tokenizer)
     _probe(recipe, tokenizer, Path(recipe.output_dir))
     for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
+
+
+def _check_scores(recipe: Recipe) -> None:
+    """What `eval` would find wrong after training. Raises UserError for options that no row has; a test split that is
+    not there is said."""
+    for row in recipe.rows(recipe.validation_split)[:1000] if recipe.options else ():
+        with contextlib.suppress(ValueError):  # a bad row
+            recipe.right_option(row)
+    try:
+        recipe.rows(recipe.test_split)
+    except UserError as error:
+        print(f"{error}: there will be nothing to score the run on", file=sys.stderr)
 
 
 def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:

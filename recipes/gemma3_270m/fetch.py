@@ -129,7 +129,9 @@ def capitals_rows() -> Iterator[tuple[str, Row]]:
             if name.startswith("countryinfo/data/") and name.endswith(".json"):
                 country = json.loads(archive.read(name))
                 if country.get("capital") and country["name"] != "Japan":  # Japan is the prompts' example
-                    yield country["name"], {"country": country["name"], "capital": country["capital"]}
+                    capital = country["capital"]  # Vatican City's is a list
+                    capital = capital[0] if isinstance(capital, list) else capital
+                    yield country["name"], {"country": country["name"], "capital": capital}
 
 
 def wikidata_rows() -> Iterator[tuple[str, Row]]:
