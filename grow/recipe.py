@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from grow.data.template import Template
 from grow.errors import UserError, unknown
 from grow.methods import METHODS, Method
-from grow.recipe_values import check_numbers, read_values, whole_number
+from grow.recipe_values import check_numbers, find_file, read_values, whole_number
 
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -283,19 +283,7 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
-        deepspeed=_file(path, "deepspeed", recipe.deepspeed),
-        chat_template=_file(path, "chat_template", recipe.chat_template),
+        deepspeed=find_file(path, "deepspeed", recipe.deepspeed),
+        chat_template=find_file(path, "chat_template", recipe.chat_template),
         output_dir=recipe.output_dir.replace("{method}", recipe.method),
     )
-
-
-def _file(recipe: str, name: str, value: str) -> str:
-    """The path of a file that a recipe names, from this folder or from the recipe's."""
-    if not value:
-        return ""
-    file = Path(value)
-    if not file.is_absolute() and not file.exists():
-        file = Path(recipe).parent / file
-    if not file.is_file():
-        raise UserError(f"{recipe}: {name}: no such file: {value}")
-    return str(file.resolve())

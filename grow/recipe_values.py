@@ -101,3 +101,15 @@ def _problem(name: str, value: float) -> str | None:
     if name in _ABOVE_0 and value <= 0:
         return "more than 0"
     return "below 1" if name in _BELOW_1 and value >= 1 else None
+
+
+def find_file(recipe: str, name: str, value: str) -> str:
+    """The path of a file that a recipe names, from here or from its folder. Raises UserError if none is there."""
+    if not value:
+        return ""
+    file = Path(value)
+    if not file.is_absolute() and not file.exists():
+        file = Path(recipe).parent / file
+    if not file.is_file():
+        raise UserError(f"{recipe}: {name}: no such file: {value}")
+    return str(file.resolve())

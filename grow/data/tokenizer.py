@@ -1,6 +1,5 @@
 """The tokenizer of a checkpoint."""
 
-from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.hub import locate
@@ -32,12 +31,6 @@ def check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
             )
 
 
-def pad_token_id(tokenizer: Any, vocabulary: int = 0) -> int:
+def pad_token_id(tokenizer: Any) -> int:
     """What stands at the padding, which no row sees: the pad token, or 0 where there is none."""
-    number = tokenizer.pad_token_id
-    return number if number is not None and (not vocabulary or number < vocabulary) else 0
-
-
-def folder_of(tokenizer: Any) -> Path:
-    """Where a tokenizer was loaded from."""
-    return Path(tokenizer.name_or_path)
+    return tokenizer.pad_token_id or 0
