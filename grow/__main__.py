@@ -4,7 +4,7 @@ import atexit
 import os
 import sys
 
-from grow.cli import main
+from grow.cli.main import main
 from grow.errors import LEFT
 
 

@@ -8,19 +8,20 @@ field can be given another value.
 import dataclasses
 import os
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from grow.data.template import Template
 from grow.errors import UserError, unknown
-from grow.methods import METHODS, Method
-from grow.recipe_values import check_numbers, find_file, read_values, whole_number
+from grow.recipe_values import check_numbers, find_file, read_values, whole_number, zero_settings
+
+Methods = Mapping[str, type[Any]]
+"""The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
 
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-_NO_FIELDS = ("method_fields", "day")
+_NO_FIELDS = ("method_class", "method_fields", "day")
 # In these, and in no text of a prompt or an option, ~ and environment variables are what a shell makes of them.
 _PLACES = {
     "base", "grown", "data", "data_dir", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
@@ -102,63 +103,21 @@ class Recipe:
     save_total_limit: int = 2
     report_to: str = "tensorboard"
 
-    # Not lines of the file: those fields in it that are the method's own, and the day that a chat template which writes
-    # one is given (today, unless the run has begun).
+    # Not lines of the file: the class of the method (grow.methods.METHODS), those fields in the file that are its own,
+    # and the day that a chat template which writes one is given (today, unless the run has begun).
+    method_class: Any = None
     method_fields: dict[str, Any] = field(default_factory=dict)
     day: str = ""
-
-    def rows(self, split: str) -> Any:
-        """The rows of one split of the data (grow.data.rows.Rows)."""
-        from grow.data.rows import load_rows
-
-        return load_rows(self.data, split, self.data_revision, self.data_dir, self.data_config)
-
-    def retention_rows(self, split: str = "test", folder: str = "") -> Any:
-        """Rows of old knowledge, likewise; of `retention` or of another folder, "FOLDER[:80]" the first 80."""
-        from grow.data.rows import load_rows
-
-        path, part = sliced(folder or str(self.retention))
-        return load_rows(path, split + part)
-
-    def tokenizer(self) -> Any:
-        """The tokenizer of what training starts from; of the base, where that has not grown yet. Raises UserError where
-        there is none."""
-        from grow.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.start if os.path.isdir(self.start) else self.base_name)
 
     @property
     def zero(self) -> dict[str, Any]:
         """What its DeepSpeed JSON says of ZeRO. Raises UserError if it is not readable."""
-        from grow.training.deepspeed_json import zero_settings
-
         return zero_settings(self.deepspeed)
-
-    @property
-    def template(self) -> Template:
-        """How a row of the data becomes text."""
-        own = _text(self.chat_template) if self.chat_template else ""
-        return Template(self.prompt, self.completion, self.messages, own, self.day)
-
-    def right_option(self, row: Any) -> str:
-        """The option that is a row's own completion. Raises UserError if none is, ValueError for a bad row."""
-        wanted = self.template.fill(self.completion, row)
-        if wanted not in self.options:
-            raise UserError(
-                f"options: {wanted!r}, the completion of a row, is not among {self.options}; they are written as the "
-                "template writes completions, with the space before them"
-            )
-        return wanted
-
-    @property
-    def retention_template(self) -> Template:
-        """How a row of old knowledge becomes text."""
-        return Template(self.retention_prompt, self.retention_completion)
 
     @property
     def start(self) -> str:
         """The checkpoint that training starts from."""
-        return self.grown if METHODS[self.method].grows else self.base_name
+        return self.grown if self.method_class.grows else self.base_name
 
     @property
     def base_name(self) -> str:
@@ -170,9 +129,9 @@ class Recipe:
         """The same on a day of its own."""
         return dataclasses.replace(self, day=day)
 
-    def make_method(self) -> Method:
-        """The method, with its fields set."""
-        return METHODS[self.method](**self.method_fields)
+    def make_method(self) -> Any:
+        """The method (grow.methods.method.Method), with its fields set."""
+        return self.method_class(**self.method_fields)
 
     def values(self) -> dict[str, Any]:
         """Every field by name, the method's among them."""
@@ -180,36 +139,22 @@ class Recipe:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS} | own
 
 
-def _text(file: str) -> str:
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: {file}: cannot be read ({error})") from None
-    if not text.strip():
-        raise UserError(f"chat_template: {file}: is empty")
-    return text
-
-
-def sliced(folder: str) -> tuple[str, str]:
-    """ "FOLDER[:80]" → its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
-    path, bracket, part = folder.partition("[:")
-    return path, bracket + part
-
-
-def field_types() -> dict[str, Any]:
+def field_types(methods: Methods) -> dict[str, Any]:
     """The type of every field that a recipe may have: one recipe serves several methods."""
-    types = {
-        f.name: get_type_hints(cls)[f.name] for cls in (*METHODS.values(), Recipe) for f in dataclasses.fields(cls)
-    }
-    return {name: kind for name, kind in types.items() if name not in _NO_FIELDS}
+    classes = (*methods.values(), Recipe)
+    types_ = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
+    return {name: kind for name, kind in types_.items() if name not in _NO_FIELDS}
 
 
-def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
+def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
+    """Reads a recipe, whose method is one of these, and puts the overrides in place.
+
+    Raises UserError for whatever is wrong with either. grow.methods.read_recipe knows all methods.
+    """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     values = read_values(path)
-    values |= overrides or {}
-    kinds = field_types()
+    values |= overrides
+    kinds = field_types(methods)
     for name in values:
         if name not in kinds:
             raise UserError(f"{path}: {unknown(str(name), kinds, 'field')}")
@@ -217,12 +162,17 @@ def read_recipe(path: str, overrides: dict[str, Any] | None = None) -> Recipe:
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
-    if checked.get("method", Recipe.method) not in METHODS:
-        raise UserError(f"{path}: {unknown(checked['method'], METHODS, 'method')}")
-    own = {f.name for f in dataclasses.fields(METHODS[checked.get("method", Recipe.method)])}
+    if checked.get("method", Recipe.method) not in methods:
+        raise UserError(f"{path}: {unknown(checked['method'], methods, 'method')}")
+    method = methods[checked.get("method", Recipe.method)]
+    own = {f.name for f in dataclasses.fields(method)}
     general = {f.name for f in dataclasses.fields(Recipe)}
     method_fields = {name: value for name, value in checked.items() if name in own}
-    recipe = Recipe(**{name: value for name, value in checked.items() if name in general}, method_fields=method_fields)
+    recipe = Recipe(
+        **{name: value for name, value in checked.items() if name in general},
+        method_class=method,
+        method_fields=method_fields,
+    )
     return _resolve(recipe, path)
 
 
@@ -256,7 +206,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
 
 
 def _resolve(recipe: Recipe, path: str) -> Recipe:
-    if METHODS[recipe.method].grows and not recipe.grown:
+    if recipe.method_class.grows and not recipe.grown:
         raise UserError(f"{path}: {recipe.method} starts from a grown checkpoint; name it in the field grown")
     if bool(recipe.messages) == bool(recipe.completion):
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")

@@ -5,6 +5,7 @@ and 2024-01-01 a date. So values are read as text, like those of a command line,
 their fields take.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,3 +114,36 @@ def find_file(recipe: str, name: str, value: str) -> str:
     if not file.is_file():
         raise UserError(f"{recipe}: {name}: no such file: {value}")
     return str(file.resolve())
+
+
+def read_deepspeed(path: str | Path) -> dict[str, Any]:
+    """The file's settings as they stand in it. Raises UserError if it is not a JSON object, or holds a name twice."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_name_twice)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not JSON, which has no comments and no comma at a list's end ({reason})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a DeepSpeed config is a JSON object, {{…}}")
+    return settings
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands in it twice")
+    return dict(pairs)
+
+
+def zero_settings(path: str | Path) -> dict[str, Any]:
+    """What the file says of ZeRO, with a stage from 0 to 3. Raises UserError if it does not say it so."""
+    zero = read_deepspeed(path).get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        raise UserError(f'{path}: zero_optimization is {zero!r}; it is an object, such as {{"stage": 2}}')
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    return zero

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
 
-from grow.mlp import grow_mlp
-from grow.model import compute_device, compute_dtype
+from grow.model.loading import compute_device, compute_dtype
+from grow.model.mlp import grow_mlp
 from tests.bench_converter import words
 from tests.bench_training import device
 

@@ -41,7 +41,7 @@ grown.save_pretrained(sys.argv[2])
 """
 BOTH = """
 import sys
-from grow.cli import main
+from grow.cli.main import main
 base, grown, stock = sys.argv[1:]
 sys.exit(main(["expand", base, grown]) or main(["consolidate", grown, stock]))
 """

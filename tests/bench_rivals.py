@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from grow.model import compute_dtype
-from grow.recipe import read_recipe
+from grow.methods import read_recipe
+from grow.model.loading import compute_dtype
 from tests.bench_training import PER_STEP, RECIPE, WARMUP
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from grow.checkpoint.dtypes import Rows, convert
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress
 from grow.checkpoint.writer import split_into_shards
 from tests.tiny import make_tokenizer
@@ -40,7 +40,7 @@ def pool(dtype: str) -> Rows:
     return convert(np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02), "F32", dtype)
 
 
-def noise(shape: tuple[int, ...], dtype: str, seed: int) -> Lazy:
+def noise(shape: tuple[int, ...], dtype: str, seed: int) -> LazyTensor:
     """Values that look random, at the speed of copying: windows of one pool."""
     width = prod(shape[1:])
 
@@ -48,7 +48,7 @@ def noise(shape: tuple[int, ...], dtype: str, seed: int) -> Lazy:
         count, start = (end - begin) * width, (seed * 7919 + begin * 104729) % 2**20
         return np.resize(pool(dtype)[start:], count).reshape(end - begin, *shape[1:])
 
-    return Lazy(shape, dtype, rows)
+    return LazyTensor(shape, dtype, rows)
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
@@ -84,7 +84,7 @@ def make_base(path: Path, size: str) -> Path:
     return path
 
 
-def write_zero3(like: Path, out: Path, values: dict[str, Lazy], world_size: int) -> None:
+def write_zero3(like: Path, out: Path, values: dict[str, LazyTensor], world_size: int) -> None:
     """ZeRO-3 shards of any parameters, with all else as in a real checkpoint (a tag's folder of as many ranks).
 
     Adam's moments are left out: no converter reads them.

@@ -24,9 +24,11 @@ import torch
 import yaml
 
 from grow.checkpoint.run_folder import last_checkpoint
+from grow.data.of_recipe import rows_of, template_of
 from grow.data.tokens import encode
-from grow.model import compute_dtype
-from grow.recipe import Recipe, read_recipe
+from grow.methods import read_recipe
+from grow.model.loading import compute_dtype
+from grow.recipe import Recipe
 from tests.bench_converter import words
 from tests.tiny import ROOT
 
@@ -43,7 +45,7 @@ RECIPE = ROOT / "recipes/gemma3_270m/translation.yaml"
 CACHE = Path(os.environ.get("GROW_CACHE", "~/.cache/grow")).expanduser()
 
 KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
-"""What grow.allocator asks of glibc, from outside."""
+"""What grow.model.memory asks of glibc, from outside."""
 PARTS = {"all": (0, 1), "first": (0, 1 / 3), "last": (2 / 3, 1)}
 """The layers that grow, from and to, as shares of the depth."""
 RIVALS = {
@@ -105,7 +107,7 @@ def device() -> str:
 
 def prepare(work: Path, size: str, scale: int = 1) -> Path:
     """The base, its grown kin, the rows as files; checks the rows."""
-    from grow.cli import main
+    from grow.cli.main import main
 
     base = CACHE / "gemma3_270m/model"
     if size != "270M":
@@ -122,7 +124,7 @@ def prepare(work: Path, size: str, scale: int = 1) -> Path:
         if not grown.exists():
             main(["expand", str(base), str(grown), "--layers", f"{round(begin * layers)}-{round(end * layers) - 1}"])
     recipe = read_recipe(str(RECIPE))
-    rows = recipe.rows("train").select(range(ROWS * scale))
+    rows = rows_of(recipe, "train").select(range(ROWS * scale))
     found = checksum(rows, recipe)
     if found != CHECKSUMS.get(scale):
         raise SystemExit(f"other rows than those that the figures are of ({found})")
@@ -139,7 +141,7 @@ def checksum(rows: Any, recipe: Recipe) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(CACHE / "gemma3_270m/model")
     digest = hashlib.sha256()
-    for example in encode(rows, tokenizer, recipe.template, LENGTH).examples:
+    for example in encode(rows, tokenizer, template_of(recipe), LENGTH).examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())
     return digest.hexdigest()
 

@@ -44,7 +44,7 @@ def _runs_on_gpus(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def device() -> str:
     """What a model that a test runs itself is put on."""
-    from grow.model import compute_device
+    from grow.model.loading import compute_device
 
     return compute_device()
 

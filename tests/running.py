@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.run_folder import validation_losses
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.cli import main
+from grow.cli.main import main
 from grow.data.examples import Example
-from grow.data.rows import load_rows
+from grow.data.load import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode
-from grow.loss import token_scores
 from grow.methods import METHODS, Method
+from grow.model.loss import token_scores
 from tests.tiny import file_checksum, folder_checksums, free_ports, run
 
 # Processes that are forked from one with the imports done: a run takes two seconds instead of ten. A GPU's driver does

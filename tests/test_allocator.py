@@ -11,7 +11,7 @@ from tests.tiny import ROOT
 
 STEPS = """
 import json, psutil, torch
-from grow.allocator import Holes, keep_memory
+from grow.model.memory import Holes, keep_memory
 
 keep_memory()
 holes, taken, small = Holes(), [], []

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import base
+from grow.checkpoint.package import extract_base
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
-from grow.model import load
+from grow.model.loading import load
 from tests import tiny
 from tests.tiny import TEXT_CONFIG, folder_checksums, make_base, tokens
 
@@ -61,7 +61,7 @@ def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None
     model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.intermediate_size == 96
     assert (logits(stock) - logits(source)).abs().max() < 1e-4
-    base(str(grown), str(tmp_path / "again"))
+    extract_base(str(grown), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == before == folder_checksums(source)
 
 
@@ -93,7 +93,7 @@ def test_images_go_through_the_multimodal_class(layout: str, tmp_path: Path) -> 
     assert torch.equal(logits(grown, **seen), expected)
     assert (logits(stock, **seen) - expected).abs().max() < 1e-4
     assert not torch.equal(logits(source, **(seen | {"pixel_values": -image})), expected), "the image counts"
-    base(str(grown), str(tmp_path / "again"))
+    extract_base(str(grown), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == before
 
 
@@ -117,7 +117,7 @@ def test_a_hub_cache_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(logits(grown), logits(source))
         card = (grown / "README.md").read_text()
         assert "base_model: some/model" in card and "license: gemma" in card
-        base(str(grown), str(tmp_path / f"again{number}"))
+        extract_base(str(grown), str(tmp_path / f"again{number}"))
         assert folder_checksums(tmp_path / f"again{number}") == folder_checksums(source)
     with pytest.raises(UserError, match="hf download some/other"):
         expand("some/other", str(tmp_path / "nothing"))

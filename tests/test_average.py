@@ -10,7 +10,7 @@ from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.verify import verify
-from grow.model import load
+from grow.model.loading import load
 from tests.running import here, train
 from tests.tiny import folder_checksums, logits, make_recipe
 

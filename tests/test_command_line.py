@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grow.methods import METHODS
-from grow.recipe import read_recipe
+from grow.methods import METHODS, read_recipe
 from tests.tiny import ROOT, grow, make_base, make_data, make_recipe, run
 
 RECIPES = sorted((ROOT / "recipes").glob("gemma3_*/*.yaml"))  # a study's grid is no recipe
@@ -24,9 +23,20 @@ def mistake(*arguments: str | Path) -> str:
 def test_help_is_quick() -> None:
     shown = run(sys.executable, "-X", "importtime", "-m", "grow", "--help")
     loaded = {line.split("|")[-1].strip() for line in shown.stderr.splitlines() if line.startswith("import time:")}
-    assert "grow.cli" in loaded
+    assert "grow.cli.main" in loaded
     assert not loaded & {"torch", "numpy", "transformers", "deepspeed", "datasets"}, "seconds, before a word is shown"
-    commands = ("plan", "expand", "verify", "train", "consolidate", "eval", "report", "rank", "effective-rank", "dial")
+    commands = (
+        "plan",
+        "expand",
+        "verify",
+        "train",
+        "consolidate",
+        "eval",
+        "report",
+        "rank",
+        "effective-rank",
+        "find-alpha",
+    )
     for command in commands:
         assert command in shown.stderr + shown.stdout
         text = grow(command, "--help")
@@ -69,7 +79,7 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["rank", "--out", "{out}"], "needs a training run"),
         (["rank", "{base}", "--by", "updates", "--out", "{out}"], "did you mean update?"),
         (["effective-rank", "{base}", "--out", "{out}"], "nothing to consolidate"),
-        (["dial", "{base}", "--max-kl", "0"], "more than 0"),
+        (["find-alpha", "{base}", "--max-kl", "0"], "more than 0"),
         (["train", "{recipe}", "--max_step", "3"], "did you mean --max_steps?"),
         (["train", "{recipe}", "--max_steps", "many"], "max_steps: 'many'"),
         (["train", "{recipe}", "--method", "g_frieze"], "did you mean g_freeze?"),

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.evaluation.bootstrap import interval
-from grow.evaluation.dial import Dial
-from grow.evaluation.divergence import compare, find_alpha, largest_alpha
-from grow.model import compute_dtype, load
+from grow.evaluation.find_alpha import find_alpha, largest_alpha
+from grow.evaluation.interpolation import Interpolation
+from grow.model.loading import compute_dtype, load
+from grow.model.loss import likelihood_and_kl
 from tests.running import here
 
 TEXT = "\n\n".join(f"The {n} hens of farmer {name} lay {n * n} eggs." for n, name in enumerate("ABCDEFGHIJ", 3))
@@ -63,11 +64,11 @@ def divergence(one: Path, other: Path, **options: Any) -> float:
 def test_likelihood_and_divergence_position_by_position() -> None:
     logits, base = torch.randn(2, 600, 11, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(600) % 11
-    likelihood, apart = compare(logits, base, labels)
+    likelihood, apart = likelihood_and_kl(logits, base, labels)
     assert torch.allclose(-likelihood, torch.nn.functional.cross_entropy(logits, labels, reduction="none"), atol=1e-5)
     p, q = base.softmax(-1), logits.softmax(-1)
     assert torch.allclose(apart, (p * (p / q).log()).sum(-1), atol=1e-5) and (apart > 0).all()
-    assert compare(logits, base, labels[:0])[0].shape == (0,)
+    assert likelihood_and_kl(logits, base, labels[:0])[0].shape == (0,)
 
 
 @pytest.mark.parametrize("curve", [lambda a: 3 * a**2, lambda a: a**0.5, lambda a: max(0, a - 0.8), math.expm1])
@@ -93,7 +94,9 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
 def test_the_dial_is_found(text_base: Path, trained: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
     whole = divergence(text_base, trained)
     bound = whole / 10
-    said = json.loads(here(capsys, "dial", trained, "--max-kl", f"{bound}", "--text", text, "--json").splitlines()[-1])
+    said = json.loads(
+        here(capsys, "find-alpha", trained, "--max-kl", f"{bound}", "--text", text, "--json").splitlines()[-1]
+    )
     assert 0 < said["alpha"] < 1 and 0.9 * bound < said["kl"] <= bound and said["passages"] == 10
     assert said["interval"][0] < said["kl"] < said["interval"][1]
     assert (said["seen"][-1]["alpha"], said["seen"][-1]["kl"]) == (1, pytest.approx(whole, rel=0.05))
@@ -116,15 +119,15 @@ def test_between_a_stock_model_and_its_base(
     tuned.mkdir()
     for file in text_base.iterdir():
         (tuned / file.name).write_bytes(file.read_bytes())
-    dial = Dial(shaken(tuned, 0.02), str(text_base))
+    model = Interpolation(shaken(tuned, 0.02), str(text_base))
     dtype = str(compute_dtype()).removeprefix("torch.")
     for alpha in (0.3, 0, 1):
-        dial.set(alpha)
+        model.set(alpha)
         consolidate(str(tuned), str(tmp_path / f"{alpha}"), alpha=alpha, start=str(text_base), dtype=dtype)
         expected = load(tmp_path / f"{alpha}", compute_dtype()).parameters()
-        assert all(torch.equal(*pair) for pair in zip(dial.model.parameters(), expected, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(model.model.parameters(), expected, strict=True))
     found = find_alpha(str(tuned), str(text_base), str(text), 10, 0.02)
     assert 0 < found["alpha"] < 1 and f"--start {text_base}" in found["next"]
-    assert "no base is inside" in here(capsys, "dial", tuned, "--text", text, code=2)
-    assert "has its base inside" in here(capsys, "dial", trained, "--start", text_base, "--text", text, code=2)
-    assert "no passage" in here(capsys, "dial", trained, "--text", "/dev/null", code=2)
+    assert "no base is inside" in here(capsys, "find-alpha", tuned, "--text", text, code=2)
+    assert "has its base inside" in here(capsys, "find-alpha", trained, "--start", text_base, "--text", text, code=2)
+    assert "no passage" in here(capsys, "find-alpha", trained, "--text", "/dev/null", code=2)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from grow.analysis.report import report
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.data.decontamination import contaminated
 from grow.data.template import Template
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
-from grow.evaluation.overlap import overlapping
-from grow.evaluation.writing import translation_scores
-from grow.model import compute_dtype, load
-from grow.recipe import read_recipe
-from grow.report import report
+from grow.evaluation.generation import translation_scores
+from grow.methods import read_recipe
+from grow.model.loading import compute_dtype, load
 from tests.running import alone, here, rows_of
 from tests.test_dial import shaken
 from tests.tiny import make_data, make_recipe
@@ -69,14 +69,14 @@ def test_over_the_dial_and_against_the_base(
     out = tmp_path / "scores.json"
     said = here(capsys, "eval", trained, "--recipe", recipe, "--alpha", "1,0,0.5", "--limit", "5", "--out", out)
     found = json.loads(out.read_text())
-    assert [point["alpha"] for point in found["dial"]] == [0, 0.5, 1] and found["alpha"] == 1
+    assert [point["alpha"] for point in found["by_alpha"]] == [0, 0.5, 1] and found["alpha"] == 1
     assert said.count("α = ") == 3 and said.count("from the base") == 9
     # α = 0 is the base; the ends are what each scores by itself; each row is compared with itself.
     settings = read_recipe(str(recipe))
     base = evaluate(str(text_base), settings, limit=5)
     for part in ("task", "retention"):
-        assert found["dial"][0][part]["items"] == base[part]["items"]
-    assert found["dial"][0]["retention_sets"]["prose"]["from_base"]["interval"] == [0, 0]
+        assert found["by_alpha"][0][part]["items"] == base[part]["items"]
+    assert found["by_alpha"][0]["retention_sets"]["prose"]["from_base"]["interval"] == [0, 0]
     ends = json.loads(json.dumps(evaluate(str(trained), settings, limit=5, against=base)))
     for name in ("facts", "prose"):
         own = ends["retention_sets"][name]
@@ -89,8 +89,8 @@ def test_over_the_dial_and_against_the_base(
     wide = here(capsys, "eval", tmp_path / "half", "--start", text_base, "--alpha", "0,1", "--recipe", recipe, code=2)
     assert "of different shapes" in wide
     assert "no base is inside" in here(capsys, "eval", text_base, "--alpha", "0.5", "--recipe", recipe, code=2)
-    with pytest.raises(UserError, match="a dial without α = 0"):
-        evaluate(str(trained), settings, limit=5, against={"dial": found["dial"][1:]})
+    with pytest.raises(UserError, match="without α = 0"):
+        evaluate(str(trained), settings, limit=5, against={"by_alpha": found["by_alpha"][1:]})
     fewer = ("--against", out, "--limit", "5", "--retention-limit", "3")
     assert "other rows" in here(capsys, "eval", trained, "--recipe", recipe, *fewer, code=2)
 
@@ -104,7 +104,7 @@ def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, t
         {"q": "Short.", "a": "row"}, {"q": "short", "a": "other"}, {"q": shared.rpartition(" ")[0], "a": "in"},
     ]  # fmt: skip
     template = Template("Q: {q}\nA:", " {a}")
-    assert overlapping([(held_out, template), (held_out[3:], template)], (training, template)) == [{0, 2}, set()]
+    assert contaminated([(held_out, template), (held_out[3:], template)], (training, template)) == [{0, 2}, set()]
     # In an evaluation: five of the training rows among the test rows.
     settings = read_recipe(str(recipe))
     data = make_data(tmp_path / "data")
@@ -113,7 +113,7 @@ def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, t
         file.writelines(taken)
     clean = evaluate(str(trained), settings)["task"]
     found = evaluate(str(trained), read_recipe(str(recipe), {"data": str(data)}))["task"]
-    assert (clean["overlapping"], found["overlapping"]) == (0, 5)
+    assert (clean["contaminated"], found["contaminated"]) == (0, 5)
     assert found["items"] == clean["items"]
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grow.loss import labelled_logits, loss_sum
 from grow.methods import METHODS
-from grow.model import load
+from grow.model.loading import load
+from grow.model.loss import labelled_logits, loss_sum
 from grow.training.flops import StepFlops
 from tests.tiny import grow, tokens
 

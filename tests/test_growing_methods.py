@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import attach, base
+from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
-from grow.model import grown_mlps, load
+from grow.model.loading import load
+from grow.model.mlp import grown_mlps
 from tests.running import train_and_resume
 from tests.tiny import folder_checksums, logits, make_recipe
 
@@ -46,11 +47,11 @@ def test_g_train(text_base: Path, sums: Path, stage: int, ranks: int, dtype: str
 
     # Grown again, packaged, and on its base again: the trained up-projections come along, and the base stays whole.
     consolidate(str(folder), str(tmp_path / "trained"), "grown")
-    attach(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
+    attach_growth(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
     for path in (tmp_path / "trained", tmp_path / "attached"):
         assert verify(str(path), str(text_base))["problems"] == []
         assert torch.equal(logits(load(path, torch.float32, alpha=0)), logits(load(text_base, torch.float32)))
-    base(str(tmp_path / "trained"), str(tmp_path / "base"))
+    extract_base(str(tmp_path / "trained"), str(tmp_path / "base"))
     assert folder_checksums(tmp_path / "base") == folder_checksums(text_base)
     model = load(tmp_path / "trained", torch.float32)
     assert torch.equal(logits(load(tmp_path / "attached", torch.float32)), logits(model))
@@ -99,7 +100,7 @@ def test_g_lora(text_base: Path, sums: Path, stage: int, ranks: int, tmp_path: P
     assert {name.partition(".lora_")[0] for name in trained} == copies and len(trained) == 2 * len(copies) == 12
 
     # It ends in a growth package; α = 0 is the base.
-    attach(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
+    attach_growth(str(text_base), str(folder / "result"), str(tmp_path / "attached"))
     assert verify(str(tmp_path / "attached"), str(text_base))["problems"] == []
     base_logits = logits(load(text_base, torch.float32))
     assert torch.equal(logits(load(tmp_path / "attached", torch.float32, alpha=0)), base_logits)

@@ -13,14 +13,15 @@ from grow.checkpoint.dtypes import scale
 from grow.checkpoint.expand import expand
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
-from grow.forward import TEXT, compare
-from grow.model import grown_mlps, load
+from grow.evaluation.logits import TEXT, compare_logits
+from grow.model.loading import load
+from grow.model.mlp import grown_mlps
 from grow.plan import parse_layers
 from tests.tiny import folder_checksums, logits, tokens
 
 
 def differences(path: Path, base: Path, device: str) -> dict[str, float]:
-    return {name: found["difference"] for name, found in compare(str(path), str(base), device).items()}
+    return {name: found["difference"] for name, found in compare_logits(str(path), str(base), device).items()}
 
 
 EXACT = {"float32": 0.0, "bfloat16": 0.0}

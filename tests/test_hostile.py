@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import attach, base, growth
+from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.shards import INDEX_NAME
 from grow.checkpoint.verify import verify
 from grow.checkpoint.zero import ZeroCheckpoint
@@ -87,7 +87,7 @@ def test_cards_that_are_traps(front: str, tmp_path: Path) -> None:
 def grown(tmp_path: Path, unsynced: None) -> Path:
     """A grown checkpoint; beside it its base, and its growth package."""
     expand(str(write_base(tmp_path / "base")), str(tmp_path / "grown"))
-    growth(str(tmp_path / "grown"), str(tmp_path / "package"))
+    extract_growth(str(tmp_path / "grown"), str(tmp_path / "package"))
     return tmp_path / "grown"
 
 
@@ -100,10 +100,10 @@ COMMANDS: dict[str, list[Command]] = {
         lambda at, out: consolidate(f"{at}/grown", out),
         lambda at, out: consolidate(f"{at}/grown", out, uniform=True, alpha=0.5, dtype="float32"),
         lambda at, out: consolidate(f"{at}/grown", out, format="grown"),
-        lambda at, out: base(f"{at}/grown", out),
-        lambda at, out: growth(f"{at}/grown", out),
+        lambda at, out: extract_base(f"{at}/grown", out),
+        lambda at, out: extract_growth(f"{at}/grown", out),
     ],
-    "package": [lambda at, out: attach(f"{at}/base", f"{at}/package", out)],
+    "package": [lambda at, out: attach_growth(f"{at}/base", f"{at}/package", out)],
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_a_package_that_names_files_elsewhere(name: Any, grown: Path) -> None:
     facts["base"]["files"][str(name)] = {"name": name, "bytes": 1, "sha256": "0"}
     (package / "growth.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=r"growth\.json"):
-        attach(str(grown.parent / "base"), str(package), str(grown.parent / "out"))
+        attach_growth(str(grown.parent / "base"), str(package), str(grown.parent / "out"))
 
 
 def test_what_lies_in_the_way_is_not_written_over(grown: Path) -> None:
@@ -266,7 +266,7 @@ def fuzz(folder: Path, examples: int) -> None:
     """Mutates one file of a base, a grown checkpoint or a growth package, and does with it all that can be done."""
     template, work, refused = folder / "template", folder / "work", Counter[str]()
     expand(str(write_base(template / "base")), str(template / "grown"))
-    growth(str(template / "grown"), str(template / "package"))
+    extract_growth(str(template / "grown"), str(template / "package"))
 
     @settings(max_examples=examples, deadline=20_000, database=None, suppress_health_check=list(HealthCheck))
     @seed(0)

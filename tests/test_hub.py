@@ -76,7 +76,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 def commands(lines: list[list[str | Path]], home: Path, **environment: str) -> list[tuple[int, str]]:
     """Several commands, in one process of its own for the time that imports take: exit code and what was said."""
     script = (
-        "import contextlib, io, json, sys\nfrom grow.cli import main\nfound = []\n"
+        "import contextlib, io, json, sys\nfrom grow.cli.main import main\nfound = []\n"
         "for line in json.loads(sys.argv[1]):\n"
         "    said = io.StringIO()\n"
         "    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):\n"

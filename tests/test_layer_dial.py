@@ -10,16 +10,20 @@ from transformers import AutoTokenizer
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import attach, base, growth, set_layer_alphas
+from grow.checkpoint.package import attach_growth, extract_base, extract_growth, set_layer_alphas
 from grow.checkpoint.verify import verify
-from grow.data.packing import collate, read_sequences
+from grow.data.general_text import general_text
+from grow.data.of_recipe import read_sequences
+from grow.data.packing import collate
 from grow.errors import UserError
-from grow.evaluation.layer_dial import layer_dial
-from grow.loss import labelled_logits, loss_sum
-from grow.model import grown_mlps, load, set_alpha
+from grow.evaluation.learn_alphas import learn_alphas
+from grow.methods import read_recipe
+from grow.methods.kl import sampled_kl
+from grow.model.alpha import set_alpha
+from grow.model.loading import load
+from grow.model.loss import labelled_logits, loss_sum
+from grow.model.mlp import grown_mlps
 from grow.plan import parse_layers
-from grow.recipe import read_recipe
-from grow.training.near_base import divergence, general_text
 from tests.running import train
 from tests.tiny import grow, logits, make_recipe
 
@@ -53,13 +57,13 @@ def objective(path: Path, recipe: Path, text: Path, alpha: float) -> float:
             found, labels = found + loss_sum(now, wanted).item(), labels + len(wanted)
         (general,) = general_text([str(text)], settings.max_length, tokenizer, 0).folders
         for sequence in general:  # type: ignore[attr-defined]
-            kl += divergence(model, collate([sequence])).item() / len(general)
+            kl += sampled_kl(model, collate([sequence])).item() / len(general)
     return found / labels + WEIGHT * kl
 
 
 def test_learnt_it_does_better_than_one_for_all(trained: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     recipe, path = trained
-    said = layer_dial(str(path), str(tmp_path / "out"), read_recipe(str(recipe)), [str(text)], WEIGHT, 60)
+    said = learn_alphas(str(path), str(tmp_path / "out"), read_recipe(str(recipe)), [str(text)], WEIGHT, 60)
     assert len(set(said["alphas"])) > 1 and said["layers"] == [0, 1, 3]
     at = [objective(path, recipe, text, tenth / 10) for tenth in range(11)]
     assert objective(tmp_path / "out", recipe, text, 1) < min(at) - 1e-3
@@ -70,7 +74,7 @@ def test_every_command_knows_it(trained: tuple[Path, Path], text_base: Path, tmp
     out, alphas = tmp_path / "out", [1.0, 0.25, 0.625]
     set_layer_alphas(str(path), str(out), alphas)
     assert parse_layers(f"top:2:{out}", 4) == (0, 3) and parse_layers(f"bottom:1:{out}", 4) == (1,)
-    with pytest.raises(UserError, match="layer-dial"):
+    with pytest.raises(UserError, match="learn-alphas"):
         parse_layers(f"top:2:{path}", 4)
     for shard in path.glob("*.safetensors"):
         assert (out / shard.name).samefile(shard), "nothing is copied"
@@ -92,10 +96,10 @@ def test_every_command_knows_it(trained: tuple[Path, Path], text_base: Path, tmp
     assert "0.625" in (tmp_path / "stock" / "README.md").read_text()
 
     # Taken apart and put together, it is the same; and the base comes out.
-    growth(str(out), str(tmp_path / "package"))
-    attach(str(text_base), str(tmp_path / "package"), str(tmp_path / "again"))
+    extract_growth(str(out), str(tmp_path / "package"))
+    attach_growth(str(text_base), str(tmp_path / "package"), str(tmp_path / "again"))
     assert torch.equal(logits(load(tmp_path / "again", torch.float32)), logits(load(out, torch.float32)))
-    base(str(out), str(tmp_path / "base"))
+    extract_base(str(out), str(tmp_path / "base"))
     assert (tmp_path / "base" / "config.json").read_bytes() == (text_base / "config.json").read_bytes()
 
 
@@ -110,6 +114,6 @@ def test_mistakes(trained: tuple[Path, Path], text_base: Path, text: Path, tmp_p
         ([path, tmp_path / "out", "--text", text, "--kl-weight", "0"], "more than 0"),
         ([path, tmp_path / "out", "--text", tmp_path / "none"], "none"),
     ):
-        error = grow("layer-dial", *words, "--recipe", recipe, code=2).stderr
+        error = grow("learn-alphas", *words, "--recipe", recipe, code=2).stderr
         assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("out*"))

@@ -11,18 +11,18 @@ import torch
 from transformers import AutoTokenizer
 
 from grow.data.examples import IGNORED
+from grow.data.load import load_rows
 from grow.data.packing import Epochs, PackedDataset
-from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
 from grow.errors import UserError
-from grow.loss import loss_sum, moved
-from grow.methods.ewc import Ewc
-from grow.methods.flow import Flow
-from grow.methods.stm import Stm
-from grow.model import load
-from grow.recipe import read_recipe
+from grow.methods import read_recipe
+from grow.methods.baselines.ewc import Ewc, squared_distance
+from grow.methods.baselines.flow import Flow
+from grow.methods.baselines.stm import Stm
+from grow.model.loading import load
+from grow.model.loss import loss_sum
 from grow.training.train import check_run
 from tests.running import alone, rows_of
 from tests.tiny import make_recipe
@@ -139,7 +139,7 @@ def test_ewcs_penalty_keeps_nothing_and_its_gradient_is_autograds(dtype: torch.d
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = moved(theta, start, fisher)
+        value = squared_distance(theta, start, fisher)
     assert set(kept) <= {tensor.data_ptr() for tensor in (theta, start, fisher)}
     (gradient,) = torch.autograd.grad(3 * value, theta)
     plain = (fisher * (theta.float() - start.float()) ** 2).sum()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from grow.recipe import read_recipe
-from grow.training.memory import describe
+from grow.methods import read_recipe
+from grow.training.footprint import describe_run
 from tests.running import rank_here, start
 from tests.tiny import grow, make_recipe
 
@@ -70,7 +70,7 @@ def test_a_run_takes_what_the_plan_says(
     expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
     fields = {"method": method, "dtype": dtype, "max_steps": 2}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, **fields)
-    planned = describe(read_recipe(str(recipe)), 2)
+    planned = describe_run(read_recipe(str(recipe)), 2)
     start(recipe, 2, measured_rank)
     found = json.loads(recipe.with_suffix(".json").read_text())
     assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1)
@@ -86,7 +86,7 @@ def test_a_run_takes_what_the_plan_says(
 def test_what_methods_hold_beside_is_counted(text_base: Path, sums: Path, tmp_path: Path) -> None:
     recipe = str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, dtype="bfloat16"))
     plain, held, ewc = (
-        describe(read_recipe(recipe, fields), 2)
+        describe_run(read_recipe(recipe, fields), 2)
         for fields in ({"method": "sft"}, {"method": "sft", "kl_weight": 1.0, "kl_text": "x"}, {"method": "ewc"})
     )
     more = [there["stages"]["2"]["weights"] - plain["stages"]["2"]["weights"] for there in (held, ewc)]

@@ -15,10 +15,9 @@ from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.examples import IGNORED
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
-from grow.methods import METHODS
-from grow.methods.adapter import Adapter
-from grow.model import load
-from grow.recipe import read_recipe
+from grow.methods import METHODS, read_recipe
+from grow.methods.baselines.adapter import Adapter
+from grow.model.loading import load
 from tests.running import Toy, alone, rows_of, train, train_and_resume
 from tests.tiny import logits, make_base, make_recipe
 

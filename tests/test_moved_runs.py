@@ -12,17 +12,17 @@ import pytest
 from grow.checkpoint.expand import expand
 from grow.checkpoint.output import sync
 from grow.checkpoint.run_folder import (
-    broken,
     clear_place,
     complete_checkpoints,
+    find_corruption,
+    fsync_and_hash,
+    mark_complete,
     own_checkpoints,
     remove_old_checkpoints,
-    seal,
-    settle,
     validation_losses,
 )
 from grow.errors import UserError
-from grow.recipe import read_recipe
+from grow.methods import read_recipe
 from grow.training.same_run import check_same_run, places
 from tests.running import here, train
 from tests.tiny import ROOT, folder_checksums, make_data, make_recipe
@@ -135,7 +135,7 @@ def checkpoint(run: Path, name: str, step: int, complete: bool = True) -> Path:
     (run / name / f"global_step{step}" / "mp_rank_00_model_states.pt").write_text("")
     (run / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if complete:
-        seal(run / name, {})
+        mark_complete(run / name, {})
     return run / name
 
 
@@ -153,7 +153,7 @@ def test_which_checkpoints_are_the_runs(tmp_path: Path) -> None:
     checkpoint(tmp_path, "checkpoint-9", 9, complete=False)
     assert [path.name for path in own_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
-    assert broken(copied) == "was written after step 2"
+    assert find_corruption(copied) == "was written after step 2"
 
 
 def test_old_checkpoints_go_and_later_ones_do_not_count(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_old_checkpoints_go_and_later_ones_do_not_count(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         path = checkpoint(tmp_path, f"checkpoint-{step}", step, complete=False)
         if step != 4:
-            seal(path, settle(path, 0, {}))
+            mark_complete(path, fsync_and_hash(path, 0, {}))
     remove_old_checkpoints(tmp_path, newest=6, limit=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8"]
     (tmp_path / "checkpoint-6" / "notes.txt").write_text("mine")

@@ -9,13 +9,12 @@ from transformers import AutoTokenizer
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.data.examples import IGNORED
+from grow.data.general_text import general_text
 from grow.data.packing import collate
 from grow.errors import UserError
-from grow.loss import base_logits, compare, labelled_logits
-from grow.methods import METHODS
-from grow.model import load
-from grow.recipe import read_recipe
-from grow.training.near_base import general_text
+from grow.methods import METHODS, read_recipe
+from grow.model.loading import load
+from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.training.train import check_run
 from tests.running import train, train_and_resume
 from tests.tiny import ROOT, make_recipe
@@ -36,7 +35,7 @@ def distance(checkpoint: Path, base: Path, text: Path) -> float:
             now, labels = labelled_logits(model, batch)
             then, _ = labelled_logits(before, batch)
         assert len(labels) == (batch["labels"] != IGNORED).sum()
-        found += compare(now, then, labels)[1].tolist()
+        found += likelihood_and_kl(now, then, labels)[1].tolist()
     return sum(found) / len(found)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import base as take_out
+from grow.checkpoint.package import extract_base as take_out
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint
 from grow.checkpoint.starting import check_start
 from grow.errors import UserError

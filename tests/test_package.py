@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
-from grow.checkpoint.package import attach, base, growth
+from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
-from grow.model import load
+from grow.model.loading import load
 from tests import tiny
 from tests.tiny import folder_checksums, make_base
 
@@ -41,28 +41,28 @@ def trained(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_growth_and_attach(tiny_base: Path, trained: Path, tmp_path: Path) -> None:
-    growth(str(trained), str(tmp_path / "package"))
+    extract_growth(str(trained), str(tmp_path / "package"))
     assert {file.name.split("-")[0] for file in (tmp_path / "package").iterdir()} == {
         "growth", "growth.json", "README.md",
     }  # fmt: skip
-    attach(str(tiny_base), str(tmp_path / "package"), str(tmp_path / "attached"))
+    attach_growth(str(tiny_base), str(tmp_path / "package"), str(tmp_path / "attached"))
     assert torch.equal(logits(tmp_path / "attached"), logits(trained))
     assert not torch.equal(logits(trained), logits(tiny_base))
-    base(str(tmp_path / "attached"), str(tmp_path / "again"))
+    extract_base(str(tmp_path / "attached"), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == folder_checksums(tiny_base)
 
 
 def test_another_base_is_refused(tiny_base: Path, trained: Path, tmp_path: Path) -> None:
-    growth(str(trained), str(tmp_path / "package"))
+    extract_growth(str(trained), str(tmp_path / "package"))
     kind = "text" if (tiny_base / "model.safetensors").exists() else "multimodal"
     other = make_base(tmp_path / "other", kind, seed=1)
     with pytest.raises(UserError, match="not the file that this growth grew from"):
-        attach(str(other), str(tmp_path / "package"), str(tmp_path / "attached"))
+        attach_growth(str(other), str(tmp_path / "package"), str(tmp_path / "attached"))
     with pytest.raises(UserError, match="is grown already"):
-        attach(str(trained), str(tmp_path / "package"), str(tmp_path / "attached"))
+        attach_growth(str(trained), str(tmp_path / "package"), str(tmp_path / "attached"))
     next((tmp_path / "package").glob("growth-*.safetensors")).unlink()
     with pytest.raises(UserError, match="is one missing"):
-        attach(str(tiny_base), str(tmp_path / "package"), str(tmp_path / "attached"))
+        attach_growth(str(tiny_base), str(tmp_path / "package"), str(tmp_path / "attached"))
     assert not list(tmp_path.glob("attached*"))
 
 
@@ -73,7 +73,7 @@ def test_a_base_that_changed_is_not_handed_out(trained: Path, tmp_path: Path) ->
     shard.unlink()
     shard.write_bytes(data)
     with pytest.raises(UserError, match="not the file that this growth grew from"):
-        base(str(trained), str(tmp_path / "again"))
+        extract_base(str(trained), str(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 1])

@@ -10,7 +10,7 @@ import transformers
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.model import load
+from grow.model.loading import load
 from tests.tiny import file_checksum, grow, logits, make_data, make_recipe, run
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from grow.checkpoint.expand import expand
+from grow.data.load import load_rows
 from grow.data.packing import PackedDataset, collate
-from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode
-from grow.loss import labelled_logits
 from grow.methods import METHODS
-from grow.model import load
+from grow.model.loading import load
+from grow.model.loss import labelled_logits
 from tests.tiny import grow, make_data, make_recipe, run
 
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from grow.analysis.effective_rank import rounding_norm, singular_values, spectrum
 from grow.checkpoint.expand import expand
-from grow.checkpoint.lazy import of
-from grow.model import gated_mlps, load
+from grow.checkpoint.lazy import from_tensor
+from grow.data.of_recipe import rows_of, template_of
+from grow.model.loading import load
+from grow.model.mlp import gated_mlps
 from tests.checkpoints import write_base
 from tests.running import train
 from tests.test_command_line import mistake
@@ -116,18 +118,20 @@ def test_layers_by_their_gradient(text_base: Path, sums: Path, tmp_path: Path) -
     assert sorted(row["layer"] for row in rows) == [0, 1, 2, 3]
     assert all(row["norm"]["mean"] > 0 and row["norm"]["spread"] > 0 for row in rows)
     # Of one batch, by what torch says of the loss of its sequences taken together.
-    from grow.analysis.gradients import measure
+    from grow.analysis.gradients import gradient_norms
     from grow.data.packing import Epochs, PackedDataset, collate
     from grow.data.tokens import encode
-    from grow.loss import labelled_logits
-    from grow.recipe import read_recipe
+    from grow.methods import read_recipe
+    from grow.model.loss import labelled_logits
 
     settings = read_recipe(str(recipe))
-    (norms,), layers = measure(settings, 1)
+    (norms,), layers = gradient_norms(settings, 1)
     assert layers == 4
     from transformers import AutoTokenizer
 
-    examples = encode(settings.rows("train"), AutoTokenizer.from_pretrained(text_base), settings.template).examples
+    examples = encode(
+        rows_of(settings, "train"), AutoTokenizer.from_pretrained(text_base), template_of(settings)
+    ).examples
     order = Epochs(PackedDataset(examples, settings.max_length, 256), 2, 0)
     model = load(text_base, torch.float32)
     logits, labels = labelled_logits(model, collate([order[0], order[1]]))
@@ -156,7 +160,7 @@ def test_the_spectrum_of_known_matrices() -> None:
 def test_the_rounding_that_bf16_does() -> None:
     weight = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
     rounded = (weight - weight.bfloat16().float()).norm().item()
-    assert rounding_norm(of(weight)) == pytest.approx(rounded, rel=0.02)
+    assert rounding_norm(from_tensor(weight)) == pytest.approx(rounded, rel=0.02)
 
 
 def test_effective_rank_of_a_checkpoint(tmp_path: Path) -> None:

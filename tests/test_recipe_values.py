@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.recipe import read_recipe
+from grow.methods import read_recipe
 from tests.running import curve, here, train
 from tests.test_command_line import mistake
 from tests.tiny import ROOT, make_recipe

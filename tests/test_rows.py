@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from grow.data.files import split_files
-from grow.data.rows import load_rows
+from grow.data.load import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError

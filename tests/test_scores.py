@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from grow.data.rows import load_rows
+from grow.cli.format import eval_text
+from grow.data.decontamination import contaminated
+from grow.data.load import load_rows
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
-from grow.evaluation.overlap import overlapping
+from grow.evaluation.generation import generate
 from grow.evaluation.scoring import Scores, choices
-from grow.evaluation.writing import write
-from grow.model import load
-from grow.recipe import read_recipe
-from grow.text import eval_text
+from grow.methods import read_recipe
+from grow.model.loading import load
 from tests.running import here
 from tests.tiny import make_base, make_data, make_recipe
 
 FIGURES = dict.fromkeys(("loss", "token_accuracy", "exact_match", "log_likelihood"), 0.0) | {
     "rows": 3,
-    "overlapping": 0,
+    "contaminated": 0,
 }
 
 
@@ -66,7 +66,7 @@ def test_what_is_written_is_cut_as_the_references_are(
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = load_tokenizer(str(text_base))
     model = Says(tokenizer, says)
-    found = write(model, tokenizer, Template("{q}", completion), load_rows(str(tmp_path), "test"))
+    found = generate(model, tokenizer, Template("{q}", completion), load_rows(str(tmp_path), "test"))
     assert [row["output"] for row in found] == outputs and [row["reference"] for row in found] == references
     ends = [3, 4, *tokenizer("\n").input_ids] if line_end else [3, 4]
     assert sorted(model.settings.eos_token_id) == sorted([*ends, tokenizer.eos_token_id])
@@ -82,7 +82,7 @@ def test_a_turns_end_ends_writing(text_base: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho\nho"}]
     (tmp_path / "test.jsonl").write_text(json.dumps({"m": turns}))
     model = Says(tokenizer, ["Ho\nho<turn>"])
-    (row,) = write(model, tokenizer, Template(messages="m"), load_rows(str(tmp_path), "test"))
+    (row,) = generate(model, tokenizer, Template(messages="m"), load_rows(str(tmp_path), "test"))
     assert (row["output"], row["reference"]) == ("Ho\nho", "Ho\nho")
     assert tokenizer.convert_tokens_to_ids("<turn>") in model.settings.eos_token_id
 
@@ -97,7 +97,7 @@ def test_whatever_one_part_ends_in_the_others_are_written(
         raise RuntimeError("out of memory,\nsomewhere")
 
     monkeypatch.setattr("grow.evaluation.evaluate.translation_scores", fails)
-    from grow.cli import main
+    from grow.cli.main import main
 
     assert main(["eval", str(text_base), "--recipe", str(recipe), "--limit", "4", "--out", str(out)]) == 1
     said = capsys.readouterr()
@@ -114,7 +114,7 @@ def test_rows_that_are_left_out_are_counted_and_said(
     lines = ['{"question": "5*5=", "answer": "25"}', '{"question": "5*6="}', '{"question": "5*', "[]"]
     (data / "test.jsonl").write_text("\n".join([*lines, '{"question": "' + "5" * 90 + '", "answer": "5"}']))
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, method="sft")
-    from grow.cli import main
+    from grow.cli.main import main
 
     assert main(["eval", str(text_base), "--recipe", str(recipe), "--json"]) == 0
     said = capsys.readouterr()
@@ -195,7 +195,7 @@ def test_a_mistake_is_found_before_anything_heavy(
 )
 def test_overlap_counts_words_in_every_script(held: str, learnt: str, given_away: bool) -> None:
     template = Template("", "{t}")
-    found = overlapping([([{"t": f"x {held} y"}], template)], ([{"t": learnt.format(held)}], template))
+    found = contaminated([([{"t": f"x {held} y"}], template)], ([{"t": learnt.format(held)}], template))
     assert found == [{0} if given_away else set()]
 
 
@@ -203,10 +203,10 @@ def test_a_model_that_is_whole_is_asked_as_before(text_base: Path, sums: Path) -
     """Greedy writing of a row does not depend on the rows beside it."""
     tokenizer, model = load_tokenizer(str(text_base)), load(text_base, torch.float32)
     rows = load_rows(str(sums), "test").select(range(5))
-    together = write(model, tokenizer, Template("{question}", "{answer}"), rows)
+    together = generate(model, tokenizer, Template("{question}", "{answer}"), rows)
     for index in range(5):
         assert (
-            write(model, tokenizer, Template("{question}", "{answer}"), rows.select([index]))[0]["prompt"]
+            generate(model, tokenizer, Template("{question}", "{answer}"), rows.select([index]))[0]["prompt"]
             == (together[index]["prompt"])
         )
 
@@ -222,7 +222,7 @@ def test_what_scoring_would_refuse_is_said_before_training(
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, **fields)
     assert "' yes', the completion of a row" in here(capsys, "train", recipe, "--check", code=2)
     (data / "test.jsonl").unlink()
-    from grow.cli import main
+    from grow.cli.main import main
 
     assert main(["train", str(recipe), "--check", "--options", " yes, no"]) == 0
     assert "split test" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.evaluation.evaluate import evaluate
-from grow.recipe import read_recipe
+from grow.methods import read_recipe
 from tests.running import curve, start
 from tests.tiny import make_base, make_recipe
 

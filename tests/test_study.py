@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from report import over_seeds, point, read_lines, study_report, verdict
 
-from grow.analysis.study import over_seeds, point, read_lines, study_report, verdict
 from grow.checkpoint.run_folder import last_checkpoint
 from tests.slurm_cluster import wait_for
 from tests.tiny import ROOT, grow, make_recipe, run
@@ -28,7 +28,7 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
     for split in ("train", "test"):
         (folder / "prose" / f"{split}.jsonl").write_text("".join(f'{{"text": "{n}+{n}={2 * n}"}}\n' for n in range(30)))
     make_recipe(folder / "recipe.yaml", base, folder / "grown", sums, 1, retention=str(known))
-    dial = {"layer_dial": {"text": f"{folder}/prose", "steps": 2}}
+    learnt = {"learn_alphas": {"text": f"{folder}/prose", "steps": 2}}
     grid = {
         "recipe": "recipe.yaml", "general_text": ["prose"],
         "fields": {"max_steps": 4, "save_steps": 4, "retention_sets": [f"{folder}/prose[:12]"]},
@@ -36,7 +36,7 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
         "effective_rank": ["some layers 0.01 seed 0"],
         "methods": {
             "sft": {"method": "sft", "learning_rate": [1e-3]},
-            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS} | dial,
+            "some layers": {"method": "g_freeze", "layers": "1-2", "learning_rate": [1e-2], "fields": FIELDS} | learnt,
         },
     }  # fmt: skip
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -111,16 +111,16 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
     again, second = results.read_text().splitlines()
     assert again == first, "what is done stays"
     assert not list((tmp_path / "work").glob("*seed-0")), "checkpoints are removed"
-    assert json.loads(second)["fields"] == FIELDS and len(json.loads(second)["layer_dial"]) == 2
+    assert json.loads(second)["fields"] == FIELDS and len(json.loads(second)["learnt_alphas"]) == 2
     for line in map(json.loads, (first, second)):
-        assert [place["alpha"] for place in line["dial"]] == list(ALPHAS)
-        assert line["dial"][1]["task"]["loss"] != line["base"]["task"]["loss"]
+        assert [place["alpha"] for place in line["by_alpha"]] == list(ALPHAS)
+        assert line["by_alpha"][1]["task"]["loss"] != line["base"]["task"]["loss"]
     text = grow("report", results, "--out", tmp_path / "out").stdout
     text += "\n" + (tmp_path / "out" / "grid.md").read_text()
     for plot in ("grid", "grid-layers", "grid-over-steps", "grid-effective-rank-some-layers-0.01-seed-0"):
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 10_000
-    losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["dial"]]
-    places = [place["retention"] for line in (first, second) for place in json.loads(line)["dial"]]
+    losses = [place["task"]["loss"] for line in (first, second) for place in json.loads(line)["by_alpha"]]
+    places = [place["retention"] for line in (first, second) for place in json.loads(line)["by_alpha"]]
     changes = [known["known"]["from_base"]["log_likelihood"] for known in places]
     base = json.loads(first)["base"]["retention"]["prose"]
     assert [known["prose"]["rows"] for known in places] == [12] * 4
@@ -210,7 +210,7 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
     """Of one seed or of several."""
     grids: dict[str, list[dict]] = {}
     for line in read_lines(ROOT / "recipes/study/results.jsonl"):
-        grids.setdefault(line["grid"], []).extend(point(line, place) for place in line["dial"])
+        grids.setdefault(line["grid"], []).extend(point(line, place) for place in line["by_alpha"])
     known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}") for own in grids.values() for p in [*own, *over_seeds(own)]}
     for name, heading, least in (
         ("recipes/study/README.md", "What it says", 30),
@@ -224,7 +224,7 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
 
 def test_the_first_pages_numbers_are_those_of_the_results() -> None:
     lines = [line for line in read_lines(ROOT / "recipes/study/results.jsonl") if line["grid"] == "translation.yaml"]
-    points = over_seeds([point(line, place) for line in lines for place in line["dial"]])
+    points = over_seeds([point(line, place) for line in lines for place in line["by_alpha"]])
     known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}", f"{p['sets']['winowhy']:+.2f}") for p in points}
     section = (ROOT / "README.md").read_text().partition("## Who forgets least")[2].partition("\n## ")[0]
     shown = re.findall(r"(\d\.\d{3}) at (.\d\.\d{3}),(?: winowhy)? (.\d\.\d\d)", section.replace("−", "-"))

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoTokenizer
 
 from grow.data.examples import IGNORED
+from grow.data.load import load_rows
 from grow.data.packing import Epochs, PackedDataset, collate, pack
-from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
-from grow.loss import labelled_logits, loss_sum, token_scores
-from grow.model import load
+from grow.model.loading import load
+from grow.model.loss import labelled_logits, loss_sum, token_scores
 
 TEMPLATE = Template("Q: {q}\nA:", " {a}")
 ROWS = [{"q": "How many legs has a spider " + "or two " * n, "a": f"eight, {n} times"} for n in range(8)]

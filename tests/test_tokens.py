@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grow.data.encoder import Encoder
 from grow.data.examples import IGNORED
+from grow.data.load import load_rows
 from grow.data.packing import PackedDataset
-from grow.data.rows import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode, encode_cached
-from grow.evaluation.writing import write
-from grow.model import load
+from grow.evaluation.generation import generate
+from grow.model.loading import load
 from tests.running import here
 from tests.tiny import make_base, make_data, make_recipe
 
@@ -194,10 +194,10 @@ def test_generation_is_asked_what_training_showed(text_base: Path, tmp_path: Pat
     rows = load_rows(str(tmp_path), "test")
     tokenizer, model = AutoTokenizer.from_pretrained(text_base), load(text_base, torch.float32)
     template = Template("{q}", "{a}")
-    expected = write(model, tokenizer, template, rows)
+    expected = generate(model, tokenizer, template, rows)
     for name, value in {"do_sample": True, "temperature": 9.0, "max_length": 1, "repetition_penalty": 3.0}.items():
         setattr(model.generation_config, name, value)
-    assert write(model, tokenizer, template, rows) == expected
+    assert generate(model, tokenizer, template, rows) == expected
     assert model.generation_config.temperature == 9.0
     assert [row["reference"] for row in expected] == ["def", "longer than that"]
     # One row alone, by a stock call.

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from grow.recipe import read_recipe
-from grow.training.memory import describe, sent
+from grow.methods import read_recipe
+from grow.training.footprint import describe_run, sent
 from tests.running import rank_here, start
 from tests.tiny import ROOT, make_recipe
 
@@ -71,7 +71,7 @@ def test_ranks_move_what_the_plan_says(
     recipe = make_recipe(
         tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, method=method, **quiet, **fields
     )
-    planned = describe(read_recipe(str(recipe)), RANKS)
+    planned = describe_run(read_recipe(str(recipe)), RANKS)
     assert planned["micro_batches"] == 2
     start(recipe, RANKS, counting_rank)
     *_, before, after = json.loads(recipe.with_suffix(".json").read_text())

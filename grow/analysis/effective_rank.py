@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from grow.analysis.figures import markdown, new_figure, write_figure
 from grow.checkpoint.dtypes import Rows
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.files import write_json, write_text
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.updates import Update, read_updates
 from grow.errors import UserError
-from grow.tables import markdown, new_figure, write_figure, write_json, write_text
+from grow.methods import merge_trained
 
 _MANTISSA = 7
 """Bits of bf16 after the point."""
@@ -35,7 +37,7 @@ def effective_ranks(path: str, start: str = "", tag: str = "") -> list[dict[str,
 
     Raises UserError as read_updates does, and if nothing has changed.
     """
-    updates, _ = read_updates(path, start, tag)
+    updates, _ = read_updates(path, start, tag, merge_trained)
     found = [figures for figures in map(_measure, updates) if figures]
     if not found:
         raise UserError(f"{path}: nothing in it differs from what it started from; a run that trained is needed")
@@ -88,7 +90,7 @@ def _random(rows: int, columns: int) -> dict[str, float]:
     return spectrum(singular_values(matrix))
 
 
-def rounding_norm(weight: Lazy) -> float:
+def rounding_norm(weight: LazyTensor) -> float:
     """The Frobenius norm that rounding a weight to bf16 is expected to move it by."""
     energy = []
     for block in weight.to("F32").blocks():

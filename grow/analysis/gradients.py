@@ -7,15 +7,17 @@ from tqdm import tqdm
 
 from grow.analysis.ranking import Norms
 from grow.checkpoint.updates import matrix_of
-from grow.data.packing import Epochs, collate, read_sequences
+from grow.data.of_recipe import read_sequences
+from grow.data.packing import Epochs, collate
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
-from grow.loss import labelled_logits, loss_sum
-from grow.model import checkpoint_activations, compute_device, compute_dtype, gated_mlps, load
+from grow.model.loading import checkpoint_activations, compute_device, compute_dtype, load
+from grow.model.loss import labelled_logits, loss_sum
+from grow.model.mlp import gated_mlps
 from grow.recipe import Recipe
 
 
-def measure(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
+def gradient_norms(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
     """Frobenius norms of the mean loss's gradient, for each of so many batches of the recipe's training rows, in the
     order in which a run sees them, and of the weights; and how many layers the model has. Nothing is trained.
 

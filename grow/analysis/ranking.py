@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from grow.checkpoint.lazy import Lazy
+from grow.analysis.figures import markdown, new_figure, write_figure
+from grow.checkpoint.files import write_json, write_text
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.updates import read_updates
 from grow.errors import UserError
-from grow.tables import markdown, new_figure, write_figure, write_json, write_text
+from grow.methods import merge_trained
 
 ORDERS = {
     "update": "update of the MLP, Frobenius norm",
@@ -31,10 +33,10 @@ Norms = dict[int, dict[str, tuple[float, float]]]
 """By layer and matrix: the Frobenius norms of an update (or a gradient) and of the weight."""
 
 
-def measure(path: str, start: str = "") -> tuple[Norms, int]:
+def update_norms(path: str, start: str = "") -> tuple[Norms, int]:
     """The norms of a run's updates, and how many layers its model has. Raises UserError as read_updates does."""
     norms: Norms = {}
-    updates, layers = read_updates(path, start)
+    updates, layers = read_updates(path, start, merge=merge_trained)
     for update in updates:
         sizes = (frobenius(update.change), frobenius(update.before.to("F32")))
         norms.setdefault(update.layer, {})[update.matrix] = sizes
@@ -43,7 +45,7 @@ def measure(path: str, start: str = "") -> tuple[Norms, int]:
     return norms, layers
 
 
-def frobenius(tensor: Lazy) -> float:
+def frobenius(tensor: LazyTensor) -> float:
     """‖tensor‖_F, of a tensor in fp32: its squares are summed in fp64, a block of rows at a time."""
     return sqrt(fsum(float(np.square(block, dtype=np.float64).sum()) for block in tensor.blocks()))
 

@@ -11,14 +11,15 @@ from typing import Any
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float, widest
 from grow.checkpoint.expand import link_again
-from grow.checkpoint.lazy import Lazy, below, beside, combined, interpolated, zeros
+from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
-from grow.checkpoint.source import Source, open_source
+from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import GrowthPlan, is_growth, mlp_prefixes, text_config
+from grow.names import is_growth, mlp_prefixes
+from grow.plan import GrowthPlan, text_config
 
 FORMATS = ("stock", "grown")
 _SCORES = ("loss", "token_accuracy", "exact_match", "log_likelihood", "rows")  # what a card says, not each row's
@@ -39,13 +40,15 @@ def consolidate(
     average: int = 1,
     scores: str = "",
     progress: Progress = no_progress,
+    merge: Merge = as_trained,
 ) -> dict[str, Any]:
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
     compute, so that one intermediate_size holds for all. `alpha`: the dial, folded into the weights: 0 is the base, 1
     as trained; for a run without growth the weights are interpolated with the base's. `dtype`: another one than the
-    base's. `start`, `tag`, `average`: see open_source. `scores`: a file that `eval --out` wrote, for the model card.
+    base's. `start`, `tag`, `average`, `merge`: see load_trained.
+    `scores`: a file that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -57,7 +60,7 @@ def consolidate(
         raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
-    source = open_source(path, start, tag, average)
+    source = load_trained(path, start, tag, average, merge)
     if scores:
         source.scores = {
             part: {key: value for key, value in found.items() if key in _SCORES}
@@ -76,8 +79,8 @@ def consolidate(
 
 
 def _stock_tensors(
-    source: Source, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
-) -> dict[str, Lazy]:
+    source: TrainedWeights, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
+) -> dict[str, LazyTensor]:
     start = source.start
     mlps = {}
     if plan is not None:
@@ -103,7 +106,7 @@ def _stock_tensors(
     return tensors
 
 
-def _merged(source: Source, mlp: str, last: str, k: int, alpha: float | None, target: str) -> Lazy:
+def _merged(source: TrainedWeights, mlp: str, last: str, k: int, alpha: float | None, target: str) -> LazyTensor:
     """One of a stock MLP's tensors, from the base's own and the copies; `alpha` is None if it has not grown."""
     own = source.start.lazy(f"{mlp}.{last}")
     if alpha is None:
@@ -111,28 +114,28 @@ def _merged(source: Source, mlp: str, last: str, k: int, alpha: float | None, ta
         if last == "down_proj.bias":
             return own
         if last == "down_proj.weight":
-            return beside(own, zeros((own.shape[0], own.shape[1] * (k - 1)), target))
-        return below(own, zeros((own.shape[0] * (k - 1), *own.shape[1:]), target))
+            return concat_columns(own, zeros((own.shape[0], own.shape[1] * (k - 1)), target))
+        return concat_rows(own, zeros((own.shape[0] * (k - 1), *own.shape[1:]), target))
     copies = source.tensor(f"{mlp}.grown.{last}")
     if not last.startswith("down_proj"):
         trained = f"{mlp}.trained.{last}"
         if trained in source.start.tensors or trained in source.trained:
-            return below(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
-        return below(own.to(target), copies.to(target))
+            return concat_rows(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
+        return concat_rows(own.to(target), copies.to(target))
     own, added = _scaled(own, 1 - alpha * (k - 1) / k, target), _scaled(copies, alpha, target)
-    return combined(operator.add, target, own, added) if last == "down_proj.bias" else beside(own, added)
+    return elementwise(operator.add, target, own, added) if last == "down_proj.bias" else concat_columns(own, added)
 
 
-def _scaled(tensor: Lazy, factor: float, target: str) -> Lazy:
+def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:
     """Scaled in the wider of the two types, so that it is rounded once."""
     return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
 
 
 def _write_stock(
-    source: Source,
+    source: TrainedWeights,
     plan: GrowthPlan | None,
     out: str,
-    tensors: dict[str, Lazy],
+    tensors: dict[str, LazyTensor],
     alpha: float,
     dtype: str,
     max_shard_size: int,
@@ -166,7 +169,7 @@ def _write_stock(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _gate(source: Source) -> str:
+def _gate(source: TrainedWeights) -> str:
     return next(iter(mlp_prefixes(source.start.tensors).values())) + ".gate_proj.weight"
 
 
@@ -179,7 +182,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_grown(source: Source, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
+def write_grown(source: TrainedWeights, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
     """The base's shards linked as they are, and the growth as trained."""
     start, known = source.start, read_growth(source.start.path)
     added = source.growth()

@@ -13,23 +13,15 @@ import numpy as np
 
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
-from grow.checkpoint.lazy import Lazy, below
+from grow.checkpoint.lazy import LazyTensor, concat_rows
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_index
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.plan import (
-    FORMAT_VERSION,
-    PROJECTIONS,
-    GrowthPlan,
-    is_growth,
-    mlp_prefixes,
-    parse_factor,
-    parse_layers,
-    text_config,
-)
+from grow.names import PROJECTIONS, is_growth, mlp_prefixes
+from grow.plan import FORMAT_VERSION, GrowthPlan, parse_factor, parse_layers, text_config
 
 # Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
 # projection).
@@ -41,7 +33,7 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
-    prefixes = gated_mlps(base)
+    prefixes = checked_mlp_prefixes(base)
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
@@ -58,7 +50,7 @@ def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str
     return {"out": out, "base": base, "factor": wanted.factor, "layers": list(wanted.layers)}
 
 
-def gated_mlps(checkpoint: Checkpoint) -> dict[int, str]:
+def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
     """The key prefix of each layer's MLP. Raises UserError if they are not all there, in shapes that fit."""
     try:
         prefixes = mlp_prefixes(checkpoint.tensors)
@@ -96,7 +88,7 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
         raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
 
 
-def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, Lazy]:
+def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, LazyTensor]:
     """The copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight`, in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies one below the other. down: [h, (k−1)·p], copies side by side, each divided by k.
@@ -114,7 +106,7 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
                     continue
                 own = base.lazy(name)
                 if projection != "down_proj":
-                    made = below(*[own] * (k - 1))
+                    made = concat_rows(*[own] * (k - 1))
                 elif part == "bias":
                     made = own.scaled((k - 1) / k)
                 else:
@@ -123,10 +115,10 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
     return added
 
 
-def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy], dict[str, str]]:
+def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The growth that a plan asks for, as it was before training, computed from the base inside; and a line by the
     name of each tensor of it that is missing, of another shape or dtype, or one too many."""
-    expected = added_tensors(grown, plan, gated_mlps(grown))
+    expected = added_tensors(grown, plan, checked_mlp_prefixes(grown))
     if plan.trained_up:
         expected |= {
             name.replace(".grown.", ".trained."): grown.lazy(name.replace(".grown.", "."))
@@ -145,7 +137,7 @@ def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy
     return expected, problems
 
 
-def _divided(down: Lazy, k: int, name: str) -> Lazy:
+def _divided(down: LazyTensor, k: int, name: str) -> LazyTensor:
     """[h, p] → [h, (k−1)·p], each copy divided by k.
 
     Several equal copies would get equal gradients and never part. So they start apart by noise that sums to zero: the
@@ -168,7 +160,7 @@ def _divided(down: Lazy, k: int, name: str) -> Lazy:
         values = convert(down.rows(begin, end), down.dtype, "F32")
         return np.stack([row(begin + i, own) for i, own in enumerate(values)])
 
-    return Lazy((h, (k - 1) * p), down.dtype, rows)
+    return LazyTensor((h, (k - 1) * p), down.dtype, rows)
 
 
 def grown_name(shard: Path) -> str:
@@ -218,7 +210,7 @@ def expand(
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
         folder.write_index(weight_map, sizes)
         write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
-    return describe(base, plan, added) | {"out": str(out)}
+    return describe_growth(base, plan, added) | {"out": str(out)}
 
 
 def link_base(folder: OutputFolder, base: Checkpoint) -> None:
@@ -243,7 +235,7 @@ def link_again(folder: OutputFolder, grown: Checkpoint, shards: Iterable[Path]) 
         folder.copy(file, f"{BASE_FOLDER}/{file.name}")
 
 
-def describe(base: Checkpoint, plan: GrowthPlan, added: dict[str, Lazy]) -> dict[str, Any]:
+def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTensor]) -> dict[str, Any]:
     """What a plan comes to: layers, parameters (of the base, added, trained), bytes on disk."""
     count = sum(tensor.numel for tensor in added.values())
     up = sum(tensor.numel for name, tensor in added.items() if ".down_proj." not in name) // (plan.factor - 1)

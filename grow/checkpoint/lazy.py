@@ -18,7 +18,7 @@ BLOCK = 2**20
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor by rows: `rows(begin, end)` returns [end − begin, *shape[1:]], not to be written to.
 
     `dtype` is safetensors' name of it (grow.checkpoint.dtypes). A scalar counts as one row.
@@ -56,20 +56,20 @@ class Lazy:
         values = np.ascontiguousarray(self.rows(0, self.length)).reshape(self.shape).copy()
         return torch.from_numpy(values).view(getattr(torch, TORCH_NAMES[self.dtype]))
 
-    def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "Lazy":
+    def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "LazyTensor":
         """Applied to each block of rows; `dtype` if the function changes it."""
-        return Lazy(self.shape, dtype or self.dtype, lambda begin, end: function(self.rows(begin, end)))
+        return LazyTensor(self.shape, dtype or self.dtype, lambda begin, end: function(self.rows(begin, end)))
 
-    def to(self, dtype: str) -> "Lazy":
+    def to(self, dtype: str) -> "LazyTensor":
         """In another float type."""
         return self if dtype == self.dtype else self.map(lambda rows: convert(rows, self.dtype, dtype), dtype)
 
-    def scaled(self, factor: float) -> "Lazy":
+    def scaled(self, factor: float) -> "LazyTensor":
         """Times a number."""
         return self if factor == 1 else self.map(lambda rows: scale(rows, self.dtype, factor))
 
 
-def of(tensor: Any) -> Lazy:
+def from_tensor(tensor: Any) -> LazyTensor:
     """A torch.Tensor that is in memory, or mapped into it."""
     import torch
 
@@ -77,15 +77,15 @@ def of(tensor: Any) -> Lazy:
     tensor = tensor.detach().contiguous()
     values = (tensor.view(torch.uint16) if dtype == "BF16" else tensor).numpy()
     rows = values if values.ndim else values[None]
-    return Lazy(tuple(tensor.shape), dtype, lambda begin, end: rows[begin:end])
+    return LazyTensor(tuple(tensor.shape), dtype, lambda begin, end: rows[begin:end])
 
 
-def zeros(shape: tuple[int, ...], dtype: str) -> Lazy:
+def zeros(shape: tuple[int, ...], dtype: str) -> LazyTensor:
     """Zeros."""
-    return Lazy(shape, dtype, lambda begin, end: np.zeros((end - begin, *shape[1:]), DTYPES[dtype]))
+    return LazyTensor(shape, dtype, lambda begin, end: np.zeros((end - begin, *shape[1:]), DTYPES[dtype]))
 
 
-def below(*parts: Lazy) -> Lazy:
+def concat_rows(*parts: LazyTensor) -> LazyTensor:
     """Concatenated along the first dimension."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
@@ -98,16 +98,18 @@ def below(*parts: Lazy) -> Lazy:
             start += part.length
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    return Lazy(shape, parts[0].dtype, rows)
+    return LazyTensor(shape, parts[0].dtype, rows)
 
 
-def beside(*parts: Lazy) -> Lazy:
+def concat_columns(*parts: LazyTensor) -> LazyTensor:
     """Concatenated along the second dimension."""
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
-    return Lazy(shape, parts[0].dtype, lambda begin, end: np.concatenate([p.rows(begin, end) for p in parts], axis=1))
+    return LazyTensor(
+        shape, parts[0].dtype, lambda begin, end: np.concatenate([p.rows(begin, end) for p in parts], axis=1)
+    )
 
 
-def combined(function: Callable[..., Rows], dtype: str, *parts: Lazy) -> Lazy:
+def elementwise(function: Callable[..., Rows], dtype: str, *parts: LazyTensor) -> LazyTensor:
     """A function of several tensors of one shape, computed in a type that holds them and rounded once."""
     wide = "F64" if "F64" in (dtype, *(part.dtype for part in parts)) else "F32"
     same = [part.to(wide) for part in parts]
@@ -115,16 +117,16 @@ def combined(function: Callable[..., Rows], dtype: str, *parts: Lazy) -> Lazy:
     def rows(begin: int, end: int) -> Rows:
         return convert(function(*(part.rows(begin, end) for part in same)), wide, dtype)
 
-    return Lazy(parts[0].shape, dtype, rows)
+    return LazyTensor(parts[0].shape, dtype, rows)
 
 
-def mean(*parts: Lazy) -> Lazy:
+def mean(*parts: LazyTensor) -> LazyTensor:
     """The mean of tensors of one shape, in fp32."""
-    return combined(lambda *rows: sum(rows[1:], rows[0]) / rows[0].dtype.type(len(rows)), "F32", *parts)
+    return elementwise(lambda *rows: sum(rows[1:], rows[0]) / rows[0].dtype.type(len(rows)), "F32", *parts)
 
 
-def interpolated(base: Lazy, trained: Lazy, alpha: float, dtype: str) -> Lazy:
+def interpolated(base: LazyTensor, trained: LazyTensor, alpha: float, dtype: str) -> LazyTensor:
     """base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
     if alpha in (0, 1):
         return (trained if alpha else base).to(dtype)
-    return combined(lambda b, t: b + b.dtype.type(alpha) * (t - b), dtype, base, trained)
+    return elementwise(lambda b, t: b + b.dtype.type(alpha) * (t - b), dtype, base, trained)

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from grow.checkpoint.journal import Journal
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import INDEX_NAME, plain_name, refuse_devices
 from grow.checkpoint.writer import file_checksums, write_shard
 from grow.errors import UserError
@@ -105,7 +105,7 @@ class OutputFolder:
         sync(self.out.parent)
         self.journal.remove()
 
-    def write_shards(self, shards: Mapping[str, Mapping[str, Lazy]], progress: Progress) -> dict[str, str]:
+    def write_shards(self, shards: Mapping[str, Mapping[str, LazyTensor]], progress: Progress) -> dict[str, str]:
         """Writes shards, but for those that are there already, as many at a time as there are processors.
 
         Returns each tensor's checksum.

@@ -11,19 +11,21 @@ from grow.checkpoint.expand import grown_name, link_again, link_base
 from grow.checkpoint.metadata import BASE_FOLDER, check_growth, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint, read_header
-from grow.checkpoint.source import Source, open_source
+from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
 
 
-def _open_grown(path: str, start: str = "", tag: str = "", average: int = 1) -> Source:
-    source = open_source(path, start, tag, average)
+def _open_grown(
+    path: str, start: str = "", tag: str = "", average: int = 1, merge: Merge = as_trained
+) -> TrainedWeights:
+    source = load_trained(path, start, tag, average, merge)
     if source.plan is None:
         raise UserError(f"{path}: was not grown; there is no base and no growth to take out of it")
     return source
 
 
-def base(path: str, out: str) -> dict[str, Any]:
+def extract_base(path: str, out: str) -> dict[str, Any]:
     """Writes OUT, the base that a grown checkpoint (or a run that started from one) grew from: the same files.
 
     Raises UserError if the base's files are not, by checksum, those that went in.
@@ -42,7 +44,7 @@ def base(path: str, out: str) -> dict[str, Any]:
     return {"source": path, "out": out, "files": [facts["name"] for facts in files.values()]}
 
 
-def growth(
+def extract_growth(
     path: str,
     out: str,
     max_shard_size: str = GROWTH_SHARD_SIZE,
@@ -50,11 +52,13 @@ def growth(
     tag: str = "",
     average: int = 1,
     progress: Progress = no_progress,
+    merge: Merge = as_trained,
 ) -> dict[str, Any]:
-    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`: see open_source."""
+    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`, `merge`: see
+    load_trained."""
     size = parse_size("--max-shard-size", max_shard_size)
     refuse_existing(Path(out))
-    source = _open_grown(path, start, tag, average)
+    source = _open_grown(path, start, tag, average, merge)
     grown = source.start
     known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
     added = source.growth()
@@ -65,7 +69,7 @@ def growth(
     return {"source": path, "out": out, "bytes": sum(tensor.nbytes for tensor in added.values())}
 
 
-def attach(base_path: str, package: str, out: str) -> dict[str, Any]:
+def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     """Writes OUT, a growth package put on its base again.
 
     Raises UserError for another base than the one it grew from: growth is a difference from that base's every bit.

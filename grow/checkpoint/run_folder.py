@@ -109,7 +109,7 @@ def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
     return [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
 
 
-def settle(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:
+def fsync_and_hash(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:
     """Makes the files that a rank wrote durable. Returns their bytes and checksums, by name.
 
     Each rank its own, since only on its own node they are still in memory. `written` has those of files that are
@@ -129,12 +129,12 @@ def _settle(path: Path) -> Facts:
     return [path.stat().st_size, _checksum(path)]
 
 
-def seal(checkpoint: Path, files: dict[str, Facts]) -> None:
+def mark_complete(checkpoint: Path, files: dict[str, Facts]) -> None:
     """Marks a checkpoint as complete: it holds these files (what settle returned, of all ranks)."""
     write_marker(checkpoint / MARKER, json.dumps({"files": files}))
 
 
-def broken(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """What is wrong with a complete checkpoint, in a few words; None if it is whole."""
     try:
         for name, (size, checksum) in read_json(checkpoint / MARKER)["files"].items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from grow.checkpoint.dtypes import DTYPES, Rows, itemsize
 from grow.checkpoint.hub import locate
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.lazy import LazyTensor
 from grow.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -142,10 +142,10 @@ class Checkpoint:
         """What tells its shards from others."""
         return identity(self.shards)
 
-    def lazy(self, key: str) -> Lazy:
+    def lazy(self, key: str) -> LazyTensor:
         """The tensor, to be read by rows."""
         info = self.tensors[key]
-        return Lazy(info.shape, info.dtype, partial(self._rows, info))
+        return LazyTensor(info.shape, info.dtype, partial(self._rows, info))
 
     def read(self, key: str) -> Any:
         """The whole tensor, as a torch.Tensor."""

@@ -9,7 +9,8 @@ from typing import Any
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import equal
 from grow.errors import UserError
-from grow.plan import canonical, text_config
+from grow.names import canonical
+from grow.plan import text_config
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool:

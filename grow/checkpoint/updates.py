@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grow.checkpoint.expand import expected_growth
-from grow.checkpoint.lazy import Lazy, combined
-from grow.checkpoint.source import Source, open_source
+from grow.checkpoint.lazy import LazyTensor, elementwise
+from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError
-from grow.methods.method import of_language_model
-from grow.plan import is_growth, mlp_prefixes
+from grow.names import is_growth, mlp_prefixes, of_language_model
 
 _MATRIX = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(.+)\.weight", re.ASCII)
 
@@ -26,23 +25,23 @@ class Update:
 
     layer: int
     matrix: str
-    before: Lazy
-    after: Lazy
+    before: LazyTensor
+    after: LazyTensor
 
     @property
-    def change(self) -> Lazy:
+    def change(self) -> LazyTensor:
         """after − before, in fp32."""
-        return combined(operator.sub, "F32", self.after, self.before)
+        return elementwise(operator.sub, "F32", self.after, self.before)
 
 
-def read_updates(path: str, start: str = "", tag: str = "") -> tuple[list[Update], int]:
+def read_updates(path: str, start: str = "", tag: str = "", merge: Merge = as_trained) -> tuple[list[Update], int]:
     """The updates of a run, of one of its checkpoints, of a grown checkpoint, or, with `start`, of a stock checkpoint
     that was trained from that one; by layer, then by name. Matrices that cannot have trained are left out.
 
-    Returns them and how many layers the model has. Raises UserError for anything else (open_source of
-    grow.checkpoint.source), and where no layer has such a matrix.
+    Returns them and how many layers the model has. Raises UserError for anything else (load_trained), and where
+    no layer has such a matrix.
     """
-    source = open_source(path, start, tag)
+    source = load_trained(path, start, tag, 1, merge)
     found = []
     for name, before in _starts(source).items():
         place = matrix_of(name, before.shape)
@@ -60,7 +59,7 @@ def matrix_of(name: str, shape: Sequence[int]) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match and len(shape) == 2 and of_language_model(name) else None
 
 
-def _starts(source: Source) -> dict[str, Lazy]:
+def _starts(source: TrainedWeights) -> dict[str, LazyTensor]:
     """Every tensor that training may have changed, by name, as it was."""
     plan = source.plan
     if plan is None:

@@ -10,7 +10,8 @@ from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import checksum, equal, file_checksums, header
 from grow.errors import UserError
-from grow.plan import GrowthPlan, is_growth
+from grow.names import is_growth
+from grow.plan import GrowthPlan
 
 
 def verify(path: str, base_path: str | None = None) -> dict[str, Any]:

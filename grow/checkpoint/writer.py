@@ -17,7 +17,7 @@ import numpy as np
 from xxhash import xxh3_128
 
 from grow.checkpoint.dtypes import DTYPES, Rows, finite
-from grow.checkpoint.lazy import BLOCK, Lazy
+from grow.checkpoint.lazy import BLOCK, LazyTensor
 from grow.checkpoint.shards import TensorInfo, read_header
 from grow.errors import UserError
 
@@ -40,7 +40,9 @@ def parse_size(flag: str, text: str) -> int:
     return size
 
 
-def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: str) -> dict[str, dict[str, Lazy]]:
+def split_into_shards(
+    tensors: Mapping[str, LazyTensor], max_shard_size: int, stem: str
+) -> dict[str, dict[str, LazyTensor]]:
     """Shares tensors out to files of about the same size, at most `max_shard_size` bytes (but for one larger tensor).
 
     Keeps their order; returns {"stem-00001-of-00002.safetensors": {name: tensor}, …}. Equal shards keep all workers
@@ -49,7 +51,7 @@ def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: st
     total = sum(tensor.nbytes for tensor in tensors.values())
     count = max(1, ceil(total / max_shard_size))
     while True:
-        shards: dict[int, dict[str, Lazy]] = {}
+        shards: dict[int, dict[str, LazyTensor]] = {}
         start = 0
         for name, tensor in tensors.items():
             middle = start + tensor.nbytes / 2
@@ -62,12 +64,14 @@ def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int, stem: st
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def files_of(shards: Mapping[str, Mapping[str, Lazy]]) -> dict[str, str]:
+def files_of(shards: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, str]:
     """The file of each tensor."""
     return {name: file for file, tensors in shards.items() for name in tensors}
 
 
-def write_shard(path: Path, tensors: Mapping[str, Lazy], wrote: Callable[[int], object], ahead: bool) -> dict[str, str]:
+def write_shard(
+    path: Path, tensors: Mapping[str, LazyTensor], wrote: Callable[[int], object], ahead: bool
+) -> dict[str, str]:
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 
     `wrote` is called with the number of bytes just written. `ahead` takes a second thread, which computes each block
@@ -115,7 +119,7 @@ def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
             yield block
 
 
-def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
+def header(tensors: Mapping[str, LazyTensor | TensorInfo]) -> bytes:
     """How a file begins that holds these tensors in this order: the header's length, and the header."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -130,7 +134,7 @@ def header(tensors: Mapping[str, Lazy | TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _checked(tensors: Mapping[str, Lazy], digests: Mapping[str, xxh3_128]) -> Iterator[memoryview]:
+def _checked(tensors: Mapping[str, LazyTensor], digests: Mapping[str, xxh3_128]) -> Iterator[memoryview]:
     """The tensors' bytes by blocks, of which the checksums are taken too."""
     for name, tensor in tensors.items():
         for block in tensor.blocks():
@@ -155,7 +159,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         done += os.write(descriptor, data[done:])
 
 
-def checksum(tensor: Lazy) -> str:
+def checksum(tensor: LazyTensor) -> str:
     """XXH3-128 of a tensor's bytes, as in a file."""
     digest = xxh3_128()
     for block in tensor.blocks():
@@ -163,7 +167,7 @@ def checksum(tensor: Lazy) -> str:
     return digest.hexdigest()
 
 
-def equal(one: Lazy, other: Lazy) -> bool:
+def equal(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two tensors of one shape and dtype are the same, bit for bit."""
     begin = 0
     for block in one.blocks():

@@ -15,7 +15,7 @@ from typing import Any
 
 from grow.checkpoint import lazy
 from grow.checkpoint.dtypes import Rows
-from grow.checkpoint.lazy import Lazy
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import identity
 from grow.errors import UserError
 
@@ -69,8 +69,8 @@ class ZeroCheckpoint:
 
     def __init__(self, path: Path, tag: str = ""):
         self.path = folder = _tag_folder(path, tag)
-        self.trained: dict[str, Lazy] = {}
-        self.frozen: dict[str, Lazy] = {}
+        self.trained: dict[str, LazyTensor] = {}
+        self.frozen: dict[str, LazyTensor] = {}
         self.stage, self.world_size = 0, 1
         model_files = sorted(folder.glob("*_model_states.pt"), key=_rank)
         optimizer_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
@@ -97,7 +97,7 @@ class ZeroCheckpoint:
         for file in sorted(root.glob("*/fp32.pt")):
             state = _load(file)
             value = state["param"] if isinstance(state, dict) else state
-            self.trained[file.parent.name] = lazy.of(value)
+            self.trained[file.parent.name] = lazy.from_tensor(value)
 
     def _read_whole(self, state: dict[str, Any]) -> None:
         """ZeRO-0: the module's own state. What was frozen is in no list; it counts as trained, by nothing.
@@ -106,7 +106,7 @@ class ZeroCheckpoint:
         seen: set[int] = set()
         for name, value in state["module"].items():
             if value.data_ptr() not in seen and name not in (state.get("buffer_names") or ()):
-                self.trained[name] = lazy.of(value)
+                self.trained[name] = lazy.from_tensor(value)
                 seen.add(value.data_ptr())
 
     def _read_zero(self, model_files: list[Path], optimizer_files: list[Path]) -> None:
@@ -132,9 +132,11 @@ class ZeroCheckpoint:
             flat = [state["single_partition_of_fp32_groups"] for state in states]
             self.trained = self._cut_by_group(groups, flat, states[0].get("param_alignment_paddings"))
             fragments = model.get("frozen_param_fragments") or {}
-            self.frozen = {name: lazy.of(value) for name, value in fragments.items()}
+            self.frozen = {name: lazy.from_tensor(value) for name, value in fragments.items()}
 
-    def _cut_by_group(self, groups: list[dict[str, tuple[int, ...]]], flat: Any, paddings: Any) -> dict[str, Lazy]:
+    def _cut_by_group(
+        self, groups: list[dict[str, tuple[int, ...]]], flat: Any, paddings: Any
+    ) -> dict[str, LazyTensor]:
         found = {}
         for group, shapes in enumerate(groups):
             offset = 0
@@ -144,7 +146,7 @@ class ZeroCheckpoint:
                 offset += prod(shape) + (paddings[group][index] if paddings else 0)
         return found
 
-    def _cut_by_parameter(self, shapes: dict[str, tuple[int, ...]], flat: Any) -> dict[str, Lazy]:
+    def _cut_by_parameter(self, shapes: dict[str, tuple[int, ...]], flat: Any) -> dict[str, LazyTensor]:
         found, offset = {}, 0
         for name, shape in shapes.items():
             length = ceil(prod(shape) / self.world_size)
@@ -187,19 +189,19 @@ def _range(vectors: list[Any], offset: int, length: int) -> list[Any]:
     return found
 
 
-def _joined(parts: list[Any], shape: tuple[int, ...], name: str) -> Lazy:
+def _joined(parts: list[Any], shape: tuple[int, ...], name: str) -> LazyTensor:
     """A parameter of this shape whose values are the parts, one after the other; what is over is padding."""
     if any(part.dim() != 1 or part.device.type != "cpu" or str(part.layout) != "torch.strided" for part in parts):
         raise ValueError(f"{name} is not cut from vectors")
     if not parts or min(shape, default=0) < 0 or sum(len(part) for part in parts) < prod(shape):
         raise UserError(f"{name}: the DeepSpeed checkpoint is shorter than the parameters it lists")
-    pieces, width = [lazy.of(part) for part in parts], prod(shape[1:])
-    values = lazy.below(*pieces)
+    pieces, width = [lazy.from_tensor(part) for part in parts], prod(shape[1:])
+    values = lazy.concat_rows(*pieces)
 
     def rows(begin: int, end: int) -> Rows:
         return values.rows(begin * width, end * width).reshape(end - begin, *shape[1:])
 
-    return Lazy(shape, values.dtype, rows)
+    return LazyTensor(shape, values.dtype, rows)
 
 
 def _rank(path: Path) -> int:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from grow.data.conversation import Turn, conversation, is_learnt, listed
 from grow.data.rendering import GENERATION, render_chat
+from grow.data.spans import Guard, Span, Text
 from grow.errors import UserError
 
 if TYPE_CHECKING:
-    from grow.data.template import Guard, Span, Template, Text
+    from grow.data.template import Template  # which imports this module
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARK = re.compile("gRoW([bec])([0-9]+(?:x[0-9]+)?)mArK")
@@ -37,13 +38,11 @@ def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> st
         ) from None
 
 
-def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: Any, guard: "Guard") -> "Text":
+def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: Any, guard: Guard) -> Text:
     """The text of a row's conversation, and what the assistant says in it, each turn with what ends it.
 
     Raises ValueError for a conversation that the template refuses or does not write as it is.
     """
-    from grow.data.template import Text
-
     turns = _guarded(conversation(row, template.messages), guard)
     tools = _guarded(listed(row["tools"], "tools"), guard) if row.get("tools") else None
     source = chat_template(template, tokenizer, tools)
@@ -84,7 +83,7 @@ def _check_written(text: str, turns: list[Turn], render: Any) -> None:
     raise ValueError(f"with a turn of the role {turn['role']}, which the chat template does not write")
 
 
-def _guarded(value: Any, guard: "Guard") -> Any:
+def _guarded(value: Any, guard: Guard) -> Any:
     """Every text in a conversation but its roles, keys and types."""
     if isinstance(value, str):
         return guard(value)
@@ -95,7 +94,7 @@ def _guarded(value: Any, guard: "Guard") -> Any:
     return value
 
 
-def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, str], tokenizer: Any) -> list["Span"]:
+def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, str], tokenizer: Any) -> list[Span]:
     header, end = around
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     with_marks, _ = render([_mark(turn, index) if index in spoken else turn for index, turn in enumerate(turns)])
@@ -180,7 +179,7 @@ def _marked_call(call: Turn, begin: str) -> Turn:
     return call | {"function": inner} if "function" in call else inner
 
 
-def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: int, header: str, end: str) -> "Span":
+def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: int, header: str, end: str) -> Span:
     """Where a turn begins, and where what ends it begins."""
     more = bool(turn.get("tool_calls")) or any(turn.get(name) for name in _REASONING)
     core = turn["content"].strip()

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from transformers import AutoTokenizer
 
 from grow.data.chat import chat_template
 from grow.data.examples import SCHEMA
 from grow.data.rows import BrokenRow
+from grow.data.spans import Span
 from grow.data.special import BREAK, SpecialTokens, unguarded
-from grow.data.template import Span, Template
+from grow.data.template import Template
 
 Made = tuple[list[int], np.ndarray]
 """A row's ids, and which of them are learnt, uint8."""
@@ -56,8 +58,6 @@ class Encoder:
         return {"template": self.template, "end": self.end, "folder": self.tokenizer.name_or_path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer
-
         self.template, self.end = state["template"], state["end"]
         self._set(AutoTokenizer.from_pretrained(state["folder"], local_files_only=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from grow.checkpoint.hub import HUB_NAME, repository
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from grow.data.of_recipe import retention_rows, rows_of
 from grow.errors import UserError
 from grow.recipe import Recipe
 
@@ -21,10 +22,10 @@ def fetch(recipe: Recipe) -> dict[str, Any]:
     """
     base = recipe.base if Path(recipe.base).is_dir() else _fetch_model(recipe.base_name)
     rows = {
-        split: len(recipe.rows(split)) for split in (recipe.train_split, recipe.validation_split, recipe.test_split)
+        split: len(rows_of(recipe, split)) for split in (recipe.train_split, recipe.validation_split, recipe.test_split)
     }
     if recipe.retention:
-        rows["retention"] = len(recipe.retention_rows())
+        rows["retention"] = len(retention_rows(recipe))
     return {"base": base, "data": recipe.data, "rows": rows}
 
 

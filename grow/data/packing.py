@@ -5,16 +5,12 @@ apart (only if it gets no attention mask and no cache). What is packed together 
 on the rows, the seed, the length and the epoch alone, never on the number of ranks.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from grow.data.examples import IGNORED, Examples
-from grow.data.tokenizer import pad_token_id
-from grow.data.tokens import encode_cached
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -100,14 +96,6 @@ def summary(sequences: PackedDataset) -> str:
         f"{len(sequences.examples):,} rows, {tokens:,} tokens, {labels:,} of them learnt, in {len(sequences):,} "
         f"sequences of {sequences.max_length}; {padding:.1%} padding"
     )
-
-
-def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
-    """One split of a grow.recipe.Recipe's data, packed; bad rows are named. Raises UserError for rows that cannot be
-    used, if they are too many or all."""
-    encoded = encode_cached(recipe.rows(split), tokenizer, recipe.template, recipe.max_length)
-    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
-    return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
 
 
 class Epochs(Dataset[dict[str, Tensor]]):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from grow.data.encoder import Encoder
+from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.packing import PackedDataset, summary
 from grow.data.tokenizer import pad_token_id
 from grow.data.tokens import encode_cached
@@ -20,10 +21,10 @@ def preview(recipe: Recipe, split: str, limit: int) -> dict[str, Any]:
     same as characters of the text), `tokens` and `borders` (the tokens around each place where learning begins or
     ends), or `bad`, why it cannot be used. Raises UserError as a run would, but for rows that are bad.
     """
-    tokenizer, rows = recipe.tokenizer(), recipe.rows(split)
-    encoded = encode_cached(rows, tokenizer, recipe.template, recipe.max_length)
+    tokenizer, rows = tokenizer_of(recipe), rows_of(recipe, split)
+    encoded = encode_cached(rows, tokenizer, template_of(recipe), recipe.max_length)
     bad = {row: reason for reason, some in encoded.bad.items() for row in some}
-    encoder = Encoder(tokenizer, recipe.template)
+    encoder = Encoder(tokenizer, template_of(recipe))
     shown = range(min(limit or len(rows), len(rows)))
     found = [{"row": row, "bad": bad[row]} if row in bad else _row(row, rows[row], encoder) for row in shown]
     result = {"data": recipe.data, "split": split, "rows": found, "of": len(rows), "bad_rows": len(bad)}

@@ -3,13 +3,14 @@
 import re
 from datetime import date, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from grow.data.conversation import Turn
+from grow.data.spans import Span
 from grow.errors import UserError
-
-if TYPE_CHECKING:
-    from grow.data.template import Span
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Where a template says itself what is the assistant's."""
@@ -23,14 +24,11 @@ _ON_A_DAY = (
 
 def render_chat(
     turns: list[Turn], source: str, tools: Any, tokenizer: Any, day: str, add_generation_prompt: bool = False
-) -> tuple[str, list["Span"]]:
+) -> tuple[str, list[Span]]:
     """The template's text, and the spans that its own `{% generation %}` gives.
 
     Raises ValueError where it refuses, UserError where it is not a template.
     """
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     marked = bool(GENERATION.search(source))
     try:
         texts, spans = render_jinja_template(

@@ -5,10 +5,13 @@ that spell one their own texts are broken up by a character that no text has, an
 tokenizer that knows the template's special tokens under other names, after the character has been taken out.
 """
 
+import json
 import re
 from bisect import bisect_right
 from functools import cached_property
 from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
 
 BREAK = "\ufdd0"  # a code point that Unicode keeps free for uses inside a program
 _NAME, _NAME_END = "\ufdd1", "\ufdd2"
@@ -61,10 +64,6 @@ class SpecialTokens:
 
     @cached_property
     def _copy(self) -> Any:
-        import json
-
-        from tokenizers import AddedToken, Tokenizer
-
         facts = json.loads(self.tokenizer.backend_tokenizer.to_str())
         special = [token for token in facts["added_tokens"] if token["content"] in self.ids]
         facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] not in self.ids]

@@ -8,6 +8,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import logging
+
 from grow.data.rows import Rows, file_checksum
 from grow.data.text_files import Number
 
@@ -47,8 +52,6 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
     Numbers of 16 and 32 bits are written shortest, not as the nearest of 64 bits; what is not a number is no value. A
     typed object has all the names that any row's has: those without a value were not in the row's own.
     """
-    import pyarrow as pa
-
     if kind == pa.float64():
         return lambda value: value if isfinite(value) else None
     if pa.types.is_floating(kind):
@@ -71,9 +74,6 @@ def _itself(value: Any) -> Any:
 
 def read_table(path: Path, kind: str, name: str) -> Rows:
     """The rows of one file: the parts of a split need not have the same columns, where no template looks."""
-    import datasets
-    import pyarrow.parquet
-
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if kind == ".arrow":
@@ -88,8 +88,6 @@ def read_table(path: Path, kind: str, name: str) -> Rows:
 @contextlib.contextmanager
 def _no_word_of_its_own() -> Iterator[None]:
     """What the library logs of a file that it cannot read, it also raises."""
-    from datasets import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

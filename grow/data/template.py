@@ -1,26 +1,16 @@
 """How a row of a data set becomes text, and which of it is to be learnt."""
 
 from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from string import Formatter
 from typing import Any
 
+from grow.data.chat import conversation_text
+from grow.data.conversation import conversation
+from grow.data.spans import Guard, Text
 from grow.errors import UserError
-
-Span = tuple[int, int]
-"""Characters of a text, from the first up to, not including, the second."""
-Guard = Callable[[str], str]
-"""Is given every text that a row itself brings, and returns what stands for it (grow.data.special)."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A row's text, without tokens at its begin or end, and which of it is to be learnt, in order."""
-
-    text: str
-    learnt: list[Span]
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,6 @@ class Template:
     def text(self, row: Mapping[str, Any], tokenizer: Any, guard: Guard = str) -> Text:
         """The row's text. Raises ValueError, in a few words, where the row has none that could be learnt."""
         if self.messages:
-            from grow.data.chat import conversation_text
-
             return conversation_text(row, self, tokenizer, guard)
         before, after = self.fill(self.prompt, row, guard), self.fill(self.completion, row, guard)
         if not after.strip():
@@ -79,8 +67,6 @@ class Template:
         """What the row itself brings to its text, column by column (of messages, turn by turn); [] if it is bad."""
         try:
             if self.messages:
-                from grow.data.chat import conversation
-
                 return [turn["content"] for turn in conversation(row, self.messages)]
             names = {name: spec for _, name, spec, _ in _parsed(self.prompt + self.completion) if name is not None}
             return [_written(_value(row, name), spec, name) for name, spec in names.items()]

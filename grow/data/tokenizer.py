@@ -2,16 +2,16 @@
 
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError, innermost
-from grow.plan import canonical
+from grow.names import canonical
 
 
 def load_tokenizer(name: str) -> Any:
     """Of a checkpoint's folder or hub name. Raises UserError where it has none that transformers can load."""
-    from transformers import AutoTokenizer
-
     folder = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -14,8 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 from xxhash import xxh3_128
 
 from grow.data.encoder import Encoder
@@ -97,9 +99,6 @@ def _check_columns(rows: Sequence[dict[str, Any]], template: Template) -> None:
 
 
 def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> list[pa.Table]:
-    import datasets
-    from filelock import FileLock
-
     if not len(rows):
         return []
     key = _key(rows, tokenizer, template, end)

@@ -1,7 +1,7 @@
 """How well a checkpoint does the recipe's task, and what it still knows: held-out rows, over the dial.
 
 Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Rows that training rows give
-away (grow.evaluation.overlap) are counted and left out.
+away (grow.data.decontamination) are counted and left out.
 """
 
 import sys
@@ -12,17 +12,18 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
+from grow.data.decontamination import contaminated
 from grow.data.examples import Examples
+from grow.data.of_recipe import retention_rows, retention_template, rows_of, sliced, template_of
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
 from grow.errors import UserError, one_line
 from grow.evaluation.bootstrap import interval
-from grow.evaluation.dial import Dial, check_dial
-from grow.evaluation.overlap import overlapping
+from grow.evaluation.generation import generate, translation_scores
+from grow.evaluation.interpolation import Interpolation, check_alphas
 from grow.evaluation.scoring import choices, right_options, score
-from grow.evaluation.writing import translation_scores, write
-from grow.recipe import Recipe, sliced
+from grow.recipe import Recipe
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Items:
     rows: Any
     template: Template
     examples: Examples
-    overlapping: int
+    contaminated: int
     unusable: int
 
     @property
@@ -62,13 +63,13 @@ def evaluate(
     row, the mean over rows; `rows`; `overlapping`, how many were left out; `intervals` of the figures; `items`, each
     row's log-likelihood; `unusable`, how many rows could not be scored. What fails stands under "failed". The task
     also has what the recipe's `metric` asks for. Under "samples" what the model writes
-    for the first test rows. Of several α, "dial" has all that for each, and the rest is that of the largest.
+    for the first test rows. Of several α, "by_alpha" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`).
     `harness` is given model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
     """
-    check_dial(path, start, alphas)
+    check_alphas(path, start, alphas)
     tokenizer = load_tokenizer(path)
     sets = _items(recipe, tokenizer, limit, retention_limit) if recipe else []
     if recipe and recipe.options:
@@ -76,7 +77,7 @@ def evaluate(
     if against:
         against = _base_of(against)
         _check_base(against, sets)
-    dial = Dial(path, start)
+    dial = Interpolation(path, start)
     points: list[dict[str, Any]] = []
     for alpha in sorted(set(alphas)):
         dial.set(alpha)
@@ -90,7 +91,7 @@ def evaluate(
         base = points[0] if points[0]["alpha"] == 0 else against
         if base is not None:
             _compare(point, base)
-    return points[-1] | ({"dial": points} if len(points) > 1 else {})
+    return points[-1] | ({"by_alpha": points} if len(points) > 1 else {})
 
 
 class Parts:
@@ -111,7 +112,7 @@ class Parts:
         (self.point.setdefault(among, {}) if among else self.point)[name] = made
 
 
-def _scores(parts: Parts, dial: Dial, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> None:
+def _scores(parts: Parts, dial: Interpolation, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> None:
     task, *known = sets
     parts.add("task", lambda: _summary(dial, task, recipe, tokenizer))
     if recipe.metric != "loss" and "task" in parts.point:
@@ -121,23 +122,23 @@ def _scores(parts: Parts, dial: Dial, recipe: Recipe, tokenizer: Any, sets: list
         among = "" if items.name == "retention" and recipe.retention else "retention_sets"
         parts.add(items.name, partial(_summary, dial, items, recipe, tokenizer), among)
     first = task.rows.select(range(min(samples, len(task.rows))))
-    parts.add("samples", lambda: write(dial.model, tokenizer, task.template, first))
+    parts.add("samples", lambda: generate(dial.model, tokenizer, task.template, first))
 
 
 def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:
     """The task's rows first, then those of old knowledge."""
-    sets = [("task", recipe.rows(recipe.test_split), recipe.template, limit)]
+    sets = [("task", rows_of(recipe, recipe.test_split), template_of(recipe), limit)]
     if recipe.retention:
-        sets.append(("retention", recipe.retention_rows(), recipe.retention_template, retention_limit))
+        sets.append(("retention", retention_rows(recipe), retention_template(recipe), retention_limit))
     for folder in recipe.retention_sets:
-        rows = recipe.retention_rows(folder=folder)
+        rows = retention_rows(recipe, folder=folder)
         template = Template("", "{text}") if "text" in rows.columns(["text"]) else Template("{prompt}", "{completion}")
         name = sliced(folder)[0].rstrip("/").rpartition("/")[2]
         sets.append((name, rows, template, retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
         raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")
-    training = recipe.rows(recipe.train_split)
-    shared = overlapping([(rows, template) for _, rows, template, _ in sets], (training, recipe.template))
+    training = rows_of(recipe, recipe.train_split)
+    shared = contaminated([(rows, template) for _, rows, template, _ in sets], (training, template_of(recipe)))
     found = []
     for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
         if not len(rows):
@@ -165,26 +166,26 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     return found
 
 
-def _summary(dial: Dial, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+def _summary(dial: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     scores = score(dial.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
     return scores | {
-        "overlapping": items.overlapping,
+        "contaminated": items.contaminated,
         "unusable": items.unusable,
         "fingerprint": items.fingerprint,
     }
 
 
-def _add_metric(scores: dict[str, Any], dial: Dial, task: Items, recipe: Recipe, tokenizer: Any) -> None:
+def _add_metric(scores: dict[str, Any], dial: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> None:
     more = _metric(dial, task, recipe, tokenizer)
     scores |= more | {"intervals": scores["intervals"] | more.get("intervals", {})}
 
 
-def _metric(dial: Dial, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+def _metric(dial: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     """What the recipe's metric asks for beyond the loss: figures, and their `intervals`."""
     if recipe.metric == "accuracy":
         return choices(dial.model, task.rows, recipe, tokenizer)
     if recipe.metric == "chrf":
-        written = write(dial.model, tokenizer, recipe.template, task.rows)
+        written = generate(dial.model, tokenizer, template_of(recipe), task.rows)
         return translation_scores([row["output"] for row in written], [row["reference"] for row in written])
     return {}
 
@@ -196,13 +197,15 @@ def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _base_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Of an earlier result, of the base itself or over a dial, what is the base's. Raises UserError if nothing is."""
-    if "dial" not in result:
-        return result
-    points: dict[float, dict[str, Any]] = {point["alpha"]: point for point in result["dial"]}
-    if 0 not in points:
-        raise UserError("--against: a dial without α = 0, which would be the base; score that")
-    return points[0]
+    """The base's scores in an earlier result, which is of the base itself or of several α.
+
+    Raises UserError if α = 0 is not among these.
+    """
+    points = result.get("by_alpha") or result.get("dial") or []  # "dial" in files of before
+    base = next((point for point in points if point["alpha"] == 0), None)
+    if points and base is None:
+        raise UserError("--against: scores of several α without α = 0, which would be the base; score that")
+    return base or result
 
 
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:

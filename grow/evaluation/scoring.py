@@ -8,12 +8,13 @@ from typing import Any
 from tqdm import tqdm
 
 from grow.data.examples import Examples
+from grow.data.of_recipe import right_option
 from grow.data.packing import PackedDataset, collate
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
-from grow.loss import token_scores
+from grow.model.loss import token_scores
 from grow.recipe import Recipe
 
 
@@ -65,7 +66,7 @@ def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | No
 
 def right_options(rows: Any, recipe: Recipe) -> list[int]:
     """Which of the recipe's options is each row's own completion. Raises UserError for a row for which none is."""
-    return [recipe.options.index(recipe.right_option(row)) for row in rows]
+    return [recipe.options.index(right_option(recipe, row)) for row in rows]
 
 
 def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:

@@ -1,26 +1,51 @@
-"""Ways to train, one file each, behind the interface of grow.methods.method. They import what is heavy when used."""
+"""Ways to train: one file each, behind the interface of grow.methods.method."""
 
-from grow.methods.adapter import Adapter
-from grow.methods.ewc import Ewc
-from grow.methods.flow import Flow
+from collections.abc import Mapping
+from typing import Any
+
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.shards import Checkpoint
+from grow.errors import UserError, unknown
+from grow.methods.baselines.adapter import Adapter
+from grow.methods.baselines.ewc import Ewc
+from grow.methods.baselines.flow import Flow
+from grow.methods.baselines.osf import Osf
+from grow.methods.baselines.stm import Stm
 from grow.methods.g_freeze import GFreeze
 from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
 from grow.methods.lora import Lora
 from grow.methods.method import Method
-from grow.methods.osf import Osf
 from grow.methods.sft import Sft
-from grow.methods.stm import Stm
+from grow.recipe import Recipe, parse_recipe
 
 METHODS: dict[str, type[Method]] = {
+    "g_freeze": GFreeze,
+    "g_train": GTrain,
+    "g_lora": GLora,
+    "sft": Sft,
+    "lora": Lora,
     "adapter": Adapter,
     "ewc": Ewc,
     "flow": Flow,
-    "g_freeze": GFreeze,
-    "g_lora": GLora,
-    "g_train": GTrain,
-    "lora": Lora,
     "osf": Osf,
-    "sft": Sft,
     "stm": Stm,
 }
+
+
+def read_recipe(path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
+    return parse_recipe(path, overrides or {}, METHODS)
+
+
+def merge_trained(
+    recipe: Mapping[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """What a run trained, as tensors of the checkpoint that it started from; its recipe is that of its run.json.
+
+    Raises UserError for a method that is not known, or whose result has no such form.
+    """
+    name = str(recipe["method"])
+    if name not in METHODS:
+        raise UserError(unknown(name, METHODS, "method"))
+    return METHODS[name].of(dict(recipe)).merge(start, trained, dtype)

@@ -1,18 +1,17 @@
 """G-Freeze: only the added copies train; everything that was there before stays as it is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
-from grow.methods.held import Held
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.package import extract_growth
+from grow.checkpoint.shards import Checkpoint
+from grow.methods.kl import KlRegularized
 
 
 @dataclass
-class GFreeze(Held):
+class GFreeze(KlRegularized):
     """Trains `mlp.grown` of the grown layers ("Grow, Don't Overwrite", arXiv 2603.08647). Ends in a growth package."""
 
     grows: ClassVar[bool] = True
@@ -24,6 +23,7 @@ class GFreeze(Held):
 
     def write_result(self, run: Path, out: Path) -> None:
         """The growth package, which `python -m grow attach` puts on the base again."""
-        from grow.checkpoint.package import growth
+        extract_growth(str(run), str(out), merge=self._merged_as_trained)
 
-        growth(str(run), str(out))
+    def _merged_as_trained(self, recipe: Any, dtype: str, start: Checkpoint, trained: Any) -> dict[str, LazyTensor]:
+        return self.merge(start, trained, dtype)

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from grow.methods.g_freeze import GFreeze
-from grow.plan import is_growth
+from grow.model.gather import gathered
+from grow.model.mlp import grown_mlps
+from grow.names import is_growth
 
 
 @dataclass
@@ -14,8 +18,6 @@ class GTrain(GFreeze):
 
     def build(self, model: Any) -> None:
         """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
-        from grow.model import grown_mlps
-
         for mlp in grown_mlps(model):
             if mlp.trained is None:
                 _copy_up(mlp)
@@ -35,10 +37,6 @@ class GTrain(GFreeze):
 
 
 def _copy_up(mlp: Any) -> None:
-    import torch
-
-    from grow.training.trainer import gathered
-
     own = [parameter for layer in (mlp.gate_proj, mlp.up_proj) for parameter in layer.parameters()]
     with gathered(*own), torch.no_grad():
         mlp.add_trained(device=own[0].device, dtype=own[0].dtype)

@@ -1,21 +1,17 @@
 """LoRA: a low-rank update beside each linear layer."""
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.errors import UserError
-from grow.methods.held import Held
+from grow.methods.kl import KlRegularized
 from grow.methods.peft_method import PeftMethod
-
-if TYPE_CHECKING:
-    from grow.checkpoint.lazy import Lazy
 
 
 @dataclass
-class Lora(Held, PeftMethod):
+class Lora(KlRegularized, PeftMethod):
     """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
     first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. It can be held near the base."""
 
@@ -44,11 +40,11 @@ class Lora(Held, PeftMethod):
         rank = self.lora_rank
         return {".lora_A.weight": (rank, in_features), ".lora_B.weight": (out_features, rank)}
 
-    def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
+    def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
         """W + scaling · B A."""
-        from grow.checkpoint.lazy import Lazy, combined
-
         down, up = parts["lora_A.weight"], parts["lora_B.weight"]
         scaling = self.lora_alpha / self.lora_rank
-        update = Lazy(own.shape, "F32", lambda begin, end: up.rows(begin, end) @ down.rows(0, down.length) * scaling)
-        return combined(operator.add, "F32", own, update)
+        update = LazyTensor(
+            own.shape, "F32", lambda begin, end: up.rows(begin, end) @ down.rows(0, down.length) * scaling
+        )
+        return elementwise(operator.add, "F32", own, update)

@@ -1,20 +1,16 @@
 """What a way to train decides. All else of a run is the same for every method."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+from torch import Tensor, nn
+
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from grow.checkpoint.lazy import Lazy
-    from grow.checkpoint.shards import Checkpoint
+from grow.names import of_language_model
 
 
 @dataclass
@@ -23,7 +19,7 @@ class Method:
 
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults.
     `grows`: whether it starts from a grown checkpoint, not from a base. `keeps_base`: whether its base stays inside,
-    where grow.model.base_inside finds it. `stages`: the ZeRO stages that it works with.
+    where grow.model.alpha.base_inside finds it. `stages`: the ZeRO stages that it works with.
     """
 
     grows: ClassVar[bool] = False
@@ -51,7 +47,7 @@ class Method:
     def build(self, model: Any) -> None:
         """Adds parameters to a model that has just been loaded, in place.
 
-        Under ZeRO-3 the model's own are partitioned already (grow.training.trainer.gathered has them whole); those that
+        Under ZeRO-3 the model's own are partitioned already (grow.model.gather.gathered has them whole); those that
         are added need not be: DeepSpeed partitions them when training begins.
         """
 
@@ -85,7 +81,7 @@ class Method:
         """What is added to the mean loss of every step, in nats: []."""
         return 0.0
 
-    def merge(self, start: Checkpoint, trained: dict[str, Lazy], dtype: str) -> dict[str, Lazy]:
+    def merge(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
         """What trained (fp32 master weights, by names in memory) as tensors that the start has, or that growth adds.
 
         `dtype` is the one that the run computed in. Raises UserError if there is no such form.
@@ -94,8 +90,3 @@ class Method:
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes what a finished run ends in, beside its last checkpoint; on rank 0. Plain training has no more."""
-
-
-def of_language_model(name: str) -> bool:
-    """Whether a parameter or module is not of a vision tower or its projector, which text has no gradient for."""
-    return "vision_tower." not in name and "multi_modal_projector." not in name

@@ -1,19 +1,19 @@
 """What the methods of the PEFT library share: adapters put into the linear layers, a PEFT folder at the end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+from torch import nn
+
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.output import OutputFolder, no_progress
+from grow.checkpoint.run_folder import last_checkpoint
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
-from grow.methods.method import Method, of_language_model
-from grow.plan import canonical
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from grow.checkpoint.lazy import Lazy
-    from grow.checkpoint.shards import Checkpoint
+from grow.methods.method import Method
+from grow.names import canonical, of_language_model
 
 
 @dataclass
@@ -33,7 +33,7 @@ class PeftMethod(Method):
         """The shapes of what a layer gets, by the end of the name, which begins with `part` where it trains."""
         raise NotImplementedError
 
-    def merged(self, own: Lazy, parts: dict[str, Lazy], dtype: str) -> Lazy:
+    def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
         """A layer's weight with its adapter merged into it, [out, in] fp32, from the base's `own` and the adapter's
         parameters, by their names within the layer without the adapter's own name."""
         raise NotImplementedError
@@ -45,7 +45,6 @@ class PeftMethod(Method):
     def build(self, model: Any) -> None:
         """Puts the adapters in. The model keeps its class, so all else sees the model that it was."""
         import peft
-        from torch import nn
 
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         layers = list(filter(self.targets, linear))
@@ -64,7 +63,7 @@ class PeftMethod(Method):
         """The adapters."""
         return self.part in name
 
-    def merge(self, start: Checkpoint, trained: dict[str, Lazy], dtype: str) -> dict[str, Lazy]:
+    def merge(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
         """The weights of the layers, each with its adapter merged into it."""
         on_disk = {canonical(name): name for name in start.tensors}
         found = {}
@@ -75,8 +74,8 @@ class PeftMethod(Method):
             found[f"{layer}.weight"] = self.merged(start.lazy(key), parts, dtype)
         return found
 
-    def _by_layer(self, trained: dict[str, Lazy]) -> dict[str, dict[str, Lazy]]:
-        layers: dict[str, dict[str, Lazy]] = {}
+    def _by_layer(self, trained: dict[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
+        layers: dict[str, dict[str, LazyTensor]] = {}
         for name, tensor in trained.items():
             layer, part, rest = name.partition(self.part)
             layers.setdefault(layer, {})[(part + rest).replace(".default", "").lstrip(".")] = tensor
@@ -84,11 +83,6 @@ class PeftMethod(Method):
 
     def write_result(self, run: Path, out: Path) -> None:
         """A folder as PEFT writes it: PeftModel.from_pretrained(base, RUN/result) loads it; fp32."""
-        from grow.checkpoint.output import OutputFolder, no_progress
-        from grow.checkpoint.run_folder import last_checkpoint
-        from grow.checkpoint.shards import read_json
-        from grow.checkpoint.zero import ZeroCheckpoint
-
         zero = ZeroCheckpoint(last_checkpoint(run))
         layers = self._by_layer(zero.trained)
         tensors = {

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from grow.methods.held import Held
-from grow.plan import canonical, parse_layers
+from grow.methods.kl import KlRegularized
+from grow.model.mlp import gated_mlps
+from grow.names import canonical
+from grow.plan import parse_layers
 
 _ANY = 10**6
 
 
 @dataclass
-class Sft(Held):
+class Sft(KlRegularized):
     """Nothing more than every method has, but that it can be held near the base too, and can be told to train the MLPs
     of some layers alone: `mlp_layers`, written as for `expand --layers`."""
 
@@ -20,8 +22,6 @@ class Sft(Held):
 
     def prepare(self, model: Any) -> None:
         """Raises UserError also for a layer that the model does not have."""
-        from grow.model import gated_mlps
-
         if self.mlp_layers:
             parse_layers(self.mlp_layers, len(gated_mlps(model)))
         super().prepare(model)

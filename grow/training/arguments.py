@@ -5,7 +5,6 @@ as many ranks as are planned: so whatever the libraries refuse is one line befor
 """
 
 import contextlib
-import logging
 import os
 import re
 import sys
@@ -15,7 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from grow.errors import UserError, one_line
+from grow.model.loading import compute_dtype
 from grow.recipe import Recipe
 from grow.training.deepspeed_json import complete_deepspeed
 
@@ -38,10 +45,6 @@ def planned_ranks() -> int:
 
 def compute_type(recipe: Recipe) -> Any:
     """The torch.dtype that a run computes in: the recipe's, or what this machine is fast in."""
-    import torch
-
-    from grow.model import compute_dtype
-
     return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
@@ -50,10 +53,6 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None)
 
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from transformers import TrainingArguments
-
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
     return (kind or TrainingArguments)(
         **{name: getattr(recipe, name) for name in _SAME},
@@ -90,8 +89,6 @@ def check_output(path: str) -> None:
 def check_arguments(recipe: Recipe) -> None:
     """Asks transformers and DeepSpeed for their refusals. Raises UserError, one line, for the first of them."""
     complete_deepspeed(recipe.deepspeed)
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
     try:
         with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):
@@ -107,8 +104,6 @@ def check_arguments(recipe: Recipe) -> None:
 
 def _on_paper() -> Any:
     """TrainingArguments that reach for no device, and form no process group."""
-    import torch
-    from transformers import TrainingArguments
 
     class OnPaper(TrainingArguments):
         device = torch.device("cpu")
@@ -129,20 +124,7 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what}: is refused ({reason[:300]})") from error
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """What libraries log while they are only asked is of no use beside the one line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _check_deepspeed(recipe: Recipe, arguments: Any, steps: int) -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig
-
     filled = arguments.hf_deepspeed_config
     if filled.mismatches:
         found = re.sub(r"^- ds (.*) vs hf ", r"\1, the recipe's ", filled.mismatches[0])
@@ -162,9 +144,6 @@ def _check_deepspeed(recipe: Recipe, arguments: Any, steps: int) -> None:
 
 
 def _build_schedule(arguments: Any, steps: int) -> None:
-    import torch
-    from transformers import get_scheduler
-
     optimizer = torch.optim.AdamW(
         [torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate, weight_decay=arguments.weight_decay,
         betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
@@ -178,8 +157,6 @@ def _build_schedule(arguments: Any, steps: int) -> None:
 
 
 def _build_reporters(arguments: Any) -> None:
-    from transformers.integrations import get_reporting_integration_callbacks
-
     problem, hook = "", sys.unraisablehook
     sys.unraisablehook = lambda _: None  # some that could not be built complain again when they are taken apart
     try:

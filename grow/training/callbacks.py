@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grow.allocator import Holes
 from grow.errors import Fault
+from grow.model.memory import MallocTrimmer
 from grow.training.flops import StepFlops, peak
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Watch(TrainerCallback):
+class GracefulShutdown(TrainerCallback):
     """Makes all ranks leave together, at the end of a step: with a checkpoint when the system asks any of them to go
     (SIGTERM, SIGUSR1), without one when the loss is no number on any of them.
 
@@ -28,7 +28,7 @@ class Watch(TrainerCallback):
         self.asked = False
         self.leaving = False
         self.lost: torch.Tensor | None = None
-        self.holes = Holes()
+        self.holes = MallocTrimmer()
         for number in SIGNALS:
             signal.signal(number, self._ask)
 
@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
         return control
 
 
-class Pace:
+class ThroughputMeter:
     """How fast a run goes, since it was last asked: tokens of text and labels a second over all ranks, and the share of
     the time in which rank 0 waited for data; and of what its devices could do, if that is known (grow.training.flops).
     """

@@ -5,12 +5,12 @@ clipping, the precision. DeepSpeed passes over a misspelt name without a word, a
 checkpoints are laid out; so only names that are known here to do neither are taken.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grow.errors import UserError, unknown
+from grow.recipe_values import read_deepspeed, zero_settings
 
 FROM_RECIPE: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -53,39 +53,6 @@ _PARTS: dict[str, set[str]] = {
     "bf16": {"enabled", "check_grad_overflow"},
     "data_types": {"grad_accum_dtype"},
 }  # fmt: skip
-
-
-def read_deepspeed(path: str | Path) -> dict[str, Any]:
-    """The file's settings as they stand in it. Raises UserError if it is not a JSON object, or holds a name twice."""
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_name_twice)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not JSON, which has no comments and no comma at a list's end ({reason})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a DeepSpeed config is a JSON object, {{…}}")
-    return settings
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} stands in it twice")
-    return dict(pairs)
-
-
-def zero_settings(path: str | Path) -> dict[str, Any]:
-    """What the file says of ZeRO, with a stage from 0 to 3. Raises UserError if it does not say it so."""
-    zero = read_deepspeed(path).get("zero_optimization") or {}
-    if not isinstance(zero, dict):
-        raise UserError(f'{path}: zero_optimization is {zero!r}; it is an object, such as {{"stage": 2}}')
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or not 0 <= stage <= 3:
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
-    return zero
 
 
 def complete_deepspeed(path: str | Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grow.methods.method import of_language_model
-from grow.model import grown_mlps
+from grow.model.mlp import grown_mlps
+from grow.names import of_language_model
 
 # Dense bf16 FLOP/s of the makers' data sheets, by what torch calls the device.
 _PEAK = {
@@ -40,7 +40,7 @@ class StepFlops:
     def __init__(self, model: nn.Module):
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.per_token = self.per_label = 0
-        # A trained up-projection takes the place of the base's own, which is not computed then (grow.mlp).
+        # A trained up-projection takes the place of the base's own, which is not computed then (grow.model.mlp).
         idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in (mlp.gate_proj, mlp.up_proj)}
         reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in name)
         for name, module in model.named_modules():

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from grow.data.packing import PackedDataset
-from grow.loss import base_logits, compare, labelled_logits
-from grow.model import grown_mlps
+from grow.model.gather import gathered
+from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
+from grow.model.mlp import grown_mlps
 
 
 class Probe:
@@ -65,7 +66,7 @@ def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
     logits, labels = labelled_logits(model, batch)
     base = base_logits(model, batch) if keeps_base else None
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    likelihoods, divergences = compare(logits, base, labels)
+    likelihoods, divergences = likelihood_and_kl(logits, base, labels)
     sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)
     return sums
 
@@ -73,8 +74,6 @@ def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
 def _moved(mlp: Any) -> dict[str, float]:
     """How far a layer's copies have parted from the originals (cosine of gate and up together) and moved from where
     they started (Frobenius norm over gate, up and down; for k > 2 their start's offsets count too)."""
-    from grow.training.trainer import gathered
-
     originals = [getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
     with gathered(*originals, *mlp.grown.parameters()):
         copies = mlp.factor - 1

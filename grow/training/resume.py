@@ -16,6 +16,7 @@ from torch import nn
 from grow.checkpoint.run_folder import set_aside
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
+from grow.model.gather import gathered
 
 
 def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
@@ -78,8 +79,6 @@ def _convert(tag_folder: Path, out: Path) -> None:
 def check_loaded(model: nn.Module, zero: ZeroCheckpoint) -> None:
     """Compares every trained parameter with its master weights, rounded: DeepSpeed has gone on from universal
     checkpoints with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
-    from grow.training.trainer import gathered
-
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from xxhash import xxh3_128
 
+from grow.checkpoint.files import write_json
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.writer import file_checksums
+from grow.data.of_recipe import template_of
 from grow.data.packing import PackedDataset
 from grow.errors import UserError
 from grow.recipe import Recipe
-from grow.tables import write_json
 from grow.training.same_run import NAME, places
 
 _CHECKSUMS = 2  # of rows: how they are computed
@@ -47,7 +48,7 @@ def write_run_file(
         "start_checksums": from_rank_0(lambda: {file.name: file_checksums(file)[0] for file in start.shards}),
         **data_facts(data, version),
         "day": recipe.day,
-        "chat_template": recipe.template.chat_template,
+        "chat_template": template_of(recipe).chat_template,
         **places(recipe),
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),

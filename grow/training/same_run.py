@@ -13,7 +13,8 @@ from grow.checkpoint.hub import HUB_NAME
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 from grow.recipe import Recipe
-from grow.training.deepspeed_json import first_difference, read_deepspeed
+from grow.recipe_values import read_deepspeed
+from grow.training.deepspeed_json import first_difference
 
 NAME = "run.json"
 

@@ -6,7 +6,7 @@ from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import check_start
 from grow.errors import UserError
-from grow.plan import is_growth
+from grow.names import is_growth
 from grow.recipe import Recipe
 
 

@@ -18,26 +18,35 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from grow.allocator import keep_memory
-from grow.checkpoint.run_folder import MARKER, broken, complete_checkpoints, set_aside, write_marker
+import deepspeed
+import torch.distributed as dist
+from transformers import set_seed
+
+from grow.checkpoint.run_folder import MARKER, complete_checkpoints, find_corruption, set_aside, write_marker
 from grow.checkpoint.shards import Checkpoint, read_json
-from grow.data.packing import Epochs, PackedDataset, read_sequences, summary
+from grow.data.of_recipe import read_sequences, retention_rows, retention_template, right_option, rows_of, tokenizer_of
+from grow.data.packing import Epochs, PackedDataset, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
-from grow.plan import canonical
+from grow.model.loading import check_loads, checkpoint_activations, load
+from grow.model.memory import tune_malloc
+from grow.names import canonical
 from grow.recipe import Recipe
 from grow.training.arguments import (
     check_arguments,
     check_output,
     compute_type,
     planned_ranks,
-    quiet,
     training_arguments,
 )
+from grow.training.callbacks import GracefulShutdown
+from grow.training.probe import Probe
+from grow.training.quiet import quiet
 from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
+from grow.training.trainer import GrowTrainer, changed_frozen
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -50,13 +59,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if (run / MARKER).exists():
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     _single_process_defaults()
-    keep_memory()
+    tune_malloc()
 
-    import torch.distributed as dist
-
-    from grow.training.callbacks import Watch
-
-    watch = Watch()
+    watch = GracefulShutdown()
     trainer = _trainer(recipe, run, start, watch)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -75,18 +80,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
-    import deepspeed
-    from transformers import set_seed
-
-    from grow.model import checkpoint_activations, load
-    from grow.training.trainer import GrowTrainer
-
     # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
     # that is killed meanwhile leaves a lock file at which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
-    tokenizer = recipe.tokenizer()
+    tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
     steps = recipe.max_steps
@@ -117,8 +116,6 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
 
 def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
     """Sees that what was frozen is what it was, and writes what the run ends in, the marker last."""
-    from grow.training.trainer import changed_frozen
-
     on_disk = {canonical(name): name for name in start.tensors}
     changed = changed_frozen(trainer.model, on_disk, start.read)
     if changed:
@@ -155,8 +152,6 @@ def check_run(recipe: Recipe) -> Checkpoint:
     recipe.make_method().check(recipe)
     check_same_run(run, recipe)
     with quiet():
-        from grow.model import check_loads
-
         check_loads(start)
         check_arguments(recipe)
     return start
@@ -169,7 +164,7 @@ def check_all(recipe: Recipe) -> None:
     if (Path(recipe.output_dir) / MARKER).exists():
         return
     recipe = recipe.on(first_day(Path(recipe.output_dir)))
-    tokenizer = recipe.tokenizer()
+    tokenizer = tokenizer_of(recipe)
     _check_scores(recipe)
     data = read_data(recipe, start, tokenizer)
     _probe(recipe, tokenizer, Path(recipe.output_dir))
@@ -180,11 +175,11 @@ def check_all(recipe: Recipe) -> None:
 def _check_scores(recipe: Recipe) -> None:
     """What `eval` would find wrong after training. Raises UserError for options that no row has; a test split that is
     not there is said."""
-    for row in recipe.rows(recipe.validation_split)[:1000] if recipe.options else ():
+    for row in rows_of(recipe, recipe.validation_split)[:1000] if recipe.options else ():
         with contextlib.suppress(ValueError):  # a bad row
-            recipe.right_option(row)
+            right_option(recipe, row)
     try:
-        recipe.rows(recipe.test_split)
+        rows_of(recipe, recipe.test_split)
     except UserError as error:
         print(f"{error}: there will be nothing to score the run on", file=sys.stderr)
 
@@ -204,7 +199,7 @@ def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, Pa
 def _sound_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint that is whole; says which are not."""
     for checkpoint in complete_checkpoints(run):
-        problem = broken(checkpoint)
+        problem = find_corruption(checkpoint)
         if problem is None:
             return checkpoint
         print(f"{checkpoint}: {problem}; going back to the checkpoint before it", file=sys.stderr)
@@ -213,13 +208,11 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
     """Watches old knowledge while the run trains; None if the recipe names no rows of it."""
-    from grow.training.probe import Probe
-
     if not recipe.retention or not recipe.probe_rows:
         return None
-    rows = recipe.retention_rows()
+    rows = retention_rows(recipe)
     rows = rows.select(range(min(recipe.probe_rows, len(rows))))
-    encoded = encode(rows, tokenizer, recipe.retention_template, recipe.max_length, end=False)
+    encoded = encode(rows, tokenizer, retention_template(recipe), recipe.max_length, end=False)
     encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)
     sequences = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer))
     return Probe(sequences, run / "probe.jsonl")

@@ -4,7 +4,6 @@ Schedules, logging, TensorBoard and the loop are Trainer's. Here: the loss (labe
 trains and no more and are marked when complete, resuming from them, and validation that ranks share out exactly.
 """
 
-import contextlib
 import os
 import shutil
 import time
@@ -18,17 +17,18 @@ import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from grow.checkpoint.run_folder import clear_place, remove_old_checkpoints, seal, settle
+from grow.checkpoint.run_folder import clear_place, fsync_and_hash, mark_complete, remove_old_checkpoints
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
 from grow.errors import Fault, UserError, one_line
-from grow.loss import labelled_logits, loss_sum, token_scores
 from grow.methods import Method
-from grow.plan import canonical
+from grow.model.gather import gathered
+from grow.model.loss import labelled_logits, loss_sum, token_scores
+from grow.names import canonical
 from grow.recipe import Recipe
 from grow.training.adam_step import step_by_blocks
-from grow.training.callbacks import Pace, Watch
+from grow.training.callbacks import GracefulShutdown, ThroughputMeter
 from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
 from grow.training.gradient_norm import one_pass_norm
@@ -44,7 +44,7 @@ class GrowTrainer(transformers.Trainer):
         *,
         recipe: Recipe,
         method: Method,
-        watch: Watch,
+        watch: GracefulShutdown,
         probe: Probe | None,
         sequences: Epochs,
         validation: PackedDataset,
@@ -54,7 +54,7 @@ class GrowTrainer(transformers.Trainer):
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
         )
         self.watch, self.probe = watch, probe
-        self.pace = Pace(StepFlops(self.model), self.args.world_size)
+        self.pace = ThroughputMeter(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
         self.model.register_state_dict_post_hook(drop_frozen)
@@ -172,7 +172,7 @@ class GrowTrainer(transformers.Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            parts = gather_object([settle(folder, self.args.process_index, self.files.written)])
+            parts = gather_object([fsync_and_hash(folder, self.args.process_index, self.files.written)])
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
             free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise Fault(
@@ -180,7 +180,7 @@ class GrowTrainer(transformers.Trainer):
                 " command again: it goes on from the last complete checkpoint"
             ) from error
         if self.args.should_save:
-            seal(folder, {name: facts for part in parts for name, facts in part.items()})
+            mark_complete(folder, {name: facts for part in parts for name, facts in part.items()})
             remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -213,18 +213,6 @@ def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any
 def trained_names(module: nn.Module) -> set[str]:
     """The names of the parameters that train."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def gathered(*parameters: nn.Parameter) -> Any:
-    """The whole parameters on every rank, also where ZeRO-3 keeps them in partitions."""
-    if not hasattr(parameters[0], "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parameters)):
-        yield
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:

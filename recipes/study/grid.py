@@ -1,12 +1,13 @@
 """What a grid asks for: its cells, each one training run.
 
-A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and where on the dial. Under
+A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and at which α. Under
 `methods` it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of
 a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
-`layer_dial`, the arguments of that command. A cell is a row at one rate with one seed; its name is all that a result is
-known by, so a row that is changed needs another label.
+`learn_alphas`, the arguments of that command. A cell is a row at one rate with one seed; its name is all that a result
+is known by, so a row that is changed needs another label.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from grow.methods import METHODS
 @dataclass(frozen=True)
 class Cell:
     """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's; `average` is
-    how many of the last checkpoints are scored as one; `layer_dial` has the arguments of that command, if each layer
+    how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command, if each layer
     gets an α of its own."""
 
     label: str
@@ -32,7 +33,7 @@ class Cell:
     seed: int
     fields: dict[str, Any]
     average: int
-    layer_dial: dict[str, Any]
+    learn_alphas: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -41,7 +42,7 @@ class Cell:
 
 
 _NEEDED = ("recipe", "fields", "alphas", "limit", "retention_limit", "seeds", "methods")
-_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "layer_dial")
+_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "learn_alphas")
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -51,14 +52,17 @@ def read_grid(path: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{path}: no grid there") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     for key in _NEEDED:
         if not isinstance(grid, dict) or key not in grid:
-            raise UserError(f"{path}: is no grid: it does not say {key}")
+            raise UserError(f"{path}: is not a grid: it does not say {key}")
     for key in grid:
         if key not in (*_NEEDED, "general_text", "effective_rank"):
             raise UserError(f"{path}: {unknown(key, _NEEDED, 'part of a grid')}")
     for label, row in grid["methods"].items():
+        if "layer_dial" in row:
+            print(f"{path}: {label}: layer_dial is called learn_alphas now", file=sys.stderr)
+            row["learn_alphas"] = row.pop("layer_dial")
         _check(label, row)
     return dict(grid)
 
@@ -69,7 +73,9 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
         for label, row in grid["methods"].items():
             for rate in row["learning_rate"]:
                 layers, factor = str(row.get("layers", "")), row.get("factor", 2)
-                more = (row.get(key, default) for key, default in (("fields", {}), ("average", 1), ("layer_dial", {})))
+                more = (
+                    row.get(key, default) for key, default in (("fields", {}), ("average", 1), ("learn_alphas", {}))
+                )
                 yield Cell(label, row["method"], layers, factor, float(rate), seed, *more)
 
 
@@ -80,6 +86,8 @@ def _check(label: str, row: dict[str, Any]) -> None:
     if not isinstance(row.get("learning_rate"), list):
         raise UserError(f"{label}: learning_rate is a list of rates")
     if row.get("method") not in METHODS or row["method"] == "adapter":
-        raise UserError(f"{label}: method {row.get('method')!r}: none, or none that ends in a checkpoint to be scored")
+        raise UserError(
+            f"{label}: method {row.get('method')!r}: unknown, or one that does not end in a checkpoint to be scored"
+        )
     if METHODS[row["method"]].grows != ("layers" in row):
         raise UserError(f"{label}: layers (all, or 0-5) say which grow, of a method that grows and of no other")

@@ -4,7 +4,7 @@
                                      [--work FOLDER] [--keep]
 
 GRID is a YAML file such as recipes/study/translation.yaml (grid.py says what stands in it). Each cell is trained,
-brought into the form that has a dial, and scored over it; then one line of JSON goes into `results.jsonl` beside GRID,
+consolidated and scored at each α; then one line of JSON goes into `results.jsonl` beside GRID,
 and its checkpoints are removed (unless `--keep`: `rank` and `effective-rank` read them). `--only` names a row, or one
 cell of it. A cell that has a line there is run again only if `--only` names it, scored where it was and where the grid
 says, or at `--alphas`; its new line takes the place of the old. Stopped in the middle of a cell, it goes on from its
@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where `grow` is: a script 
 
 from grid import Cell, cells, read_grid
 
-from grow.arguments import checked, number
+from grow.checkpoint.files import write_text
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
+from grow.cli.arguments import checked, number
+from grow.data.of_recipe import sliced
 from grow.errors import UserError, one_line
-from grow.recipe import read_recipe, sliced
-from grow.tables import write_text
+from grow.methods import read_recipe
 
 ROOT = Path(__file__).parents[2]
 WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
@@ -59,13 +60,13 @@ class Study:
         return FileLock(self.work / f"{name}.lock".replace("/", "_"))
 
     def done(self) -> dict[str, list[float]]:
-        """The cells that have a result, by name, and at which places of the dial."""
+        """The cells that have a result, by name, and at which α."""
         lines = map(json.loads, self.results.read_text().splitlines() if self.results.exists() else [])
         mine = (line for line in lines if line["grid"] == self.path.name)
-        return {line["cell"]: [place["alpha"] for place in line["dial"]] for line in mine}
+        return {line["cell"]: [scores["alpha"] for scores in line.get("by_alpha") or line["dial"]] for line in mine}
 
     def places(self, cell: Cell) -> str:
-        """Where a cell's dial is scored, with commas."""
+        """The α at which a cell is scored, with commas."""
         alphas = {*map(float, self.grid["alphas"]), *self.done().get(cell.name, ())}
         return self.alphas or ",".join(f"{alpha:g}" for alpha in sorted(alphas))
 
@@ -122,8 +123,8 @@ class Study:
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
-        dial = [f"--alpha={self.places(cell)}", "--against", str(against)]
-        self.score(scored, out, *dial, *(() if cell.layers else ("--start", self.base)))
+        options = [f"--alpha={self.places(cell)}", "--against", str(against)]
+        self.score(scored, out, *options, *(() if cell.layers else ("--start", self.base)))
         self.note(self.line(cell, run, scored, read_json(against), read_json(out)))
         for left in () if self.keep else {run, trained, scored}:
             remove(left)
@@ -134,11 +135,11 @@ class Study:
 
     def by_layer(self, cell: Cell, trained: Path) -> Path:
         """The checkpoint with an α of its own in each layer, if the cell wants that; else the one given."""
-        if not cell.layer_dial:
+        if not cell.learn_alphas:
             return trained
         out = trained.with_name(f"{trained.name}-by-layer")
         if not out.exists():
-            grow("layer-dial", trained, out, "--recipe", self.recipe, *arguments(cell.layer_dial))
+            grow("learn-alphas", trained, out, "--recipe", self.recipe, *arguments(cell.learn_alphas))
         return out
 
     def line(self, cell: Cell, run: Path, scored: Path, base: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -147,8 +148,8 @@ class Study:
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
         # By step: a run that goes on looks once more at where it goes on from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
-        dial = [self.point(scores) for scores in result.get("dial", [result])]
-        alphas = ",".join(f"{place['alpha']:g}" for place in dial)
+        points = [self.point(scores) for scores in result.get("by_alpha", [result])]
+        alphas = ",".join(f"{scores['alpha']:g}" for scores in points)
         return {
             "grid": self.path.name,
             "cell": cell.name,
@@ -158,7 +159,7 @@ class Study:
             "factor": cell.factor,
             "fields": cell.fields,
             "average": cell.average,
-            "layer_dial": read_json(scored / "config.json")["growth"]["alphas"] if cell.layer_dial else [],
+            "learnt_alphas": read_json(scored / "config.json")["growth"]["alphas"] if cell.learn_alphas else [],
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
             "max_steps": self.grid["fields"]["max_steps"],
@@ -171,13 +172,13 @@ class Study:
             "general_text": self.grid.get("general_text", []),
             "history": list(watched.values()),
             "base": self.point(base),
-            "dial": dial,
+            "by_alpha": points,
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
             "effective_rank": effective_ranks(Path(f"{run}-ranks")) if self.ranked(cell) else [],
         }
 
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
-        """What a line keeps of the scores at one place of the dial: no single rows."""
+        """What a line keeps of the scores at one α: no single rows."""
         sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
         keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}

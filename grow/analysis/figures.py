@@ -1,0 +1,33 @@
+"""Tables and pictures of commands that measure."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.files import written_whole
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
+    """Writes a matplotlib figure as PNG and closes it. Raises UserError if that cannot be."""
+    from matplotlib import pyplot
+
+    with written_whole(Path(path)) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def new_figure(*size: float, columns: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure of some inches, drawn without a screen, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=size, layout="constrained")

@@ -1,0 +1,107 @@
+"""Runs and scores → one table (Markdown) and one picture (PNG)."""
+
+from pathlib import Path
+from typing import Any
+
+from grow.analysis.figures import new_figure, write_figure
+from grow.checkpoint.files import write_text
+from grow.checkpoint.run_folder import last_checkpoint, validation_losses
+from grow.checkpoint.shards import read_json
+from grow.errors import UserError
+
+COLUMNS = (
+    ("task loss", "task", "loss", "{:.3f}"),
+    ("token accuracy", "task", "token_accuracy", "{:.1%}"),
+    ("old knowledge, exact", "retention", "exact_match", "{:.1%}"),
+    ("old knowledge, log-likelihood", "retention", "log_likelihood", "{:.2f}"),
+)
+METRICS = (
+    ("accuracy", "task", "accuracy", "{:.1%}"),
+    ("chrF", "task", "chrf", "{:.1f}"),
+    ("BLEU", "task", "bleu", "{:.1f}"),
+)
+"""Columns that a table has if a recipe asked for them."""
+
+
+def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
+    """Writes OUT/report.md and OUT/report.png from runs (their curves) and files that `eval --out` wrote (scores)."""
+    scores, curves = [], {}
+    for source in sources:
+        path = Path(source)
+        if (path / "run.json").exists():
+            curves[_method(path)] = validation_losses(last_checkpoint(path))
+        elif path.is_file():
+            scores += _points(read_json(path))
+            if not all("task" in point for point in scores):
+                raise UserError(f"{path}: not a file that `python -m grow eval --recipe … --out` wrote")
+        else:
+            raise UserError(f"{path}: neither a training run nor a file that `python -m grow eval --out` wrote")
+    folder = Path(out)
+    text = table(scores) + "\n" + samples(scores)
+    write_text(folder / "report.md", text)
+    _plot(scores, curves, folder / "report.png")
+    return {"table": str(folder / "report.md"), "plots": [str(folder / "report.png")], "text": text}
+
+
+def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each α that was scored."""
+    points = scores.get("by_alpha") or scores.get("dial")  # "dial" in files of before
+    if not points:
+        return [scores]
+    return [point | {"name": f"{scores['name']}, α = {point['alpha']:g}"} for point in points]
+
+
+def _method(run: Path) -> str:
+    return str(read_json(run / "run.json")["recipe"]["method"])
+
+
+def table(scores: list[dict[str, Any]]) -> str:
+    """One row for each scored checkpoint, as Markdown."""
+    if not scores:
+        return ""
+    columns = [*COLUMNS, *(c for c in METRICS if any(c[2] in row[c[1]] for row in scores))]
+    lines = ["| | " + " | ".join(name for name, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in scores:
+        cells = [form.format(row[part][key]) if key in row.get(part, {}) else "–" for _, part, key, form in columns]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    first = scores[0]
+    old = f", {first['retention']['rows']} of old knowledge" if "retention" in first else ""
+    held_out = f"Held-out rows: {first['task']['rows']} of the task{old}."
+    lines += ["", f"{held_out} Loss in nats per token; computed in {first['dtype'].removeprefix('torch.')}."]
+    return "\n".join(lines) + "\n"
+
+
+def samples(scores: list[dict[str, Any]]) -> str:
+    """What each checkpoint writes for the same prompts, side by side."""
+    lines = []
+    for index, sample in enumerate(scores[0]["samples"] if scores else []):
+        lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]
+        lines += [f"| {row['name']} | {row['samples'][index]['output']} |" for row in scores if row["samples"][index:]]
+        lines += [f"| *reference* | {sample['reference']} |", ""]
+    return "\n".join(lines)
+
+
+def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    figure, (left, right) = new_figure(11, 4.2, columns=2)
+    for name, points in curves.items():
+        left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    left.set(title="Learning the new task", xlabel="step", ylabel="validation loss, nats per token")
+    if curves:
+        left.legend()
+    known = [row for row in scores if "retention" in row]
+    offset: dict[tuple[float, float], int] = {}
+    for row in known:
+        place = (row["task"]["loss"], row["retention"]["log_likelihood"])
+        right.plot(*place, marker="o", markersize=8, linestyle="none")
+        # Checkpoints that compute the same function lie on one point: their names go below each other.
+        line = offset[place] = offset.get(place, -1) + 1
+        right.annotate(row["name"], place, xytext=(9, -4 - 12 * line), textcoords="offset points")
+    right.set(
+        title="New task against old knowledge (better: up, left)",
+        xlabel="task loss on held-out rows, nats per token",
+        ylabel="old knowledge, log-likelihood per item, nats",
+    )
+    right.margins(x=0.4, y=0.25)  # room for the names
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    write_figure(path, figure)

@@ -1,0 +1,241 @@
+"""What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.card import base_facts
+from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.lazy import LazyTensor, mean
+from grow.checkpoint.metadata import check_growth
+from grow.checkpoint.run_folder import (
+    MARKER,
+    complete_checkpoints,
+    last_checkpoint,
+    step_of,
+    steps_in,
+    validation_losses,
+)
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.starting import check_start, second_head
+from grow.checkpoint.writer import equal, file_checksums
+from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
+from grow.errors import UserError
+from grow.names import canonical, is_growth
+from grow.plan import GrowthPlan
+
+
+@dataclass
+class TrainedWeights:
+    """`start` is what training started from: a grown checkpoint, or the base of plain fine-tuning."""
+
+    start: Checkpoint
+    trained: dict[str, LazyTensor] = field(default_factory=dict)  # by the name on disk; fp32 master weights of a run
+    facts: dict[str, Any] = field(default_factory=dict)  # of the training
+    chat_template: str = ""  # one of the recipe's own, which the base does not have
+    scores: dict[str, Any] = field(default_factory=dict)  # of `eval`
+    identity: list[Any] = field(default_factory=list)  # of all that is read
+
+    @property
+    def plan(self) -> GrowthPlan | None:
+        """What grew; None for plain fine-tuning."""
+        return GrowthPlan.from_config(self.start.config)
+
+    def tensor(self, name: str) -> LazyTensor:
+        """A tensor as trained; a master weight is in fp32."""
+        return self.trained[name] if name in self.trained else self.start.lazy(name)
+
+    def growth(self) -> dict[str, LazyTensor]:
+        """All that growth has added, as trained, each tensor in the base's dtype."""
+        names = dict.fromkeys([name for name in self.start.tensors if is_growth(name)] + list(self.trained))
+        return {name: self.tensor(name).to(self.start.tensors[_own(name)].dtype) for name in names}
+
+    def growth_facts(self) -> dict[str, Any]:
+        """The metadata of the growth as it is now (config.json's "growth")."""
+        before = self.start.config["growth"]
+        trained_up = any(".mlp.trained." in name for name in self.growth())
+        facts = before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
+        return facts | ({"scores": self.scores} if self.scores else {})
+
+    def base_facts(self) -> dict[str, Any]:
+        """Name and licence of the base."""
+        growth = self.start.config.get("growth")
+        return growth["base"] if growth else base_facts(self.start)
+
+
+Merge = Callable[[dict[str, Any], str, Checkpoint, dict[str, LazyTensor]], dict[str, LazyTensor]]
+"""How what trained becomes tensors of the starting checkpoint, such as a LoRA merged into its weights: of a run's
+recipe, the dtype that it computed in, the start and what trained (grow.methods.merge_trained)."""
+
+
+def as_trained(
+    recipe: dict[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """Merges nothing: growth and plain fine-tuning train tensors that the checkpoint has."""
+    return trained
+
+
+def load_trained(
+    path: str, start: str = "", tag: str = "", average: int = 1, merge: Merge = as_trained
+) -> TrainedWeights:
+    """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
+
+    `start` is what training started from, where that does not stand in a run.json (or was moved); `tag` names one of
+    several checkpoints in a DeepSpeed folder. With `start`, a stock checkpoint is one that was trained from it.
+    `average`: of a run, the mean of so many of its last checkpoints (latest weight averaging, Kaddour 2022, arXiv
+    2209.14981). `merge` says how a method's own parameters become weights. Raises UserError for anything else.
+    """
+    folder = Path(path)
+    if average < 1:
+        raise UserError(f"--average {average}: 1 or more")
+    if (folder / "run.json").exists():
+        return _open_mean(folder, average, start, merge)
+    if average != 1 and folder.exists():
+        raise UserError(
+            f"--average {average}: means are of a training run's checkpoints, and {folder} is no run's folder"
+        )
+    if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
+        if not (folder / MARKER).exists():
+            raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
+        return _open_run(folder.parent, folder, start, merge)
+    if is_deepspeed(folder):
+        if not start:
+            raise UserError(f"{folder}: name the checkpoint that its training started from: --start CKPT")
+        return _open_deepspeed(folder, Checkpoint(start), tag)
+    checkpoint = Checkpoint(path)
+    if tag:
+        raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, and {folder} is none")
+    if start:
+        return match_to_base(
+            Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint
+        )
+    if checkpoint.config.get("growth") is None:
+        raise UserError(
+            f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
+        )
+    _check_grown(checkpoint)
+    return TrainedWeights(
+        checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity()
+    )
+
+
+def _check_grown(checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the growth in it is the one of which its config speaks."""
+    if checkpoint.config.get("growth") is None:
+        return
+    growth = check_growth(checkpoint.config["growth"], checkpoint.path / "config.json")
+    plan = GrowthPlan.from_config({"growth": growth})
+    assert plan is not None
+    _, problems = expected_growth(checkpoint, plan)
+    for problem in problems.values():
+        raise UserError(f"{checkpoint.path}: {problem}")
+
+
+def _open_mean(run: Path, average: int, start: str, merge: Merge) -> TrainedWeights:
+    """A run's last checkpoint, with the mean of its last `average` ones laid over."""
+    last = last_checkpoint(run)
+    paths = complete_checkpoints(run)[:average]
+    if len(paths) != average:
+        raise UserError(
+            f"{run}: {len(paths)} complete checkpoints are there, and --average {average} wants as many "
+            "(the recipe's save_steps and save_total_limit say how many a run keeps)"
+        )
+    source = _open_run(run, last, start, merge)
+    if average > 1:
+        others = [_open_run(run, path, start, merge) for path in paths[1:]]
+        source.trained = {
+            name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()
+        }
+        source.facts["averaged_steps"] = sorted(step_of(path) for path in paths)
+        source.identity += [other.identity for other in others]
+    return source
+
+
+def _open_run(run: Path, zero_path: Path, start: str, merge: Merge) -> TrainedWeights:
+    try:
+        run_facts, step = read_json(run / "run.json"), step_of(zero_path)
+        step = step if step >= 0 else steps_in(zero_path)  # someone's copy, checkpoint-2-keep
+        recipe = run_facts["recipe"]
+        facts = {key: recipe[key] for key in ("method", "data")} | {
+            "steps": step,
+            "learning_rate": recipe["learning_rate"],
+            "seed": recipe["seed"],
+            "validation_loss": [loss for _, loss in validation_losses(zero_path)],
+        }
+        dtype = str(run_facts["dtype"])
+        moved, start = start, start or str(run_facts["start"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
+    own = _started_from(run, start, bool(moved), run_facts)
+    source = _open_deepspeed(zero_path, own, "", lambda trained: merge(recipe, dtype, own, trained))
+    source.facts, source.chat_template = facts, str(run_facts.get("chat_template") or "")
+    return source
+
+
+def _started_from(run: Path, start: str, moved: bool, run_facts: dict[str, Any]) -> Checkpoint:
+    """What a run started from. Where it has moved, it is seen by its checksums that it is the same."""
+    try:
+        own = Checkpoint(start)
+    except UserError as error:
+        hint = "" if moved else f" ({run} started from it; --start says where it is now)"
+        raise UserError(f"{error}{hint}") from None
+    if moved and isinstance(run_facts.get("start_checksums"), dict):
+        for name, checksum in run_facts["start_checksums"].items():
+            if own.path / name not in own.shards or file_checksums(own.path / name)[0] != checksum:
+                raise UserError(f"{own.path}: is not what {run} started from: its {name} has other contents")
+    return own
+
+
+def _open_deepspeed(
+    path: Path, start: Checkpoint, tag: str, merged: Callable[..., dict[str, LazyTensor]] = dict
+) -> TrainedWeights:
+    zero = ZeroCheckpoint(path, tag)
+    source = match_to_base(start, merged(zero.trained), zero)
+    source.facts = {"checkpoint": path.name}
+    on_disk = {canonical(name): name for name in start.tensors}
+    for name, tensor in zero.frozen.items():
+        key = on_disk.get(canonical(name))
+        if key and _differs(start, key, tensor):
+            raise UserError(f"{path}: {name} was frozen, and is not that of {start.path}: training started elsewhere")
+    return source
+
+
+def match_to_base(start: Checkpoint, trained: dict[str, LazyTensor], origin: Any) -> TrainedWeights:
+    """Finds each trained tensor's counterpart: names differ between disk and memory, and so do layouts."""
+    _check_grown(start)
+    on_disk = {canonical(name): name for name in start.tensors}
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in trained.items():
+        key = on_disk.get(canonical(name))
+        if key is None and name.endswith("lm_head.weight"):
+            continue  # tied: the embedding's second name, which DeepSpeed's universal checkpoints keep
+        if key is None and ".mlp.trained." in name:
+            # A g_train run starts without it: it has the name and the shape of the base's own.
+            own = on_disk.get(canonical(_own(name)), "")
+            key = own.replace(".mlp.", ".mlp.trained.") or None
+        if key is None or start.tensors[_own(key)].shape != tensor.shape:
+            raise UserError(
+                f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
+            )
+        found[key] = tensor
+    names = second_head(start)
+    if names is not None and names[1] in found:
+        check_start(start)
+        found[names[0]] = found[names[1]]  # the embeddings' second name
+    if GrowthPlan.from_config(start.config) is not None:
+        found = {key: tensor for key, tensor in found.items() if is_growth(key) or _differs(start, key, tensor)}
+        strange = [key for key in found if not is_growth(key)]
+        if strange:
+            raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
+    return TrainedWeights(start, found, identity=[start.identity(), origin.identity()])
+
+
+def _own(name: str) -> str:
+    """The name of the tensor whose place a trained up-projection takes, which has its shape and dtype; or `name`."""
+    return name.replace(".mlp.trained.", ".mlp.")
+
+
+def _differs(start: Checkpoint, key: str, tensor: LazyTensor) -> bool:
+    own = start.lazy(key)
+    return own.shape != tensor.shape or not equal(own, tensor.to(own.dtype))

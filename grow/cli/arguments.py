@@ -1,0 +1,103 @@
+"""A command line, held against the signature of its command before anything is done.
+
+Fire, which shows the help, would run a command before it meets a misspelt flag, would take the word after a switch for
+its value, would make a number of a file called 12, and takes as long to import as half of numpy.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grow.errors import UserError, unknown
+
+_HELP = ("-h", "--help")
+
+
+def checked(
+    arguments: list[str], commands: Mapping[str, Callable[..., Any]]
+) -> tuple[str, list[str], dict[str, str | bool]]:
+    """Returns a command's name, and its arguments by place and by name; by the name "help" if that is asked for.
+
+    A command whose signature ends in **fields takes the fields of a recipe as flags too. Raises UserError, one line,
+    for what does not fit.
+    """
+    if not arguments or arguments[0] in _HELP:
+        return "", [], {"help": True}
+    name, *rest = arguments
+    if name not in commands:
+        raise UserError(unknown(name, commands, "command"))
+    if any(argument in _HELP for argument in rest):
+        return name, [], {"help": True}
+    parameters = inspect.signature(commands[name]).parameters
+    positional, flags = _split(name, rest, parameters)
+    _complete(name, positional, flags, parameters)
+    words = iter(positional)
+    first = [str(flags.pop(key) if key in flags else next(words)) for key in _needed(parameters)]
+    return name, [*first, *words], flags
+
+
+def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[list[str], dict[str, str | bool]]:
+    positional: list[str] = []
+    flags: dict[str, str | bool] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("-") or word == "-" or word[1].isdigit():
+            positional.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        key = flag[2:].replace("-", "_")
+        _check_flag(name, flag, key, parameters)
+        if key in flags:
+            raise UserError(f"{name}: {flag} is given twice")
+        if key in parameters and parameters[key].annotation is bool:
+            if equals:
+                raise UserError(f"{name}: {flag} is a switch, it takes no value")
+            flags[key] = True
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"{name}: {flag} needs a value")
+        flags[key] = value
+    return positional, flags
+
+
+def _check_flag(name: str, flag: str, key: str, parameters: Mapping[str, Any]) -> None:
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        from grow.methods import METHODS  # for start-up time, as elsewhere in grow.cli
+        from grow.recipe import field_types
+
+        named += field_types(METHODS)
+    if key not in named or not flag.startswith("--"):
+        raise UserError(f"{name}: {unknown(flag, [f'--{known}' for known in named], 'flag')}")
+
+
+def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """What has to be given, by place or by name."""
+    return [key for key, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+
+
+def _complete(name: str, positional: list[str], flags: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    # Only what must be given may be given by place: `expand BASE OUT 3` would leave open what 3 is.
+    places = [key for key in _needed(parameters) if key not in flags]
+    needed = [key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in flags]
+    missing = [
+        key
+        for key in needed
+        if key not in places[: len(positional)]
+        and parameters[key].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+    if missing:
+        what = missing[0].upper() if missing[0] in places else f"--{missing[0]}"
+        raise UserError(f"{name}: {what} is missing (see python -m grow {name} --help)")
+    if len(positional) > len(places) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
+        raise UserError(f"{name}: {positional[len(places)]!r} is too much; options have names (see {name} --help)")
+
+
+def number(flag: str, value: str, kind: type = int) -> Any:
+    """A flag's value as a number, or UserError."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{flag} {value}: a number is needed") from None

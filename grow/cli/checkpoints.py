@@ -1,0 +1,197 @@
+"""Commands on checkpoints: offline, no model is built.
+
+Heavy imports happen inside a command, so that --help answers at once.
+"""
+
+import os
+
+from grow.cli.arguments import number
+from grow.cli.format import Bar, memory_text, plan_text, say, verify_text
+from grow.errors import UserError
+
+
+def plan(
+    source: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
+) -> str:
+    """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
+
+    Of a recipe: what its run would take on each of --world-size GPUs, and on disk.
+
+    Example: python -m grow plan ~/models/gemma-3-1b-pt --layers 0-8
+    Example: python -m grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
+
+    Args:
+        source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
+            cache; or a recipe, FILE.yaml.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json, or top:6:DIR (learn-alphas).
+        world_size: Of a recipe: how many GPUs.
+        json: Print one JSON object.
+        fields: Of a recipe: fields that are given another value.
+    """
+    if source.endswith((".yaml", ".yml")):
+        if (factor, layers) != ("2", "all"):
+            raise UserError("plan: --factor and --layers are for a checkpoint; a recipe's are those of its `grown`")
+        from grow.methods import read_recipe
+        from grow.training.footprint import describe_run
+
+        return say(describe_run(read_recipe(source, fields), number("--world-size", world_size)), memory_text, json)
+    if fields:
+        raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a checkpoint")
+
+    from grow.checkpoint.expand import added_tensors, describe_growth, make_plan
+    from grow.checkpoint.shards import Checkpoint
+
+    checkpoint = Checkpoint(source)
+    grown, prefixes = make_plan(checkpoint, factor, layers)
+    return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
+
+
+def expand(
+    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", keep: bool = False,
+    json: bool = False,
+) -> str:  # fmt: skip
+    """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
+
+    Example: python -m grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
+
+    Args:
+        base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
+        out: The grown checkpoint; must not exist yet.
+        factor: k: every grown MLP becomes k times as wide.
+        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json, or top:6:DIR (learn-alphas).
+        max_shard_size: The largest file of growth, such as 1GB.
+        keep: An OUT that is there already stays, if it grew in these layers by this factor.
+        json: Print one JSON object.
+    """
+    # As it is imported, numpy would start threads for products of matrices, which spin a while and of which there are
+    # none here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+    from grow.checkpoint.expand import check_grown
+    from grow.checkpoint.expand import expand as run
+
+    if keep and os.path.isdir(out):
+        return say(check_grown(base, out, factor, layers), lambda r: f"is there already: {r['out']}", json)
+    with Bar("expanding") as bar:
+        result = run(base, out, factor, layers, max_shard_size, bar.add)
+    return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
+
+
+def verify(checkpoint: str, base: str | None = None, forward: bool = False, json: bool = False) -> str:
+    """Checks a checkpoint: files and tensors intact, growth where its plan says, the base unharmed inside.
+
+    Example: python -m grow verify grown --base ~/models/gemma-3-1b-pt --forward
+
+    Args:
+        checkpoint: A grown or a stock checkpoint.
+        base: Also compare every tensor with this base's.
+        forward: Also run both models and compare every logit, in fp32 and in bf16 (needs --base).
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.verify import verify as run
+
+    if forward and base is None:
+        raise UserError("--forward compares with a base: name it with --base")
+    result = run(checkpoint, base)
+    if forward and not result["problems"]:
+        from grow.evaluation.logits import compare_logits
+
+        result["logits"] = compare_logits(checkpoint, str(base))
+        # What cannot be exact, k > 2 and fp16 (halving loses bits of its subnormals), is measured and stated.
+        allowed = 0.0 if result["exact"] else 0.02
+        result["problems"] += [
+            f"{name}: logits differ by up to {found['difference']:.3g}"
+            for name, found in result["logits"].items()
+            if not found["difference"] <= allowed * found["largest"]
+        ]
+    if result["problems"]:
+        raise UserError(f"{checkpoint}: {len(result['problems'])} problems: " + "; ".join(result["problems"][:5]))
+    return say(result, verify_text, json)
+
+
+def consolidate(
+    source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
+    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "1", scores: str = "", json: bool = False,
+) -> str:  # fmt: skip
+    """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
+
+    Example: python -m grow consolidate runs/gemma3_270m-translation-g_freeze ~/models/gemma-3-270m-french
+
+    Args:
+        source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
+        out: The checkpoint to write; must not exist yet.
+        format: "stock", or "grown".
+        uniform: Where only some layers are grown, widen the others with zeros, so that one width holds for all.
+        alpha: The interpolation coefficient, folded into the weights: 0 is the base, 1 as trained.
+        dtype: float32, bfloat16 or float16; the base's unless given.
+        max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
+        start: What training started from, where no run.json says it.
+        tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
+        scores: A file that `eval --out` wrote, for the model card.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.consolidate import consolidate as run
+    from grow.methods import merge_trained
+
+    coefficient, count = number("--alpha", alpha, float), number("--average", average)
+    with Bar("consolidating") as bar:
+        result = run(
+            source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, bar.add,
+            merge_trained,
+        )  # fmt: skip
+    return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+
+def base(source: str, out: str, json: bool = False) -> str:
+    """Takes the base model out of a grown checkpoint: the same files, by checksum, as were grown.
+
+    Example: python -m grow base ~/models/gemma-3-1b-grown ~/models/gemma-3-1b-again
+
+    Args:
+        source: A grown checkpoint, or a run that started from one.
+        out: The base; must not exist yet.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import extract_base as run
+
+    return say(run(source, out), lambda r: f"base of {len(r['files'])} shards written: {r['out']}", json)
+
+
+def growth(source: str, out: str, start: str = "", tag: str = "", average: str = "1", json: bool = False) -> str:
+    """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
+
+    Example: python -m grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
+
+    Args:
+        source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
+        out: The growth package; must not exist yet.
+        start: What training started from, where no run.json says it.
+        tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
+        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import extract_growth as run
+    from grow.methods import merge_trained
+
+    count = number("--average", average)
+    with Bar("writing") as bar:
+        result = run(source, out, start=start, tag=tag, average=count, progress=bar.add, merge=merge_trained)
+    return say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+
+def attach(base: str, growth: str, out: str, json: bool = False) -> str:
+    """Puts a growth package on the base that it grew from; another base is refused.
+
+    Example: python -m grow attach ~/models/gemma-3-1b-pt ~/models/french-growth ~/models/gemma-3-1b-french
+
+    Args:
+        base: The base, by folder or by hub name.
+        growth: The growth package.
+        out: The grown checkpoint; must not exist yet.
+        json: Print one JSON object.
+    """
+    from grow.checkpoint.package import attach_growth as run
+
+    return say(run(base, growth, out), lambda r: f"grown checkpoint written: {r['out']}", json)

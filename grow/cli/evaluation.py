@@ -1,0 +1,177 @@
+"""Commands that score checkpoints, and that choose the interpolation coefficient α.
+
+Heavy imports happen inside a command, so that --help answers at once.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from grow.cli.arguments import number
+from grow.cli.format import alpha_text, eval_text, layer_alphas_text, say
+from grow.errors import Fault, UserError
+
+
+def eval(
+    checkpoint: str, recipe: str = "", alpha: str = "1", start: str = "", against: str = "", samples: str = "0",
+    limit: str = "0", retention_limit: str = "0", lm_eval: str = "", include_path: str = "", name: str = "",
+    out: str = "", json: bool = False, **fields: str,
+) -> str:  # fmt: skip
+    """Scores a checkpoint on the recipe's test rows and on retention rows, with 95 % intervals, at one α or several.
+
+    Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
+    Example: python -m grow eval runs/sft-stock --start BASE --alpha 0,0.5,1 --recipe recipes/gemma3_270m/maths.yaml
+    Example: python -m grow eval runs/sft-stock --lm-eval winogrande,arc_easy
+
+    Args:
+        checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
+        recipe: The recipe whose task and retention rows are scored. Any of its fields can be given another value.
+        alpha: The interpolation coefficient: 0 is the base, 1 as trained; or several values, with commas.
+        start: The base of a stock checkpoint: its weights are interpolated with the base's.
+        against: A file of the base's scores, to compare retention with row by row; or have 0 among the α.
+        samples: For how many test rows to show what the model writes.
+        limit: Score only so many test rows (of each task of lm-eval, too); 0 is all.
+        retention_limit: Score only so many rows of each retention set; 0 is all.
+        lm_eval: Tasks of lm-evaluation-harness, with commas.
+        include_path: A folder of more such tasks.
+        name: What to call it in a report; the folder's name unless given.
+        out: Write the result to this file, for `report`.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.checkpoint.shards import read_json
+    from grow.methods import read_recipe
+
+    if not recipe and not lm_eval:
+        raise UserError("eval: name what to score it on: --recipe FILE, or --lm-eval TASK,TASK")
+    settings = read_recipe(recipe, fields) if recipe else None
+    most, most_known, shown = (
+        number(flag, value)
+        for flag, value in (("--limit", limit), ("--retention-limit", retention_limit), ("--samples", samples))
+    )
+    alphas = tuple(number("--alpha", part, float) for part in alpha.split(","))
+    base = read_json(Path(against)) if against else None
+
+    from grow.checkpoint.files import write_json
+    from grow.evaluation.evaluate import evaluate
+    from grow.evaluation.harness import Harness
+
+    harness = Harness(lm_eval.split(","), include_path, most or None).scores if lm_eval else None
+    result = evaluate(checkpoint, settings, alphas, shown, most or None, most_known or None, start, base, harness)
+    result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
+    if out:
+        write_json(out, result)
+    said = say(result, eval_text, json)
+    _raise_failed(result, said, out)
+    return said
+
+
+def _raise_failed(result: dict[str, Any], said: str, out: str) -> None:
+    """Of a result of which a part failed: says what is there, and raises UserError or Fault for what is not."""
+    failed = [entry for point in result.get("by_alpha", [result]) for entry in point.get("failed", {}).items()]
+    if failed:
+        print(said)
+        parts = "; ".join(f"{part}: {why['line']}" for part, why in failed)
+        kind = UserError if all(why["mistake"] for _, why in failed) else Fault
+        raise kind(f"eval: {parts} (all else is scored{', and in ' + out if out else ''})")
+
+
+def report(*runs: str, out: str, json: bool = False) -> str:
+    """Makes a table and a plot of runs (their curves) and of files that `eval --out` wrote (their scores).
+
+    Example: python -m grow report base.json sft.json runs/sft --out results
+
+    Args:
+        runs: Training runs, and files of scores.
+        out: The folder for report.md and report.png.
+        json: Print one JSON object.
+    """
+    from grow.analysis.report import report as run
+
+    if not runs:
+        raise UserError("report: name at least one run, or a file that `eval --out` wrote")
+    if runs[0].endswith(".jsonl"):
+        return _report_study(runs, out, json)
+    result = run(runs, out)
+    return say(result, lambda r: f"{r['text']}\nwritten: {', '.join([r['table'], *r['plots']])}", json)
+
+
+def _report_study(runs: tuple[str, ...], out: str, json: bool) -> str:
+    """The report of a study, by its old name: it stands with the study now."""
+    script = Path(__file__).parents[2] / "recipes" / "study" / "report.py"
+    command = [str(script), *runs, "--out", out, *(["--json"] if json else [])]
+    print(f"grow: the report of a study is made by: python {' '.join(command)}", file=sys.stderr)
+    if not script.is_file():
+        raise UserError(f"report: {script} is not there; it is a part of the repository")
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout.rstrip()
+
+
+def find_alpha(
+    checkpoint: str, max_kl: str = "0.01", text: str = "", passages: str = "32", start: str = "", json: bool = False
+) -> str:
+    """Finds the largest α that keeps a trained model within a bound of its base, by KL on general text.
+
+    KL(base ‖ model) of the next token, nats, the mean over all positions of the text. Bisection: a few passes over it.
+
+    Example: python -m grow find-alpha ~/models/gemma-3-270m-french-grown --max-kl 0.01 --text prose.txt
+
+    Args:
+        checkpoint: A grown checkpoint, or what a run by `adapter` ends in; or, with --start, a stock one.
+        max_kl: The bound, in nats a token.
+        text: FILE.txt, whose paragraphs are the passages, or FILE.jsonl with a column text; English fiction unless
+            given, which recipes/gemma3_270m/fetch.py prose brings.
+        passages: How many passages, of 256 tokens at most.
+        start: What a stock checkpoint was trained from; its weights are interpolated.
+        json: Print one JSON object.
+    """
+    bound, count = number("--max-kl", max_kl, float), number("--passages", passages)
+
+    if not bound > 0 or count < 1:
+        raise UserError(f"find-alpha: --max-kl {max_kl} and --passages {passages}: both are more than 0")
+
+    from grow.evaluation.find_alpha import find_alpha as run
+
+    return say(run(checkpoint, start, text, count, bound), alpha_text, json)
+
+
+def learn_alphas(
+    checkpoint: str, out: str, recipe: str, text: str = "", kl_weight: str = "2", steps: str = "40", json: bool = False,
+    **fields: str,
+) -> str:  # fmt: skip
+    """Learns an interpolation coefficient α for each layer of a grown checkpoint, on held-out rows.
+
+    At α = 1 the new checkpoint has each layer at its own coefficient; at α = 0 it is the base, as before.
+
+    Minimises the task's loss on the recipe's validation rows + kl_weight times KL(base ‖ model) on general text, over
+    one number a layer. OUT is the same checkpoint, its shards linked.
+
+    Example: python -m grow learn-alphas GROWN OUT --recipe recipes/gemma3_270m/translation.yaml
+
+    Args:
+        checkpoint: A grown checkpoint, trained.
+        out: The folder to write.
+        recipe: The task.
+        text: Folders of general text, with commas, whose split train has a column text; English fiction unless given,
+            which recipes/gemma3_270m/fetch.py prose brings.
+        kl_weight: What a nat of KL weighs beside a nat of the task's loss: more of it stays nearer to the base.
+        steps: How many, of one sequence of each.
+        json: Print one JSON object.
+        fields: Fields of the recipe that are given another value.
+    """
+    weight, count = number("--kl-weight", kl_weight, float), number("--steps", steps)
+    if not weight > 0 or count < 1:
+        raise UserError(f"learn-alphas: --kl-weight {kl_weight} and --steps {steps}: both are more than 0")
+
+    from grow.methods import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    folders = text.split(",") if text else [os.path.expandvars("${GROW_CACHE}/gemma3_270m/prose")]
+
+    from grow.evaluation.learn_alphas import learn_alphas as run
+
+    return say(run(checkpoint, out, settings, folders, weight, count), layer_alphas_text, json)

@@ -1,0 +1,147 @@
+"""What the commands say to a person, from the results that --json prints as they are."""
+
+import json as json_module
+from collections.abc import Callable
+from typing import Any
+
+from grow.plan import ranges
+
+
+def plan_text(r: dict[str, Any]) -> str:
+    """Of `plan` and `expand`."""
+    added, base = r["added_parameters"], r["base_parameters"]
+    trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
+    return (
+        f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
+        f"grown by a factor of {r['factor']}: {len(r['layers'])} layers ({ranges(r['layers'])})\n"
+        f"added: {added / 1e6:,.1f} M parameters ({added / base:.0%} of the base), {r['added_bytes'] / 1e9:.2f} GB\n"
+        f"trained: {trained}"
+    )
+
+
+def memory_text(r: dict[str, Any]) -> str:
+    """Of `plan`, of a recipe."""
+    parts = ("weights", "gradients", "optimizer")
+    lines = [
+        f"{r['method']}: trains {r['trained_parameters'] / 1e6:,.1f} M of {r['parameters'] / 1e6:,.1f} M parameters, "
+        f"in {r['dtype']}; GB on each of {r['world_size']} GPUs:",
+        f"{'ZeRO':<20}" + "".join(f"{part:>11}" for part in (*parts, "together", "on host", "sent/step")),
+    ]
+    for stage, states in r["stages"].items():
+        sent = r["moved"][stage.split()[0]]["sent"]
+        sizes = [*(states[part] for part in parts), sum(states[part] for part in parts), states.get("host", 0), sent]
+        name = f"{stage}, the recipe's" if stage == str(r["stage"]) else stage
+        lines.append(f"{name:<20}" + "".join(f"{size / 1e9:>11.2f}" for size in sizes))
+    lines += [
+        f"and, estimated: {r['activations_estimate'] / 1e9:.2f} GB of activations and logits, up to "
+        f"{r['buckets_estimate'] / 1e9:.2f} GB to reduce gradients in",
+        f"disk: {r['disk_bytes'] / 1e9:.2f} GB, checkpoints of {r['checkpoint_bytes'] / 1e9:.2f} GB",
+        f"to leave with a checkpoint: {r['lead_seconds']} s at {r['disk_rate'] / 1e9:g} GB/s (assumed), plus one step: "
+        "for Slurm's --signal",
+    ]
+    return "\n".join(lines)
+
+
+def verify_text(r: dict[str, Any]) -> str:
+    """Of `verify`."""
+    lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
+    for name, found in r.get("logits", {}).items():
+        if found["difference"] == 0:
+            lines.append(f"{name}: every logit equal to the base's, bit for bit")
+        else:
+            lines.append(
+                f"{name}: logits differ by up to {found['difference']:.3g}, the largest is {found['largest']:.3g}"
+            )
+    return "\n".join(lines)
+
+
+def train_text(r: dict[str, Any]) -> str:
+    """Of `train`."""
+    return (
+        f"{r['run']}: {r['status']}, {r['steps']} steps, validation loss {r['validation_loss']:.3f}; "
+        f"{r['frozen_unchanged']} frozen tensors bit-identical to the start"
+    )
+
+
+def eval_text(r: dict[str, Any]) -> str:
+    """Of `eval`."""
+    lines = []
+    for point in r.get("by_alpha", [r]):
+        lines += [f"α = {point['alpha']:g}"] if "by_alpha" in r else []
+        sets = {part: point[part] for part in ("task", "retention") if part in point} | point.get("retention_sets", {})
+        lines += [_scores_text(name, scores) for name, scores in sets.items()]
+        for task, metrics in point.get("lm_eval", {}).items():
+            lines += [f"{task}: {name} {figure_text(m, 'value')} over {m['rows']} rows" for name, m in metrics.items()]
+    lines += [f"{sample['prompt']} {sample['output']}" for sample in r.get("samples", [])]
+    return "\n".join(lines)
+
+
+def figure_text(scores: dict[str, Any], key: str, form: str = ".3f") -> str:
+    """A figure with its 95 % interval, such as 0.512 [0.480, 0.544]."""
+    bounds = scores.get("intervals", {}).get(key) or scores.get("interval")
+    text = format(scores[key], form)
+    return text + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
+
+
+def _scores_text(name: str, s: dict[str, Any]) -> str:
+    parts = [
+        f"loss {figure_text(s, 'loss')}",
+        f"token accuracy {figure_text(s, 'token_accuracy', '.1%')}",
+        f"exact {figure_text(s, 'exact_match', '.1%')}",
+        f"log-likelihood {figure_text(s, 'log_likelihood', '.2f')}",
+    ]
+    if "accuracy" in s:
+        fewer = f" over {s['accuracy_rows']} rows" if s.get("accuracy_rows", s["rows"]) != s["rows"] else ""
+        parts.append(f"accuracy {figure_text(s, 'accuracy', '.1%')}{fewer}")
+    parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
+    if "from_base" in s:
+        parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")
+    left_out = f", {s['contaminated']} left out as contaminated by training rows" if s["contaminated"] else ""
+    unusable = f", {s['unusable']} left out as they cannot be used" if s.get("unusable") else ""
+    return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}{unusable}"
+
+
+def alpha_text(r: dict[str, Any]) -> str:
+    """Of `find-alpha`."""
+    lines = [f"α = {point['alpha']:<6g} KL {figure_text(point, 'kl', '.5f')}" for point in r["seen"]]
+    lines += [
+        f"largest α with KL(base ‖ model) ≤ {r['max_kl']:g} nats a token: {r['alpha']:g}; KL "
+        f"{figure_text(r, 'kl', '.5f')} (95 %) over {r['passages']} passages, {r['tokens']} tokens of {r['text']}",
+        r["next"],
+    ]
+    return "\n".join(lines)
+
+
+def layer_alphas_text(r: dict[str, Any]) -> str:
+    """Of `learn-alphas`."""
+    lines = [f"layer {layer:<3} α = {alpha:g}" for layer, alpha in zip(r["layers"], r["alphas"], strict=True)]
+    lines += [f"{what}: {r[key][0]:.3f} at first, {r[key][1]:.3f} at the end" for what, key in _LEARNT]
+    return "\n".join([*lines, f"written: {r['out']}"])
+
+
+_LEARNT = (("task loss, nats per token", "task_loss"), ("KL from the base, nats per token", "kl"))
+
+
+class Bar:
+    """A progress bar in bytes, on a terminal only."""
+
+    def __init__(self, what: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def add(self, count: int, total: int) -> None:
+        """So many bytes more are done, of so many."""
+        self._bar.total = total
+        self._bar.update(count)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
+    """A result as one JSON object, or as text."""
+    return json_module.dumps(result) if json else text(result)

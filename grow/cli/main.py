@@ -1,0 +1,59 @@
+"""python -m grow COMMAND …: growing language models, and training what has grown."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from grow.cli import analysis, checkpoints, evaluation, runs
+from grow.cli.arguments import checked
+from grow.errors import LEFT, Fault, Preempted, UserError, one_line
+
+COMMANDS: dict[str, Callable[..., str]] = {
+    command.__name__.replace("_", "-"): command
+    for command in (
+        checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.preview, runs.show, runs.train,
+        checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach, evaluation.eval,
+        evaluation.report, evaluation.find_alpha, evaluation.learn_alphas, analysis.rank, analysis.effective_rank,
+    )
+}  # fmt: skip
+
+
+RENAMED = {"dial": "find-alpha", "layer-dial": "learn-alphas"}
+"""Commands by their old names."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line. Returns the exit code: 0 done, 2 a user's mistake, 75 preempted, 1 a fault."""
+    try:
+        words = _by_new_name(sys.argv[1:] if arguments is None else arguments)
+        name, positional, flags = checked(words, COMMANDS)
+        if "help" in flags:
+            import fire
+
+            # After "--" Fire itself takes it, else a command with **fields would take it for a field.
+            fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
+        else:
+            print(COMMANDS[name](*positional, **flags))
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and name == "train":
+            raise  # elsewhere it is the disk, or the network before it; here it could be anything
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
+            print(f"grow: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except Fault as error:
+        print(f"grow: {one_line(error)}", file=sys.stderr)
+        return 1
+    except Preempted as left:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"grow: {one_line(left)}", file=sys.stderr)
+        return LEFT
+    except SystemExit as leaving:  # Fire's help
+        return int(leaving.code or 0)
+    return 0
+
+
+def _by_new_name(words: list[str]) -> list[str]:
+    if not words or words[0] not in RENAMED:
+        return words
+    print(f"grow: {words[0]} is called {RENAMED[words[0]]} now", file=sys.stderr)
+    return [RENAMED[words[0]], *words[1:]]

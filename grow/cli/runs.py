@@ -1,0 +1,104 @@
+"""Commands on recipes and runs.
+
+Heavy imports happen inside a command, so that --help answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from grow.cli.arguments import number
+from grow.cli.format import say, train_text
+from grow.errors import UserError, unknown
+
+
+def fetch(recipe: str, json: bool = False, **fields: str) -> str:
+    """Fetches a recipe's model and data into the cache; started by launch/prepare.sh, where there is network.
+
+    Example: HF_TOKEN=… launch/prepare.sh recipes/gemma3_1b/translation.yaml
+
+    Args:
+        recipe: A YAML file.
+        json: Print one JSON object.
+        fields: Fields of the recipe that are given another value.
+    """
+    from grow.methods import read_recipe
+
+    settings = read_recipe(recipe, fields)
+
+    from grow.data.fetch import fetch as run
+
+    return say(run(settings), lambda r: f"model: {r['base']}\ndata: {r['data']}, rows {r['rows']}", json)
+
+
+def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, **fields: str) -> str:
+    """Shows what a run would train on, row by row: the text, what of it is learnt, bad rows and why they are.
+
+    Example: python -m grow preview recipes/gemma3_270m/translation.yaml --limit 3
+    Example: python -m grow preview my.yaml --split validation --messages conversations --json
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        split: Which split of the data; the recipe's train_split unless given.
+        limit: So many rows from the first on; 0 is all.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.methods import read_recipe
+
+    settings = read_recipe(recipe, fields)
+
+    from grow.data.preview import checked_limit, preview_text
+    from grow.data.preview import preview as run
+    from grow.training.run_file import first_day
+
+    settings = settings.on(first_day(Path(settings.output_dir)))
+    result = run(settings, split or settings.train_split, checked_limit(number("--limit", limit)))
+    return say(result, lambda r: preview_text(r, colour=sys.stdout.isatty()), json)
+
+
+def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
+    """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
+
+    Example: python -m grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
+
+    Args:
+        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        names: The fields.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.methods import read_recipe
+
+    settings = read_recipe(recipe, fields)
+    values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
+    values["base"] = settings.base_name
+    for name in names:
+        if name not in values:
+            raise UserError(unknown(name, values, "field"))
+    return say({name: values[name] for name in names}, lambda r: "\n".join(map(str, r.values())), json)
+
+
+def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -> str:
+    """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it goes on.
+
+    Example: launch/train.sh recipes/gemma3_270m/translation.yaml --method sft --max_steps 20
+
+    Args:
+        recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
+        check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
+        json: Print one JSON object.
+        fields: Fields of the recipe.
+    """
+    from grow.methods import read_recipe
+    from grow.training.quiet import quiet
+
+    settings = read_recipe(recipe, fields)
+    with quiet():
+        from grow.training.train import check_all
+        from grow.training.train import train as run
+    if check:
+        check_all(settings)
+        return say({"run": settings.output_dir}, lambda r: r["run"], json)
+    result = run(settings)
+    return say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""

@@ -1,0 +1,59 @@
+"""Held-out rows that training rows give away: rows that are the same, or that share 13 words in a row.
+
+Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
+in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
+that put no spaces between words a character, with the marks on it, counts as half a word.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import regex
+
+from grow.data.template import Template
+
+Rows = tuple[Iterable[dict[str, Any]], Template]
+
+WORDS = 13
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+# A character of such a script, or a word of any other: letters and digits with the vowel signs and accents after them.
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}_])+")
+_HALF = regex.compile(rf"[{_UNSPACED}]")
+
+
+def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
+    """Of each set of held-out rows the indices of those that a training row gives away.
+
+    Rows come with their template. Only what is held out is kept in memory, as hashes.
+    """
+    marked: dict[int, set[tuple[int, int]]] = {}
+    for number, (rows, template) in enumerate(held_out):
+        for index, row in enumerate(rows):
+            for mark in _marks(template.texts(row)):
+                marked.setdefault(mark, set()).add((number, index))
+    found: list[set[int]] = [set() for _ in held_out]
+    rows, template = training
+    for row in rows:
+        for mark in _marks(template.texts(row)):
+            for number, index in marked.get(mark, ()):
+                found[number].add(index)
+    return found
+
+
+def _marks(texts: list[str]) -> Iterator[int]:
+    """Hashes of the row as a whole, and of every 13 words in a row in it."""
+    words = [_WORD.findall(text.lower()) for text in texts]
+    if not any(words):
+        return
+    yield hash(tuple(map(tuple, words)))
+    for column in words:
+        # In halves of a word; a run is as short as it can be.
+        weights = [1 if _HALF.match(word) else 2 for word in column]
+        first = total = 0
+        for last, weight in enumerate(weights):
+            total += weight
+            while total - weights[first] >= 2 * WORDS:
+                total -= weights[first]
+                first += 1
+            if total >= 2 * WORDS:
+                yield hash(tuple(column[first : last + 1]))

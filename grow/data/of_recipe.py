@@ -1,0 +1,79 @@
+"""What a recipe names: rows, tokenizer, how a row becomes text; and its rows in packed sequences."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from grow.data.load import load_rows
+from grow.data.packing import PackedDataset
+from grow.data.rows import Rows
+from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer, pad_token_id
+from grow.data.tokens import encode_cached
+from grow.errors import UserError
+from grow.recipe import Recipe
+
+
+def rows_of(recipe: Recipe, split: str) -> Rows:
+    """The rows of one split of the recipe's data."""
+    return load_rows(recipe.data, split, recipe.data_revision, recipe.data_dir, recipe.data_config)
+
+
+def retention_rows(recipe: Recipe, split: str = "test", folder: str = "") -> Rows:
+    """The rows of `retention`, or of another folder; of "FOLDER[:80]" the first 80."""
+    path, part = sliced(folder or str(recipe.retention))
+    return load_rows(path, split + part)
+
+
+def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
+    """One split of a grow.recipe.Recipe's data, packed; bad rows are named. Raises UserError for rows that cannot be
+    used, if they are too many or all."""
+    encoded = encode_cached(rows_of(recipe, split), tokenizer, template_of(recipe), recipe.max_length)
+    encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
+    return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
+
+
+def sliced(folder: str) -> tuple[str, str]:
+    """ "FOLDER[:80]" → its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
+    path, bracket, part = folder.partition("[:")
+    return path, bracket + part
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The tokenizer of the checkpoint that training starts from, or of the base where that has not grown yet.
+
+    Raises UserError where there is none.
+    """
+    return load_tokenizer(recipe.start if os.path.isdir(recipe.start) else recipe.base_name)
+
+
+def template_of(recipe: Recipe) -> Template:
+    """How a row of the recipe's data becomes text."""
+    own = _chat_template(recipe.chat_template) if recipe.chat_template else ""
+    return Template(recipe.prompt, recipe.completion, recipe.messages, own, recipe.day)
+
+
+def retention_template(recipe: Recipe) -> Template:
+    """How a row of `retention` becomes text."""
+    return Template(recipe.retention_prompt, recipe.retention_completion)
+
+
+def right_option(recipe: Recipe, row: Any) -> str:
+    """The option that is a row's own completion. Raises UserError if none is, ValueError for a bad row."""
+    wanted = template_of(recipe).fill(recipe.completion, row)
+    if wanted not in recipe.options:
+        raise UserError(
+            f"options: {wanted!r}, the completion of a row, is not among {recipe.options}; they are written as the "
+            "template writes completions, with the space before them"
+        )
+    return wanted
+
+
+def _chat_template(file: str) -> str:
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {file}: cannot be read ({error})") from None
+    if not text.strip():
+        raise UserError(f"chat_template: {file}: is empty")
+    return text

@@ -1,0 +1,127 @@
+"""What a model writes after a prompt, and how near that is to a reference."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from grow.data.encoder import Encoder
+from grow.data.rows import Rows
+from grow.data.template import Template
+from grow.data.tokenizer import pad_token_id
+
+_AT_A_TIME = 16
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row as a model is asked it: the tokens before the last thing that is learnt, as training has them, and that."""
+
+    prompt: str
+    ids: list[int]
+    reference: str
+    reference_ids: list[int]
+
+
+def generate(model: Any, tokenizer: Any, template: Template, rows: Rows) -> list[dict[str, str]]:
+    """What the model writes, greedily, after each row's prompt; with prompt and reference.
+
+    It writes up to an end token or, where all references are of one line, to the line's end, and at most twice as many
+    tokens as the longest reference of its batch. The model's own generation config (sampling, penalties, lengths) plays
+    no part, but for its end tokens.
+    """
+    encoder = Encoder(tokenizer, template)
+    asked = [_asked(encoder, row) for row in rows]
+    if not asked:
+        return []
+    ends = _ends(model, encoder, asked)
+    # Of about one length together: each batch is as long as its longest.
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+    texts: dict[int, str] = {}
+    for first in tqdm(range(0, len(order), _AT_A_TIME), desc="writing", leave=False, disable=None):
+        part = order[first : first + _AT_A_TIME]
+        written = _written(model, [asked[i] for i in part], ends, pad_token_id(tokenizer))
+        texts |= dict(zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True))
+    several = any("\n" in row.reference for row in asked)
+    return [
+        {
+            "prompt": row.prompt.removeprefix(tokenizer.bos_token or ""),
+            "reference": row.reference,
+            "output": _cut(texts[index].strip(), several) or "–",
+        }
+        for index, row in enumerate(asked)
+    ]
+
+
+def _cut(text: str, several_lines: bool) -> str:
+    return text if several_lines else text.split("\n")[0]
+
+
+def _asked(encoder: Encoder, row: dict[str, Any]) -> Asked:
+    shown = encoder.shown(row)
+    begin, end = shown.spans[-1]
+    last = len(shown.learnt) - 1 - shown.learnt[::-1].index(True)
+    first = last
+    while first > 0 and shown.learnt[first - 1]:
+        first -= 1
+    reference = encoder.special.removed(shown.text[begin:end]).strip()
+    return Asked(shown.text[:begin], shown.ids[:first], reference, shown.ids[first : last + 1])
+
+
+def _ends(model: Any, encoder: Encoder, asked: list[Asked]) -> list[int]:
+    """The tokens at which writing stops: ends of a text and of a turn; and of a line, if no reference has one."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(own if isinstance(own, list) else [own]), encoder.tokenizer.eos_token_id}
+    ends |= {number for row in asked for number in row.reference_ids if number in encoder.special.own}
+    line_end = encoder.tokenizer("\n", add_special_tokens=False).input_ids
+    if len(line_end) == 1 and not any(line_end[0] in row.reference_ids for row in asked):
+        ends.add(line_end[0])
+    return sorted(number for number in ends if number is not None)
+
+
+def _written(model: Any, part: list[Asked], ends: list[int], pad: int) -> torch.Tensor:
+    width = max(1, *(len(row.ids) for row in part))
+    ids, mask = (torch.zeros(len(part), width, dtype=torch.int64) for _ in range(2))
+    ids += pad
+    for index, row in enumerate(part):
+        if row.ids:
+            ids[index, width - len(row.ids) :] = torch.tensor(row.ids)
+        mask[index, width - max(1, len(row.ids)) :] = 1
+    settings = GenerationConfig(
+        max_new_tokens=2 * max(len(row.reference_ids) for row in part), do_sample=False, num_beams=1, use_cache=True,
+        eos_token_id=ends or None, pad_token_id=pad,
+    )  # fmt: skip
+    with _no_config_of_its_own(model, settings):
+        written = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+    return written[:, width:]
+
+
+@contextlib.contextmanager
+def _no_config_of_its_own(model: Any, settings: Any) -> Iterator[None]:
+    """What a call leaves open, transformers takes from the model's generation config."""
+    before, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def translation_scores(outputs: list[str], references: list[str]) -> dict[str, Any]:
+    """chrF2 and BLEU of a corpus, 0 to 100, with 95 % bootstrap intervals, and sacrebleu's signatures (Post 2018)."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    found: dict[str, Any] = {"intervals": {}}
+    for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+        figure = metric.corpus_score(outputs, [references], n_bootstrap=_DRAWS)
+        found[name] = float(figure.score)
+        middle, half = float(figure._mean), float(figure._ci)
+        found["intervals"][name] = (middle - half, middle + half)
+        found[f"{name}_signature"] = str(metric.get_signature())
+    return found

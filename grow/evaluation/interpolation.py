@@ -1,0 +1,80 @@
+"""A model with both ends of the dial: α = 0 is the base, exactly, 1 the trained model.
+
+A grown or adapted checkpoint has its base inside. A stock one needs the base that it was trained from; its weights
+are then interpolated with the base's, as `consolidate --alpha` does it, so that both are loaded once for a whole curve.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.checkpoint.hub import locate
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.errors import UserError
+from grow.model.alpha import set_alpha
+from grow.model.bottleneck import CONFIG
+from grow.model.loading import compute_device, compute_dtype, load
+from grow.model.loss import base_logits
+from grow.model.memory import tune_malloc
+from grow.names import canonical
+
+
+def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
+    """Looks before anything is loaded. Raises UserError for an α that is none, and for a checkpoint whose dial can only
+    be at 1: one without its base, or with a `start` that it cannot have been trained from."""
+    folder = locate(path)
+    if (folder / "run.json").is_file():
+        raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
+    inside = (folder / CONFIG).is_file() or "growth" in read_json(folder / "config.json")
+    if start and inside:
+        raise UserError(f"--start {start}: {path} has its base inside")
+    if start and _shapes(path) != _shapes(start):
+        raise UserError(f"{path} and {start} are of different shapes, so there is nothing between them")
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise UserError(f"--alpha {alpha:g}: it lies between 0 (the base) and 1 (as trained)")
+        if alpha != 1 and not (inside or start):
+            raise UserError(f"{path}: no base is inside; name what it was trained from: --start BASE")
+
+
+def _shapes(path: str) -> dict[str, tuple[int, ...]]:
+    tensors = Checkpoint(path).tensors
+    return {canonical(name): info.shape for name, info in tensors.items() if not name.endswith("lm_head.weight")}
+
+
+class Interpolation:
+    """`model` is on the GPU if there is one, in the dtype that this machine computes in; at α = 1 at first.
+
+    What it is given has passed check_dial.
+    """
+
+    def __init__(self, path: str, start: str = ""):
+        tune_malloc()
+        device = compute_device()
+        self.model: Any = load(path, compute_dtype()).to(device)
+        self.alpha = 1.0
+        self._base: Any = None
+        if start:
+            self._base = load(start, compute_dtype()).to(device)
+            pairs = zip(self.model.parameters(), self._base.parameters(), strict=True)
+            self._trained = [
+                (own.data, own.data.clone(), before.data) for own, before in pairs if not torch.equal(own, before)
+            ]
+
+    def set(self, alpha: float) -> None:
+        """Turns it."""
+        if self._base is None:
+            set_alpha(self.model, alpha)
+        elif alpha != self.alpha:
+            for now, trained, before in self._trained:
+                between = trained if alpha else before
+                if 0 < alpha < 1:
+                    between = before.float() + alpha * (trained.float() - before.float())
+                now.copy_(between)
+        self.alpha = alpha
+
+    def base_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """The base's logits where there is a label, as grow.model.loss.labelled_logits has them; the dial stays."""
+        return base_logits(self.model, batch, self._base)

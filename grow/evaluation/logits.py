@@ -1,0 +1,34 @@
+"""Same function, bit for bit? Runs two checkpoints on the same tokens and compares every logit."""
+
+import torch
+
+from grow.data.tokenizer import load_tokenizer
+from grow.model.loading import load
+
+# Any text will do; this one is long enough for 200 tokens in any tokenizer.
+TEXT = (
+    "A language model that is fine-tuned on something narrow forgets much of what it knew, because the weights that "
+    "held the old knowledge are the ones that are overwritten. A model that grows instead keeps them. At first its new "
+    "neurons are copies of the old ones, and each contributes a half of what one contributed before, so that nothing "
+    "at all has changed; then only the copies learn. En un mot : apprendre sans oublier. Die Hauptstadt von Frankreich "
+    "ist Paris, 12 * 12 = 144, and `def add(a, b): return a + b` is a function. The seven colours of the rainbow are "
+    "red, orange, yellow, green, blue, indigo and violet; water boils at 100 degrees Celsius at sea level; and the "
+    "first ten prime numbers are 2, 3, 5, 7, 11, 13, 17, 19, 23 and 29. Many small steps lead further than one leap."
+)
+
+
+@torch.no_grad()
+def compare_logits(path: str, base_path: str, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
+
+    `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
+    logit of the second, by which to judge it.
+    """
+    tokenizer = load_tokenizer(base_path)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = [load(one, dtype).to(device)(input_ids=ids, use_cache=False).logits for one in (path, base_path)]
+        difference = 0.0 if torch.equal(*logits) else float((logits[0] - logits[1]).abs().max())
+        found[str(dtype).removeprefix("torch.")] = {"difference": difference, "largest": float(logits[1].abs().max())}
+    return found

@@ -1,0 +1,71 @@
+"""Orthogonal subspace fine-tuning: each weight's strongest singular directions stay, the rest trains beside them."""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from grow.checkpoint.dtypes import Rows
+from grow.checkpoint.lazy import LazyTensor, elementwise
+from grow.errors import UserError
+from grow.methods.peft_method import PeftMethod
+
+
+@dataclass
+class Osf(PeftMethod):
+    """W = U S V, split at a share `osf_kept` of the singular values, counted from the largest: the part above is
+    frozen, U, S and V of the part below train, their gradients projected to be orthogonal to what is frozen ("Sculpting
+    Subspaces", arXiv 2504.07097); as PEFT does it.
+
+    PEFT computes W x + (U' S' V' − U S V) x, whose sum is zero at step 0 only up to rounding. Gradients are orthogonal;
+    Adam's steps, scaled element by element, are not: a third of what U changes by can lie in the frozen subspace.
+    """
+
+    part: ClassVar[str] = ".osf_svd_params."
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # PEFT decomposes the weights when it is put in; ZeRO-3 has cut them
+
+    osf_kept: float = 0.5
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError also for a share that is none."""
+        super().check(recipe)
+        if not 0 < self.osf_kept < 1:
+            raise UserError(f"osf_kept {self.osf_kept:g}: a share of the singular values is needed, between 0 and 1")
+
+    def config(self, target_modules: list[str]) -> Any:
+        """PEFT's OSFConfig."""
+        from peft import OSFConfig
+
+        return OSFConfig(effective_rank=self.osf_kept, target_modules=target_modules, task_type="CAUSAL_LM")
+
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """U, S and V: of the stronger directions, which are frozen, and of the weaker."""
+        rank = min(out_features, in_features)
+        kept = int(rank * self.osf_kept)
+        found: dict[str, tuple[int, ...]] = {}
+        for end, count in ((".osf_high.", kept), (self.part, rank - kept)):
+            found |= {f"{end}U": (out_features, count), f"{end}S": (count,), f"{end}V": (count, in_features)}
+        return found
+
+    def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
+        """W + U' S' V' − U S V. PEFT does not save the latter: it is found again as it was."""
+        u, s, v = (parts[f"osf_svd_params.{name}_low"] for name in "USV")
+
+        def update(begin: int, end: int) -> Rows:
+            trained = u.rows(begin, end) * s.rows(0, s.length) @ v.rows(0, v.length)
+            return trained - _weak_part(own, self.osf_kept, dtype)[begin:end].numpy()
+
+        return elementwise(operator.add, "F32", own, LazyTensor(own.shape, "F32", update))
+
+
+@lru_cache(maxsize=4)  # weights are asked for in blocks of rows, and about as many threads write
+def _weak_part(weight: LazyTensor, kept: float, dtype: str) -> Tensor:
+    """U S V of the weaker singular values, [out, in] fp32, from factors rounded as PEFT rounds them."""
+    rounded = getattr(torch, dtype.removeprefix("torch."))
+    u, s, v = torch.linalg.svd(weight.load().to(rounded).float(), full_matrices=False)
+    first = int(len(s) * kept)
+    u, s, v = (part.to(rounded).float() for part in (u[:, first:], s[first:], v[first:]))
+    return u * s @ v

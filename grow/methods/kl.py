@@ -1,0 +1,115 @@
+"""KL regularisation towards the frozen base, on general text.
+
+A base that is inside the model needs no second model and no memory of its own: it is the same forward pass at α = 0, or
+with the LoRAs at 0.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.data.examples import IGNORED
+from grow.data.packing import collate
+from grow.errors import UserError
+from grow.methods.method import Method
+from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
+
+_POSITIONS = 64
+"""Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
+
+
+@dataclass
+class KlRegularized(Method):
+    """Training with `kl_weight` times KL(base ‖ model) of the next token added to the loss, on general text.
+
+    `kl_text` are folders whose split train has rows with a column text; they take turns. It costs a forward pass of
+    the base and a step's work on one sequence more. A method that keeps its base has it inside. Others then hold a
+    second model on every rank, whole, and so do not work with ZeRO-3.
+    """
+
+    kl_weight: float = 0.0
+    kl_text: list[str] = field(default_factory=list)
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError also for a weight without text, and where the base cannot be kept beside the model."""
+        super().check(recipe)
+        if self.kl_weight < 0 or (self.kl_weight > 0) != bool(self.kl_text):
+            raise UserError("kl_weight (above 0) and kl_text, folders of general text, go together")
+        if self.kl_weight and not self.keeps_base and recipe.zero.get("stage") == 3:
+            raise UserError(
+                f"{recipe.deepspeed}: {recipe.method} with kl_weight holds a second model and does not work with "
+                "ZeRO-3; give --deepspeed a config of stage 1 or 2"
+            )
+        if self.kl_text:
+            self._text(recipe)
+
+    def reads(self, recipe: Any) -> list[str]:
+        """The folders of general text."""
+        return self.kl_text if self.kl_weight else []
+
+    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+        """The bytes of the second model."""
+        return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.keeps_base else 0
+
+    def begin(self, trainer: Any) -> None:
+        """Reads the general text, and the base where it is not inside."""
+        if not self.kl_weight:
+            return
+        from grow.model.loading import load  # imports transformers: not for who only reads a recipe
+
+        base = None
+        if not self.keeps_base:
+            base = load(trainer.recipe.base_name, trainer.model.dtype).to(trainer.args.device)
+        self.term = KlTerm(trainer, self._text(trainer.recipe), base)
+
+    def _text(self, recipe: Any) -> Any:
+        from grow.data.general_text import general_text  # import transformers and datasets: see above
+        from grow.data.of_recipe import tokenizer_of
+
+        return general_text(self.kl_text, recipe.max_length, tokenizer_of(recipe), recipe.seed)
+
+    def penalty(self) -> Tensor | float:
+        """The KL term times its weight."""
+        return self.kl_weight * self.term.value() if self.kl_weight else 0.0
+
+
+class KlTerm:
+    """KL(base ‖ model) of the next token, nats, on one sequence of general text a rank and step.
+
+    `text` is a grow.data.general_text.GeneralText. `base` is the frozen base; None: the one inside the model. Which
+    sequence is taken depends on the step alone, so that a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, trainer: Any, text: Any, base: Any = None):
+        self.trainer, self.text, self.base, self.step = trainer, text, base, -1
+
+    def value(self) -> Tensor | float:
+        """The mean over places: [] fp32; 0 but for the first micro-batch of a step, which stands for all of them."""
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.state.global_step == self.step:
+            return 0.0
+        self.step = trainer.state.global_step
+        place = self.step * args.world_size + args.process_index
+        batch = {name: tensor.to(args.device) for name, tensor in collate([self.text[place]]).items()}
+        return sampled_kl(trainer.model_wrapped, batch, self.base) * args.gradient_accumulation_steps
+
+
+def sampled_kl(model: Any, batch: dict[str, Tensor], base: Any = None) -> Tensor:
+    """KL(base ‖ model), nats, the mean over some of the batch's labels, whose others are taken away: [] fp32.
+
+    `base` None: the one inside the model.
+    """
+    _thin_out(batch["labels"])
+    expected = base_logits(model, batch, base)
+    logits, labels = labelled_logits(model, batch)
+    return likelihood_and_kl(logits, expected, labels)[1].mean()
+
+
+def _thin_out(labels_BL: Tensor) -> None:
+    places = (labels_BL != IGNORED).nonzero()
+    every = max(1, len(places) // _POSITIONS)
+    dropped = places[torch.arange(len(places), device=places.device) % every != 0]
+    labels_BL[dropped[:, 0], dropped[:, 1]] = IGNORED

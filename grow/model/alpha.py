@@ -1,0 +1,48 @@
+"""The interpolation coefficient α of a model in memory: 0 is its base, exactly, 1 the trained model.
+
+Between them lies what WiSE-FT (arXiv 2109.01903) gets by averaging weights, without a second set of them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from grow.errors import UserError
+from grow.model.bottleneck import AdaptedMLP
+from grow.model.mlp import GrownMLP, gated_mlps
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained, or where the checkpoint
+    says that each layer's own is); no effect on others."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
+    for mlp in _with_alpha(model):
+        mlp.alpha = alpha * mlp.own_alpha
+
+
+def _with_alpha(model: nn.Module) -> Iterator[Any]:
+    return (mlp for mlp in gated_mlps(model).values() if isinstance(mlp, (GrownMLP, AdaptedMLP)))
+
+
+@contextlib.contextmanager
+def base_inside(model: nn.Module) -> Iterator[None]:
+    """The base of a grown or adapted model, or of one with LoRAs, for a while; then the dial is where it was."""
+    before = {mlp: mlp.alpha for mlp in _with_alpha(model)}
+    set_alpha(model, 0)
+    try:
+        with _loras_at_zero(model):
+            yield
+    finally:
+        for mlp, alpha in before.items():
+            mlp.alpha = alpha
+
+
+def _loras_at_zero(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    if not any(hasattr(module, "lora_A") for module in model.modules()):
+        return contextlib.nullcontext()
+    from peft.helpers import rescale_adapter_scale
+
+    return rescale_adapter_scale(model, 0)

@@ -1,0 +1,147 @@
+"""From a checkpoint folder to a model in memory: stock or grown, any class that transformers knows."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from grow.checkpoint.hub import locate
+from grow.checkpoint.shards import Checkpoint, read_json, refuse_adapter
+from grow.errors import UserError
+from grow.model import bottleneck
+from grow.model.alpha import set_alpha
+from grow.model.mlp import add_growth, gated_mlps
+from grow.names import canonical
+from grow.plan import GrowthPlan
+
+_LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
+
+
+def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class whose constructor attaches the growth that stands in the config.
+
+    So from_pretrained does all the loading: dtype, device, sharding, ZeRO-3 partitions. Do not call save_pretrained on
+    its models: transformers maps names only for the classes that it knows. `python -m grow consolidate` writes them.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        plan = GrowthPlan.from_config({"growth": config.growth})
+        assert plan is not None
+        add_growth(self, plan)
+
+    return type(f"Grown{cls.__name__}", (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
+    """Loads a stock or a grown checkpoint, from a folder or by its hub name; `dtype` "auto" is the checkpoint's own.
+
+    A folder of an adapter (grow.model.bottleneck) is loaded with its base. `alpha` is the dial of a grown or an adapted
+    model: 0 is the base, exactly; 1 the trained model (grow.model.mlp).
+    Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
+    """
+    path = locate(path)
+    if (path / bottleneck.CONFIG).is_file():
+        return _load_adapter(path, dtype, alpha)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no checkpoint there (it has no config.json)")
+    refuse_adapter(path)
+    config, cls = _class_of(path)
+    model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")
+    set_alpha(model, alpha)
+    return model.eval()
+
+
+def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
+    """The config of a checkpoint, and the class that it names, with what has grown."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what a config says wrong ends in errors of many kinds
+        raise UserError(f"{path}: its config.json is not one that transformers reads ({_short(error)})") from error
+    try:
+        if (path / "generation_config.json").is_file():
+            transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        pass  # transformers goes without one that it cannot read
+    except Exception as error:
+        raise UserError(
+            f"{path}: transformers refuses its generation_config.json ({_short(error)}); mend it"
+        ) from error
+    named = config.architectures
+    if not isinstance(named, list) or not named:
+        raise UserError(f'{path}: its config.json names no class, such as "architectures": ["Gemma3ForCausalLM"]')
+    cls = getattr(transformers, str(named[0]), None)
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        raise UserError(f"{path}: transformers {transformers.__version__} has no class {named[0]}")
+    return config, cls if getattr(config, "growth", None) is None else grown_class(cls)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_loads(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that `load` would refuse, before a weight is read: of a class that transformers
+    does not know or that has no head, or without a tensor of the language model, or with one of another shape."""
+    path = checkpoint.path
+    config, cls = _class_of(path)
+    try:
+        with torch.device("meta"):
+            model: Any = cls(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: transformers builds no model of its config.json ({_short(error)})") from error
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{path}: {cls.__name__} writes no text; a class with a language model's head is needed")
+    there = {canonical(name): info.shape for name, info in checkpoint.tensors.items()}
+    tied = {canonical(one): canonical(other) for one, other in model.all_tied_weights_keys.items()}
+    tied |= {other: one for one, other in tied.items()}
+    for name, parameter in model.named_parameters():
+        key = canonical(name)
+        shape = there.get(key, there.get(tied.get(key, key)))
+        if key.startswith(_LANGUAGE_MODEL) and shape != tuple(parameter.shape):
+            found = "is missing" if shape is None else f"is {list(shape)}, its config says {list(parameter.shape)}"
+            raise UserError(f"{path}: {name} {found}; fetch the checkpoint again")
+
+
+def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrainedModel:
+    facts = read_json(path / bottleneck.CONFIG)
+    model = load(facts["base"], dtype)
+    for mlp in gated_mlps(model).values():
+        bottleneck.adapt_mlp(mlp, facts["adapter_size"])
+    tensors = load_file(path / bottleneck.FILE)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if ".mlp.adapter." in name}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        raise UserError(f"{path}: its adapter does not fit {facts['base']}; was that replaced?")
+    model.load_state_dict(tensors, strict=False)
+    set_alpha(model, alpha)
+    return model.eval()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets the backward pass compute each layer's activations again, from the lowest layer that trains on."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the embeddings' output require a gradient, which frozen layers do not need without reentry: it
+    # would only carry the backward pass on to the bottom, through layers of which nothing trains.
+    model.disable_input_require_grads()
+
+
+def compute_device() -> str:
+    """What a model is put on that no launcher places: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32

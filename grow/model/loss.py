@@ -1,0 +1,121 @@
+"""Logits only where there is a label.
+
+Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts and padding need none of it. Shape
+suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grow.data.examples import IGNORED
+from grow.model.alpha import base_inside
+
+_GPU_BYTES, _CORE_BYTES = 2**28, 2**21
+"""Of distributions over the vocabulary, what is in memory at once in fp32: on a GPU so much that its kernels are few;
+on a processor what stays in each core's cache, which takes half the time or less."""
+
+
+def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs the model, of any class and under any wrapper, on packed sequences.
+
+    `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.data.packing). Returns logits [N, V] in
+    the model's dtype and labels [N], in the order of the labels. The head is given hidden states [N, H]: a 2-D input,
+    since torch copies a frozen head's weight for every batch row of a strided 3-D one.
+    """
+    labels_BL = batch["labels"]
+    mask_BL = labels_BL != IGNORED
+    unwrapped: Any = getattr(model, "module", model)
+    head = unwrapped.get_output_embeddings()
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][mask_BL], *inputs[1:])
+
+    handle: Any = head.register_forward_pre_hook(select)
+    try:
+        # Packed rows stay apart only without an attention mask and without a cache.
+        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        handle.remove()
+    return output.logits, labels_BL[mask_BL]
+
+
+def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights [N] → [].
+
+    Its gradient is computed in the forward pass, a block of positions at a time, so that of the distributions over the
+    vocabulary no more than the logits and their gradient are ever whole in memory, in the logits' own dtype.
+    """
+    return _SummedLoss.apply(
+        logits, labels, torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+    )
+
+
+class _SummedLoss(torch.autograd.Function):
+    """d loss / d logits is weight · (softmax(logits) − onehot(label))."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        total = logits.new_zeros((), dtype=torch.float32)
+        for part in _parts(logits):
+            block, own, weight = logits[part].float().log_softmax(-1), labels[part, None], weights[part]
+            total -= block.gather(1, own)[:, 0] @ weight
+            if gradient is not None:
+                block.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=block.dtype))
+                gradient[part] = block.mul_(weight[:, None])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None, None
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """The positions of logits [N, V], some at a time."""
+    limit = _CORE_BYTES * torch.get_num_threads() if logits.device.type == "cpu" else _GPU_BYTES
+    size = max(1, limit // (4 * logits.shape[-1]))
+    return (slice(first, first + size) for first in range(0, len(logits), size))
+
+
+def likelihood_and_kl(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For each label: its log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32 each.
+
+    `logits` and `base` are [N, V] in any float type, `labels` [N]. Without a base the KL is zero.
+    """
+    likelihoods, divergences = [], []
+    for part in _parts(logits):
+        now = logits[part].float().log_softmax(-1)
+        likelihoods.append(now.gather(1, labels[part, None])[:, 0])
+        if base is not None:
+            before = base[part].float().log_softmax(-1)
+            divergences.append((before.exp() * (before - now)).sum(-1))
+    likelihood = torch.cat(likelihoods) if likelihoods else logits.new_zeros(0, dtype=torch.float32)
+    return likelihood, torch.cat(divergences) if divergences else torch.zeros_like(likelihood)
+
+
+@torch.no_grad()
+def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | None = None) -> Tensor:
+    """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside
+    (grow.model.alpha.base_inside); the dial stays where it is."""
+    if base is not None:
+        return labelled_logits(base, batch)[0]
+    with base_inside(getattr(model, "module", model)):
+        return labelled_logits(model, batch)[0]
+
+
+@torch.no_grad()
+def token_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each label: its log-probability in nats, whether it is the likeliest token, its row; [N] each."""
+    logits, labels = labelled_logits(model, batch)
+    likelihoods, hits = torch.zeros_like(labels, dtype=torch.float32), torch.zeros_like(labels, dtype=torch.bool)
+    for part in _parts(logits):
+        now = logits[part].float()
+        # The same as argmax, four times as fast on a processor.
+        hits[part] = now.max(dim=-1).indices == labels[part]
+        likelihoods[part] = now.log_softmax(-1).gather(1, labels[part, None])[:, 0]
+    return likelihoods, hits, batch["rows"][batch["labels"] != IGNORED]

@@ -1,0 +1,137 @@
+"""The method itself: a gated MLP that has grown.
+
+The base's MLP computes y = D · (act(G x) ⊙ (U x)). Growing it by a factor k adds k−1 copies of the hidden units and
+divides every down-projection by k ("Grow, Don't Overwrite", arXiv 2603.08647, section on growing the MLP). Here the
+base's own weights stay as they are, unscaled, and the added copies are a second branch:
+
+    y = base(x) / k + grown(x)                                     at α = 1
+    y = (1 − α(k−1)/k) · base(x) + α · grown(x)                    α from 0, the base, to 1, the trained model
+
+Where the original up-projection trains as well (G-Train), a copy of it takes its place in base(x):
+act(G x) ⊙ (U x) with G + α (G' − G) for G and U + α (U' − U) for U.
+
+At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in binary floating point and so is the sum of
+two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grow.errors import UserError
+from grow.names import PROJECTIONS
+from grow.plan import GrowthPlan
+
+_MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
+
+
+class GrownBranch(nn.Module):
+    """The added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k).
+
+    With biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
+    """
+
+    def __init__(self, mlp: Any, width: int):
+        super().__init__()
+        hidden_size = mlp.gate_proj.in_features
+        self.gate_proj = nn.Linear(hidden_size, width, bias=mlp.gate_proj.bias is not None)
+        self.up_proj = nn.Linear(hidden_size, width, bias=mlp.up_proj.bias is not None)
+        self.down_proj = nn.Linear(width, hidden_size, bias=mlp.down_proj.bias is not None)
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, h] → […, h]."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GrownMLP:
+    """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
+
+    factor: int
+    alpha: float | Tensor
+    own_alpha: float = 1.0
+    grown: GrownBranch
+    trained: Any
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
+    def add_trained(self, **kind: Any) -> None:
+        """Adds `trained`, an up-projection that takes the base's own's place: gate and up, [p, h], uninitialised.
+
+        `kind`: device and dtype, where they are not torch's defaults."""
+        self.trained = nn.Module()
+        for name in ("gate_proj", "up_proj"):
+            own = getattr(self, name)
+            layer = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, **kind)
+            self.trained.add_module(name, layer)
+
+    def _base(self, x: Tensor) -> Tensor:
+        if self.trained is None or self.alpha == 0:
+            return super().forward(x)  # type: ignore[misc]
+        gate, up = self.trained.gate_proj(x), self.trained.up_proj(x)
+        if self.alpha != 1:
+            # Between the outputs, which is between the weights: they are linear. Weights may be in ZeRO-3 partitions.
+            gate = torch.lerp(self.gate_proj(x), gate, self.alpha)
+            up = torch.lerp(self.up_proj(x), up, self.alpha)
+        return self.down_proj(self.act_fn(gate) * up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, h] → […, h]."""
+        base = self._base(x)
+        if self.alpha == 0:
+            return base
+        k = self.factor
+        grown = self.grown(x)
+        if self.alpha != 1:
+            grown = self.alpha * grown
+        share = 1 - self.alpha * (k - 1) / k
+        if isinstance(share, Tensor):  # α is being learnt (grow.evaluation.learn_alphas)
+            return grown + share * base
+        return torch.add(grown, base, alpha=share)
+
+
+def grow_mlp(mlp: Any, factor: int) -> None:
+    """Gives a gated MLP (modules gate_proj, up_proj, down_proj, act_fn) its added copies, in place.
+
+    The copies are not initialised: a checkpoint's loader fills them.
+    """
+    cls = type(mlp)
+    mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
+    mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
+    mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)
+
+
+def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
+    """The gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so not among them."""
+    found = {}
+    for name, module in model.named_modules():
+        match = _MLP_MODULE.search(name)
+        if match and all(hasattr(module, projection) for projection in PROJECTIONS):
+            found[int(match[1])] = module
+    return found
+
+
+def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
+    """Gives the planned layers of a model their added copies, uninitialised, in place."""
+    mlps = gated_mlps(model)
+    missing = sorted(set(plan.layers) - set(mlps))
+    if missing:
+        raise UserError(
+            f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
+        )
+    for layer in plan.layers:
+        mlp: Any = mlps[layer]
+        grow_mlp(mlp, plan.factor)
+        mlp.own_alpha = plan.own_alpha(layer)
+        if plan.trained_up:
+            mlp.add_trained()
+
+
+def grown_mlps(model: nn.Module) -> Iterator[Any]:
+    """The grown MLPs of a model, lowest layer first; none if it is not grown."""
+    return (mlp for _, mlp in sorted(gated_mlps(model).items()) if isinstance(mlp, GrownMLP))

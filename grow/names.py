@@ -1,0 +1,65 @@
+"""What tensors and layers are called: on disk, in memory, and in every layout of a checkpoint."""
+
+import re
+from collections.abc import Iterable
+
+from grow.errors import UserError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+_MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down)_proj\.weight", re.ASCII)
+_OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
+_NOT_PLAIN = {
+    ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
+    ".gate_up_proj.": "a fused gate_up_proj", ".qweight": "quantized weights",
+    ".lora_A.": "an adapter (merge it first)",
+}  # fmt: skip
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
+
+
+def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
+    """Maps each decoder layer that has a gated MLP to the prefix of its keys, e.g. {3: "model.layers.3.mlp"}.
+
+    Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
+    """
+    keys = [key for key in keys if not is_growth(key) and not _OTHER_TOWERS.search(key)]
+    for pattern, what in _NOT_PLAIN.items():
+        if any(pattern in key for key in keys):
+            raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
+    found: dict[int, dict[str, set[str]]] = {}
+    for key in keys:
+        match = _MLP_KEY.fullmatch(key)
+        if match:
+            found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
+    if not found:
+        raise UserError("no gated MLP in it (layers.<i>.mlp.gate_proj, up_proj, down_proj), so nothing can grow")
+    prefixes = {}
+    for layer, by_prefix in sorted(found.items()):
+        if len(by_prefix) > 1:
+            raise UserError(f"layer {layer} stands in it twice ({', '.join(by_prefix)}): which is the decoder?")
+        ((prefixes[layer], names),) = by_prefix.items()
+        if len(names) != len(PROJECTIONS):
+            raise UserError(
+                f"{prefixes[layer]} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
+            )
+    return prefixes
+
+
+def is_growth(key: str) -> bool:
+    """Whether a tensor of a grown checkpoint was added by growth: a copy, or an up-projection that g_train trained."""
+    return ".mlp.grown." in key or ".mlp.trained." in key
+
+
+def canonical(key: str) -> str:
+    """The part of a tensor's name that all layouts of a model share.
+
+    On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
+    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`. PEFT calls what it wraps
+    `….q_proj.base_layer`.
+    """
+    return _WRAPPERS.sub("", key).replace(".base_layer.", ".")
+
+
+def of_language_model(name: str) -> bool:
+    """Whether a parameter or module is not of a vision tower or its projector, which text has no gradient for."""
+    return "vision_tower." not in name and "multi_modal_projector." not in name

@@ -1,0 +1,213 @@
+"""What a run will take: bytes on each GPU, and sent by it each step, for each ZeRO stage; on disk; seconds to leave.
+
+Shapes come from the headers of the checkpoint that training starts from, and from the method; nothing is loaded. The
+accounting is that of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) for mixed precision with Adam, where
+only T of P parameters train: c bytes a weight and a gradient, 12 a trained parameter for master, mean and variance.
+Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper says (`collectives`).
+"""
+
+from math import ceil, prod
+from typing import Any
+
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.starting import second_head
+from grow.errors import UserError
+from grow.names import of_language_model
+from grow.plan import text_config
+from grow.recipe import Recipe
+from grow.training.start import starting_checkpoint
+
+DISK_RATE = 0.5e9
+"""Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
+PERSISTENCE_THRESHOLD = 100_000
+"""Parameters of at most so many values stay whole on every rank in ZeRO-3, unless its JSON says otherwise."""
+REUSE_DISTANCE = 1_000_000_000
+"""ZeRO-3 keeps a gathered parameter that is used again within so many values (stage3_max_reuse_distance)."""
+REDUCE_BUCKET = 500_000_000
+"""Values in the buffer that gradients are reduced from, unless the JSON's reduce_bucket_size says otherwise."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """What `plan` says of a recipe on so many GPUs: bytes, parameters, seconds.
+
+    Raises UserError if there is no checkpoint to start from, or no GPU.
+    """
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: at least 1 is needed")
+    start = starting_checkpoint(recipe)
+    method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
+    shapes = model_shapes(start)
+    shapes |= method.adds(shapes)
+    trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
+    zero = recipe.zero
+    # Beside the optimizer's part ZeRO-1 and 2 save the weights; in ZeRO-3 no rank has them.
+    checkpoint = count(trained) * (12 if zero.get("stage") == 3 else 12 + width)
+    whole = persistence(recipe)
+    stages = {str(stage): model_states(stage, shapes, trained, world_size, width, whole) for stage in (1, 2, 3)}
+    micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.per_device_train_batch_size))
+    moved = {stage: collectives(int(stage), shapes, trained, micro_batches, width, recipe) for stage in stages}
+    for states in stages.values():
+        states["weights"] += method.holds(shapes, width)
+    stages["3 with CPU offload"] = offloaded(stages["3"])
+    return {
+        "method": recipe.method,
+        "world_size": world_size,
+        "micro_batches": micro_batches,
+        "stage": zero.get("stage", 0),
+        "dtype": "float32" if width == 4 else "bfloat16",
+        "parameters": count(shapes),
+        "trained_parameters": count(trained),
+        "stages": stages,
+        "moved": {stage: bytes_ | {"sent": sent(bytes_, world_size)} for stage, bytes_ in moved.items()},
+        "buckets_estimate": int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * width,
+        "activations_estimate": activations(recipe, start, shapes, trained, width),
+        "checkpoint_bytes": checkpoint,
+        "disk_bytes": checkpoint * (recipe.save_total_limit + 1),
+        "disk_rate": DISK_RATE,
+        "lead_seconds": ceil(checkpoint / DISK_RATE),
+    }
+
+
+def model_shapes(start: Checkpoint) -> Shapes:
+    """The parameters of the model that a checkpoint holds. A tied head in it is the embedding's second name."""
+    head, _ = second_head(start) or (None, None)
+    return {name: info.shape for name, info in start.tensors.items() if name != head}
+
+
+def count(shapes: Shapes) -> int:
+    """How many values."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def model_states(
+    stage: int, shapes: Shapes, trained: Shapes, world_size: int, width: int, persistent: int
+) -> dict[str, int]:
+    """Bytes on each rank under a ZeRO stage, for weights and gradients of `width` bytes a value.
+
+    ZeRO-1 accumulates all gradients on every rank, 2 and 3 this rank's share. ZeRO-3 keeps small parameters whole
+    beside the share of them, once they have been used.
+    """
+    weights = count(shapes) * width
+    if stage == 3:
+        sizes = [prod(shape) for shape in shapes.values()]
+        weights = sum(ceil(size / world_size) + (size if size <= persistent else 0) for size in sizes) * width
+    share = ceil(count(trained) / world_size)
+    gradients = (count(trained) if stage == 1 else share) * width
+    return {"weights": weights, "gradients": gradients, "optimizer": 12 * share}
+
+
+def offloaded(states: dict[str, int]) -> dict[str, int]:
+    """The same with the optimizer on the host, which then holds the gradients' share too."""
+    return {
+        "weights": states["weights"], "gradients": 0, "optimizer": 0,
+        "host": states["gradients"] + states["optimizer"],
+    }  # fmt: skip
+
+
+def collectives(
+    stage: int, shapes: Shapes, trained: Shapes, micro_batches: int, width: int, recipe: Recipe
+) -> dict[str, int]:
+    """Bytes of the whole tensors that pass through each collective in an optimizer step, as DeepSpeed 0.19.8 runs them.
+
+    The tensor of an all-gather is what comes out, of the others what goes in. The few bytes of losses, norms and flags
+    are left out. Validation and checkpoints come on top.
+
+    - ZeRO-1: all-reduce of the T gradients, once a step.
+    - ZeRO-2: the same for every micro-batch, since no rank keeps whole gradients to accumulate in. It is an all-reduce
+      too, of which each rank keeps its share, so ZeRO-2 saves memory and no traffic. (stage_1_and_2.py, average_tensor:
+      with reduce_scatter on it would be one as well, use_multi_rank_bucket_allreduce, and take three passes over the
+      gradients more.)
+    - Both: all-gather of the T new weights, once a step (utils.py, all_gather_into_tensor_dp_groups).
+    - ZeRO-3, every micro-batch: reduce-scatter of the T gradients (stage3.py, __avg_scatter_grads), and all-gather of
+      all weights that are used, trained or not (`gathered`). Once a step, of those that stay whole.
+    """
+    size = count(trained) * width
+    if stage < 3:
+        return {"all_reduce": size * (micro_batches if stage == 2 else 1), "reduce_scatter": 0, "all_gather": size}
+    values = micro_batches * gathered_values(shapes, trained, recipe) + sum(
+        prod(shape) for shape in shapes.values() if prod(shape) <= persistence(recipe)
+    )
+    return {"all_reduce": 0, "reduce_scatter": size * micro_batches, "all_gather": values * width}
+
+
+def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
+    """How many values ZeRO-3 gathers on every rank for a micro-batch.
+
+    Forward: each parameter that is not small; of a vision tower none, since text does not use it; a tied embedding once
+    more for the head, unless the head is so near that it is kept. Backward: the head and all layers above the lowest
+    that trains, of which only what trains. gradient_checkpointing gathers those layers once more, for their second
+    forward pass, after which what trains is kept for the backward pass. Not counted: prefetching spares a little.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items() if of_language_model(name)}
+    sizes = {name: size for name, size in sizes.items() if size > persistence(recipe)}
+    layers = {name: size for name, size in sizes.items() if _layer(name) is not None}
+    lowest = _lowest(trained)
+    above = sum(size for name, size in layers.items() if (_layer(name) or 0) > lowest or name in trained)
+    if recipe.gradient_checkpointing:
+        above += sum(size for name, size in layers.items() if (_layer(name) or 0) >= lowest and name not in trained)
+    heads = [size for name, size in sizes.items() if name.endswith("lm_head.weight")]
+    again = 0
+    if not heads:
+        heads = [size for name, size in sizes.items() if name.endswith("embed_tokens.weight")]
+        near = sum(layers.values()) < _setting(recipe, "stage3_max_reuse_distance", REUSE_DISTANCE)
+        again = 0 if near else sum(heads)
+    return sum(sizes.values()) + again + sum(heads) + above
+
+
+def sent(moved: dict[str, int], world_size: int) -> int:
+    """Bytes that a rank sends for them in rings: a share of (N - 1) / N of the tensor, twice for an all-reduce.
+
+    (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".)
+    """
+    whole = 2 * moved["all_reduce"] + moved["reduce_scatter"] + moved["all_gather"]
+    return whole * (world_size - 1) // world_size
+
+
+def persistence(recipe: Recipe) -> int:
+    """Of at most how many values a parameter stays whole on every rank in ZeRO-3."""
+    return _setting(recipe, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+
+
+def _setting(recipe: Recipe, name: str, default: int) -> int:
+    """A number of the DeepSpeed JSON; DeepSpeed's default for "auto", which depends on the model."""
+    value = recipe.zero.get(name)
+    return int(value) if isinstance(value, int | float) else default
+
+
+def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
+    """Bytes that a micro-batch leaves for the backward pass: an estimate.
+
+    A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token; all layers
+    do from the lowest trained on, or with gradient_checkpointing one of them at a time, and all their inputs. Logits
+    and their gradient are there in `width` bytes, of as many labels as there are tokens (grow.model.loss).
+    """
+    text = text_config(start.config)
+    tokens = recipe.per_device_train_batch_size * recipe.max_length
+    hidden = text.get("hidden_size", 0)
+    widths: dict[int, int] = {}
+    for name, shape in shapes.items():
+        layer = _layer(name)
+        if layer is None or len(shape) != 2:
+            continue
+        if "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight")):
+            widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
+    lowest = _lowest(trained)
+    saving = [size for layer, size in widths.items() if layer >= lowest]
+    saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
+    return tokens * (saved * width + int(text.get("vocab_size", 0)) * 2 * width)
+
+
+def _lowest(trained: Shapes) -> int:
+    """The lowest layer that trains; -1 if what lies below the layers does."""
+    layers = [_layer(name) for name in trained]
+    return -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
+
+
+def _layer(name: str) -> int | None:
+    """The decoder layer that a parameter belongs to."""
+    if "vision_tower." in name:
+        return None
+    _, found, rest = name.partition(".layers.")
+    return int(rest.split(".")[0]) if found else None

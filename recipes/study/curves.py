@@ -1,0 +1,126 @@
+"""The pictures of a study: task against old knowledge, and how far each layer moved."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grow.analysis.figures import new_figure, write_figure
+
+Point = dict[str, Any]
+"""One run, or the mean of several seeds, at one α (report.point)."""
+
+_MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, task and general text; by their loss on the task."""
+    best, least = [], float("inf")
+    for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
+        if one["text"] < least:
+            best.append(one)
+            least = one["text"]
+    return best
+
+
+def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -> None:
+    """Task against general text: left each method over its rates, at α = 1, where half of
+    the way is left at most; right the best of all its rates and α (its frontier), where most of the task is learnt.
+
+    `methods` has the points of each, by rate and α (report.over_seeds).
+    """
+    figure, (left, right) = new_figure(12, 5.4, columns=2)
+    points = [one for own in methods.values() for one in own]
+    looks = _looks({label: (own[0]["method"], max(one["seeds"] for one in own)) for label, own in methods.items()})
+    for label, own in methods.items():
+        trained = [one for one in own if one["alpha"] == 1]
+        left.errorbar(
+            [one["loss"] for one in trained], [one["text"] for one in trained],
+            yerr=[one["text_margin"] for one in trained], capsize=2, **{"label": label} | looks[label],
+        )  # fmt: skip
+        best = frontier(own)
+        x, y = [*(one["loss"] for one in best), base_loss], [*(one["text"] for one in best), 0.0]
+        right.plot(x, y, **looks[label])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    least, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
+    for axes, share in ((left, 0.5), (right, 0.2)):
+        axes.set_xlim(least - 0.02 * (base_loss - least), least + share * (base_loss - least))
+    left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
+    right.set(title="The best over rates and α")
+    for axes in (left, right):
+        axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=0.05)
+        axes.set_ylim(bottom=min(2 * lowest, -0.01))
+        axes.grid(alpha=0.3)
+    write_figure(path, figure)
+
+
+def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
+    """How far each layer's MLP moved, Frobenius norm: a line for each method, at the rate whose best place of
+    the dial has learnt the task best.
+
+    Means over seeds. `lines` are those of a results.jsonl.
+    """
+    rates: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        rates[line["label"]][line["learning_rate"]].append(line)
+    figure, axes = new_figure(9, 5)
+    methods = {line["label"]: line["method"] for line in lines}
+    looks = _looks({label: (methods[label], max(map(len, by_rate.values()))) for label, by_rate in rates.items()})
+    for label, by_rate in rates.items():
+        rate, best = min(by_rate.items(), key=lambda item: fmean(map(_least_loss, item[1])))
+        layers = sorted(map(int, best[0]["updates"]))
+        norms = [fmean(line["updates"][str(layer)] for line in best) for layer in layers]
+        axes.plot(layers, norms, **{"label": f"{label}, {rate:g}"} | looks[label])
+    axes.set(title="How far each layer's MLP moved", xlabel="layer", ylabel="update, Frobenius norm", ylim=(0, None))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    axes.grid(alpha=0.3)
+    write_figure(path, figure)
+
+
+def _least_loss(line: dict[str, Any]) -> float:
+    return float(min(scores["task"]["loss"] for scores in line["by_alpha"]))
+
+
+def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """How each row, of a method and so many seeds, is drawn. Those with the most seeds have the colour of their method
+    and a marker of their own; the others are grey, share one name, and are told apart in the tables."""
+    colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(method for method, _ in rows.values()))}
+    most = max(seeds for _, seeds in rows.values())
+    others = [label for label, (_, seeds) in rows.items() if seeds < most]
+    looks: dict[str, dict[str, Any]] = {}
+    taken: Counter[str] = Counter()
+    for label, (method, _) in rows.items():
+        if label in others:
+            name = "others, of fewer seeds" if label == others[0] else "_"  # which matplotlib leaves out of a legend
+            looks[label] = {"color": "0.8", "marker": ".", "linewidth": 0.8, "zorder": 0, "label": name}
+            continue
+        marker, line = _MARKERS[taken[method] % len(_MARKERS)], _LINES[taken[method] % len(_LINES)]
+        looks[label] = {"color": colours[method], "marker": marker, "linestyle": line, "markersize": 5}
+        taken[method] += 1
+    return looks
+
+
+def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:
+    """Over the steps of training: left the task's validation loss, right what the probe says of old knowledge (the
+    change of a row's log-likelihood). A line for each method and rate, means over seeds."""
+    runs: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
+    for line in lines:
+        runs[f"{line['label']}, {line['learning_rate']:g}"].append(line["history"])
+    figure, (left, right) = new_figure(12, 4.4, columns=2)
+    for label, own in runs.items():
+        steps = [entry["step"] for entry in own[0]]
+        left.plot(steps, [fmean(entry["eval_loss"] for entry in at) for at in zip(*own, strict=True)], label=label)
+        if "retention" in own[0][0]:
+            known = [fmean(entry["retention"] for entry in at) for at in zip(*own, strict=True)]
+            right.plot(steps, [now - known[0] for now in known], label=label)
+    left.legend(fontsize=8)
+    left.set(title="The task, as trained", ylabel="validation loss, nats per token")
+    right.set(title="Old knowledge, as trained", ylabel="log-likelihood of a row, change in nats")
+    right.axhline(0, color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+    write_figure(path, figure)

@@ -1,0 +1,304 @@
+"""What a study's results.jsonl (run.py) comes to: tables, and pictures of who learns most and forgets least.
+
+    python recipes/study/report.py recipes/study/results.jsonl --out FOLDER [--json]
+
+Two measures of retention, both against the base and row by row. General text: how much more a token costs, nats,
+the mean over the sets of running text (the measure of forgetting in PEFT's method comparison). Questions: how the
+log-likelihood of an answer changed, nats, the mean over the sets of questions. The two are never added: a model that
+learns to answer briefly gains on questions what it loses elsewhere.
+"""
+
+import json as json_module
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from math import isnan, nan, sqrt
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from curves import Point, draw_curves, draw_layers, draw_steps, frontier
+
+from grow.analysis.effective_rank import draw_ranks, rank_table
+from grow.analysis.figures import markdown
+from grow.checkpoint.files import write_text
+from grow.cli.arguments import checked
+from grow.errors import UserError, one_line
+
+MARGIN = 0.01
+"""Kept is what costs no more than this share more than it cost the base, a token of general text or an answer: 99 % of
+what was known. Where the 95 % interval crosses that bound, it is undecided."""
+MARKS = {"kept": "✓", "undecided": "?", "lost": "✗"}
+_SPREAD = {"loss": ".3f", "text": "+.3f", "questions": "+.2f"}
+"""What is shown of every seed, and how."""
+_MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl, in which older ones call their scores at each α "dial". Raises UserError for
+    anything else."""
+    try:
+        lines = [json_module.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [{("by_alpha" if key == "dial" else key): value for key, value in line.items()} for line in lines]
+        points = [point(line, scores) for line in lines for scores in line["by_alpha"]]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: cannot be read") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what recipes/study/run.py writes ({error!r})") from None
+    if not points:
+        raise UserError(f"{path}: has no line yet")
+    return lines
+
+
+def point(line: dict[str, Any], scores: dict[str, Any]) -> Point:
+    """One run at one α.
+
+    `loss` of the task, nats per token, and `accuracy`, the share of rows answered rightly where an answer is one of
+    several options, else of tokens; `text`, the rise of what a token of general text costs, nats, and
+    `text_margin`, half its 95 % interval (sets are independent: their variances add); `questions` and
+    `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and
+    `set_margins`.
+    """
+    texts, sets, widths = set(line["general_text"]), {}, {}
+    for name, known in scores["retention"].items():
+        change, before = known["from_base"], line["base"]["retention"][name]
+        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0  # of text negative: a cost rises
+        sets[name] = change["log_likelihood"] * unit
+        widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * abs(unit)
+    groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
+    found: Point = {"loss": scores["task"]["loss"], "accuracy": _accuracy(scores["task"])}
+    found |= {"sets": sets, "set_margins": widths}
+    for group, names in groups.items():
+        found[group] = fmean(sets[name] for name in names) if names else nan
+        found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
+    same = {key: line[key] for key in ("label", "method", "learning_rate", "seed")}
+    return same | {"alpha": scores["alpha"]} | found
+
+
+def _accuracy(task: dict[str, Any]) -> float:
+    found: float = task.get("accuracy", task["token_accuracy"])
+    return found
+
+
+def study_report(path: Path, out: str) -> dict[str, Any]:
+    """Writes OUT/study.md, which compares the leading methods, those with the most seeds; and of each grid GRID.md,
+    which compares all and has every point, GRID.png, GRID-layers.png, GRID-effective-rank-CELL.png of the cells that
+    have it and, where validation was frequent, GRID-over-steps.png. Grids are of different size and stand apart. Raises
+    UserError as read_lines does."""
+    grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in read_lines(path):
+        grids[line["grid"]].append(line)
+    folder = Path(out)
+    parts: list[str] = []
+    all_points: list[str] = []
+    plots: list[Path] = []
+    for grid, lines in grids.items():
+        base, name = lines[0]["base"], grid.rpartition(".")[0] or grid
+        points = over_seeds([point(line, scores) for line in lines for scores in line["by_alpha"]])
+        title = f"{grid}: {_runs(lines)}\n"
+        methods = _methods(points)
+        parts += [
+            f"### {title}",
+            _leading(points),
+            f"All points, and all methods at matched score: [{name}.md]({name}.md).\n",
+        ]
+        all_points.append(str(folder / f"{name}.md"))
+        tables = [_table(points, lines[0]), _matched(methods, lines[0]), _kept(methods, lines[0]), *_seeds(points)]
+        ranked = [line for line in lines if line.get("effective_rank")]
+        tables += map(_ranks, ranked)
+        write_text(all_points[-1], "\n".join([f"# {title}", *tables]))
+        plots += [folder / f"{name}.png", folder / f"{name}-layers.png"]
+        draw_curves(methods, base["task"]["loss"], plots[-2])
+        draw_layers(lines, plots[-1])
+        for line in ranked:
+            plots.append(folder / f"{name}-effective-rank-{line['cell'].replace(' ', '-')}.png")
+            draw_ranks(line["effective_rank"], plots[-1])
+        if watched := [line for line in lines if len(line.get("history", [])) > 2]:
+            plots.append(folder / f"{name}-over-steps.png")
+            draw_steps(watched, plots[-1])
+    text = "\n".join(parts)
+    write_text(folder / "study.md", text)
+    return {"table": str(folder / "study.md"), "points": all_points, "plots": list(map(str, plots)), "text": text}
+
+
+def _runs(lines: list[dict[str, Any]]) -> str:
+    """How many, how long, and on which GPUs, if on any."""
+    runs = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
+    gpus = Counter(line["device"] for line in lines if not line.get("device", "CPU").startswith("CPU"))
+    return ", ".join([f"{runs} of {lines[0]['max_steps']} steps", *(f"{n} on {gpu}" for gpu, n in gpus.items())])
+
+
+def over_seeds(points: list[Point]) -> list[Point]:
+    """Means over the seeds of a method, rate and α; `seeds` says of how many, `ranges` from where to where they go.
+
+    Margins are not narrower than one seed's: all score the same rows, whose own chance does not average out.
+    """
+    groups: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
+    for one in points:
+        groups[one["label"], one["learning_rate"], one["alpha"]].append(one)
+    found = []
+    for same in groups.values():
+        means: dict[str, Any] = {key: fmean(one[key] for one in same) for key in _MEANS}
+        for key in ("sets", "set_margins"):
+            means[key] = {name: fmean(one[key][name] for one in same) for name in same[0][key]}
+        ranges = {key: (min(one[key] for one in same), max(one[key] for one in same)) for key in _SPREAD}
+        found.append(same[0] | means | {"seeds": len(same), "ranges": ranges})
+    return found
+
+
+def verdict(rise: float, margin: float, bound: float) -> str:
+    """Whether what costs so much more, ± the margin, is "kept", "lost" or "undecided"."""
+    return "kept" if rise + margin <= bound else "lost" if rise - margin > bound else "undecided"
+
+
+def at_most(points: Iterable[Point], loss: float) -> Point | None:
+    """Of the points that have learnt the task at least to that loss, the one that forgot least; None if none has."""
+    return min((one for one in points if one["loss"] <= loss), key=lambda p: p["text"], default=None)
+
+
+def _methods(points: list[Point]) -> dict[str, list[Point]]:
+    """The points of each method, by rate and then by α."""
+    methods: dict[str, list[Point]] = defaultdict(list)
+    for one in points:
+        methods[one["label"]].append(one)
+    return {label: sorted(own, key=lambda p: (p["learning_rate"], p["alpha"])) for label, own in methods.items()}
+
+
+def targets(points: list[Point], base_loss: float) -> list[float]:
+    """Five task losses at which to compare: the best that any method reached, rounded up, and parts of the way back."""
+    best = min(one["loss"] for one in points)
+    return [round(best + (base_loss - best) * share + 0.005, 2) for share in (0.0, 0.025, 0.05, 0.1, 0.2)]
+
+
+def _leading(points: list[Point]) -> str:
+    """Task and general text at each α: a row for each method and rate, of the points with the most seeds alone."""
+    most = max(one["seeds"] for one in points)
+    leading = [one for one in points if one["seeds"] == most]
+    ahead = frontier(leading)
+    alphas = sorted({one["alpha"] for one in leading})
+    rows: dict[tuple[str, str], list[str]] = defaultdict(lambda: [""] * len(alphas))
+    for one in leading:
+        cell = f"{one['loss']:.3f} at {one['text']:+.3f} ± {one['text_margin']:.3f}"
+        row = rows[one["label"], f"{one['learning_rate']:g}"]
+        row[alphas.index(one["alpha"])] = f"**{cell}**" if one in ahead else cell
+    seeds = "one seed" if most == 1 else f"means of {most} seeds"
+    return (
+        f"Task loss at the rise of general text ± half its 95 % interval over rows, nats per token, {seeds}; in bold "
+        "what no other here beats in both.\n\n"
+        + markdown(["method", "rate", *(f"α = {alpha:g}" for alpha in alphas)], [[*k, *r] for k, r in rows.items()])
+    )
+
+
+def _matched(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
+    """Forgetting at matched task score: a row for each method as trained, and one over all α."""
+    losses = targets([one for own in methods.values() for one in own], line["base"]["task"]["loss"])
+    questions = [name for name in line["base"]["retention"] if name not in line["general_text"]]
+    rows = []
+    for label, own in methods.items():
+        for what, some in (("α = 1", [one for one in own if one["alpha"] == 1]), ("any α", own)):
+            found = [at_most(some, loss) for loss in losses]
+            rows.append([f"{label}, {what}", *(_forgot(one, questions) for one in found)])
+    header = ["task loss at most", *(f"{loss:.2f}" for loss in losses)]
+    return (
+        "General text, rise in nats per token, of the point (rate, α) that forgot least of it at that task loss; and "
+        "which set of questions fared worst there, change in nats an answer.\n\n" + markdown(header, rows)
+    )
+
+
+def _forgot(one: Point | None, questions: list[str]) -> str:
+    if one is None:
+        return "–"
+    shown = f"{one['text']:+.3f} ± {one['text_margin']:.3f}"
+    if questions:
+        worst = min(questions, key=lambda name: one["sets"][name])
+        shown += f"; {worst} {one['sets'][worst]:+.2f}"
+    return f"{shown} ({one['learning_rate']:g}, {one['alpha']:g})"
+
+
+def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
+    """In which range of rates a method, as trained, keeps general text."""
+    known = line["base"]["retention"]
+    bound = MARGIN * fmean(known[name]["loss"] for name in line["general_text"]) if line["general_text"] else nan
+    rows = []
+    for label, own in methods.items():
+        rates: dict[str, list[str]] = {"kept": [], "undecided": [], "lost": []}
+        for one in (one for one in own if one["alpha"] == 1):
+            rates[verdict(one["text"], one["text_margin"], bound)].append(f"{one['learning_rate']:g}")
+        rows.append([label, *(", ".join(some) or "–" for some in rates.values())])
+    return (
+        "Rates at which general text is kept, as trained: "
+        f"a token costs at most {MARGIN:.0%} more ({bound:.3f} nats).\n\n"
+        + markdown(["method", "kept", "undecided", "lost"], rows)
+    )
+
+
+def _ranks(line: dict[str, Any]) -> str:
+    return f"Effective rank of the weight updates, {line['cell']}; over the layers.\n\n" + rank_table(
+        line["effective_rank"]
+    )
+
+
+_HEAD = ("method", "rate", "α", "seeds")
+
+
+def _head(one: Point) -> list[str]:
+    """A point's cells under _HEAD."""
+    return [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"])]
+
+
+def _seeds(points: list[Point]) -> list[str]:
+    """How much the points that have several seeds differ from seed to seed: a table, or none."""
+    rows = []
+    for one in (one for one in points if one["seeds"] > 1):
+        row = _head(one)
+        for key, form in _SPREAD.items():
+            low, high = one["ranges"][key]
+            row.append(f"{one[key]:{form}} ({low:{form}} to {high:{form}})")
+        rows.append(row)
+    header = [*_HEAD, "task loss", "general text", "questions"]
+    return ["Over seeds: mean (least to most).\n\n" + markdown(header, rows)] if rows else []
+
+
+def _table(points: list[Point], line: dict[str, Any]) -> str:
+    base, texts = line["base"], set(line["general_text"])
+    costs = {
+        name: known["loss"] if name in texts else -known["log_likelihood"] for name, known in base["retention"].items()
+    }
+    names, ahead = list(points[0]["sets"]), frontier(points)
+    rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{_accuracy(base['task']):.1%}", "0", "0"]]
+    rows[0] += ["0"] * len(names)
+    for one in points:
+        row = [*_head(one), f"{one['loss']:.3f}", f"{one['accuracy']:.1%}"]
+        row += [f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
+        row += ["–" if isnan(one["questions"]) else f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
+        for name in names:
+            rise = one["sets"][name] * (1 if name in texts else -1)
+            mark = MARKS[verdict(rise, one["set_margins"][name], MARGIN * costs[name])]
+            row.append(f"{one['sets'][name]:+.3f} {mark}")
+        rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
+    columns = [*_HEAD, "task loss", "accuracy", "general text", "questions", *names]
+    known = ", ".join(f"{known['rows']} of {name}" for name, known in base["retention"].items())
+    return markdown(columns, rows) + (
+        f"\n{base['task']['rows']} rows of the task; {known}. General text: the rise of what a token costs, nats; "
+        "questions: the change of an answer's log-likelihood, nats; against the base, with 95 % intervals over rows. "
+        f"✓: it costs at most {MARGIN:.0%} more; ✗: it costs more; ?: the interval crosses that bound. "
+        "In bold: no other row is better in both task and general text.\n"
+    )
+
+
+def report(results: str, out: str, json: bool = False) -> None:
+    """Writes the tables and pictures of a study."""
+    made = study_report(Path(results), out)
+    print(json_module.dumps(made) if json else f"{made['text']}\nwritten: {', '.join([made['table'], *made['plots']])}")
+
+
+if __name__ == "__main__":
+    try:
+        _, words, flags = checked(["report", *(sys.argv[1:] or ["--help"])], {"report": report})
+        if "help" in flags:
+            print(__doc__)
+        else:
+            report(*words, **flags)  # type: ignore[arg-type]
+    except UserError as error:
+        print(f"report.py: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
