@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "model": FOUNDATION | {"checkpoint", "data"},
     "methods": FOUNDATION | {"checkpoint", "data", "model"},
 }
-BELOW |= dict.fromkeys(("training", "evaluation", "analysis"), set(BELOW))
+BELOW |= {name: set(BELOW) for name in ("training", "evaluation", "analysis")}
 BELOW["cli"] = set(BELOW)
 BELOW["__main__"] = {"cli", "errors"}
 
