@@ -1,5 +1,6 @@
 """Training runs in tests: quickly, and twice, to see that one that goes on ends in the same bits."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -14,14 +15,18 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from grow.checkpoint.consolidate import consolidate as offline
+from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.run_folder import validation_losses
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.cli.main import main
 from grow.data.examples import Example
 from grow.data.load import load_rows
 from grow.data.template import Template
 from grow.data.tokens import encode
-from grow.methods import METHODS, Method
+from grow.methods import METHODS, Method, export_trained
 from grow.model.loss import token_scores
 from tests.tiny import file_checksum, folder_checksums, free_ports, run
 
@@ -48,7 +53,7 @@ def train_here(recipe: Path, output: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        METHODS["toy"] = Toy
+        METHODS.update(toy=Toy, deeper=Deeper)
         sys.exit(main(["train", str(recipe)]))
 
 
@@ -92,6 +97,11 @@ def curve(checkpoint: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
+def consolidate(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """As the command does it, for runs by any method."""
+    return offline(*arguments, **options, export=export_trained)
+
+
 @dataclass
 class Toy(Method):
     """All that a new method takes: this, and its line in the table."""
@@ -107,6 +117,27 @@ class Toy(Method):
     def write_result(self, run: Path, out: Path) -> None:
         out.mkdir()
         (out / "toy.txt").write_text("done")
+
+
+@dataclass
+class Deeper(Method):
+    """Adds a copy of the last layer above it, which at first adds nothing to its input, and trains that."""
+
+    def add_parameters(self, model: Any) -> None:
+        layer = copy.deepcopy(model.model.layers[-1])
+        layer.self_attn.layer_idx += 1
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.zeros_(module.weight)
+        model.model.layers.append(layer)
+        model.config.num_hidden_layers += 1
+        model.config.layer_types = [*model.config.layer_types, model.config.layer_types[-1]]
+
+    def trains(self, name: str) -> bool:
+        return ".layers.4." in name
+
+    def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
+        types = start.config["layer_types"]
+        return Export(trained, start.config | {"num_hidden_layers": 5, "layer_types": [*types, types[-1]]})
 
 
 def train_and_resume(recipe: Path, ranks: int) -> dict[str, torch.Tensor]:

@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.verify import verify
 from grow.model.loading import load
-from tests.running import here, train
+from tests.running import consolidate, here, train
 from tests.tiny import folder_checksums, logits, make_recipe
 
 

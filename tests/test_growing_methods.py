@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.shards import Checkpoint
@@ -16,7 +15,7 @@ from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
 from grow.model.loading import load
 from grow.model.mlp import grown_mlps
-from tests.running import train_and_resume
+from tests.running import consolidate, train_and_resume
 from tests.tiny import folder_checksums, logits, make_recipe
 
 pytestmark = pytest.mark.gpu

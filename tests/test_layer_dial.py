@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth, set_layer_alphas
 from grow.checkpoint.verify import verify
@@ -24,7 +23,7 @@ from grow.model.loading import load
 from grow.model.loss import labelled_logits, loss_sum
 from grow.model.mlp import grown_mlps
 from grow.plan import parse_layers
-from tests.running import train
+from tests.running import consolidate, train
 from tests.tiny import grow, logits, make_recipe
 
 WEIGHT = 3.0

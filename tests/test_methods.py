@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.examples import IGNORED
 from grow.errors import UserError
@@ -18,7 +17,7 @@ from grow.evaluation.evaluate import evaluate
 from grow.methods import METHODS, read_recipe
 from grow.methods.baselines.adapter import Adapter
 from grow.model.loading import load
-from tests.running import Toy, alone, rows_of, train, train_and_resume
+from tests.running import Deeper, Toy, alone, consolidate, rows_of, train, train_and_resume
 from tests.tiny import logits, make_base, make_recipe
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +48,24 @@ def test_a_new_method_is_one_class_and_a_line(
         expected = alone(load(text_base, torch.bfloat16), example)
         assert torch.equal(found.isnan(), torch.tensor(example.labels) == IGNORED)
         assert found[~found.isnan()].tolist() == pytest.approx(expected.tolist(), abs=0.15)
+
+
+def test_a_method_may_change_the_shape_of_the_model(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "deeper", Deeper)
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="deeper", dtype="float32")
+    trained = train_and_resume(recipe, 1)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    before, after = load(text_base, torch.float32), load(tmp_path / "stock")
+    assert after.config.num_hidden_layers == 5 and len(after.model.layers) == 5
+    assert not torch.equal(logits(before), logits(after))
+    parameters = dict(after.named_parameters())
+    assert all(torch.equal(parameters[name], trained[name]) for name in trained)
+    del after.model.layers[4]
+    assert torch.equal(logits(before), logits(after)), "all else is the base's"
+    with pytest.raises(UserError, match="the base has no"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "half"), alpha=0.5)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.full)])

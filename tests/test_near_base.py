@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.data.examples import IGNORED
 from grow.data.general_text import general_text
@@ -16,7 +15,7 @@ from grow.methods import METHODS, read_recipe
 from grow.model.loading import load
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.training.train import check_run
-from tests.running import train, train_and_resume
+from tests.running import consolidate, train, train_and_resume
 from tests.tiny import ROOT, make_recipe
 
 pytestmark = pytest.mark.gpu

@@ -8,11 +8,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
-from tests.running import curve, start
+from tests.running import consolidate, curve, start
 from tests.tiny import make_base, make_recipe
 
 SPECIAL = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}  # Gemma's

@@ -26,7 +26,7 @@ from grow.checkpoint.files import write_json, write_text
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.updates import Update, read_updates
 from grow.errors import UserError
-from grow.methods import merge_trained
+from grow.methods import export_trained
 
 _MANTISSA = 7
 """Bits of bf16 after the point."""
@@ -37,7 +37,7 @@ def effective_ranks(path: str, start: str = "", tag: str = "") -> list[dict[str,
 
     Raises UserError as read_updates does, and if nothing has changed.
     """
-    updates, _ = read_updates(path, start, tag, merge_trained)
+    updates, _ = read_updates(path, start, tag, export_trained)
     found = [figures for figures in map(_measure, updates) if figures]
     if not found:
         raise UserError(f"{path}: nothing in it differs from what it started from; a run that trained is needed")

@@ -18,7 +18,7 @@ from grow.checkpoint.files import write_json, write_text
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.updates import read_updates
 from grow.errors import UserError
-from grow.methods import merge_trained
+from grow.methods import export_trained
 
 ORDERS = {
     "update": "update of the MLP, Frobenius norm",
@@ -36,7 +36,7 @@ Norms = dict[int, dict[str, tuple[float, float]]]
 def update_norms(path: str, start: str = "") -> tuple[Norms, int]:
     """The norms of a run's updates, and how many layers its model has. Raises UserError as read_updates does."""
     norms: Norms = {}
-    updates, layers = read_updates(path, start, merge=merge_trained)
+    updates, layers = read_updates(path, start, export=export_trained)
     for update in updates:
         sizes = (frobenius(update.change), frobenius(update.before.to("F32")))
         norms.setdefault(update.layer, {})[update.matrix] = sizes

@@ -15,7 +15,7 @@ from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elemen
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
-from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
+from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import is_growth, mlp_prefixes
@@ -40,14 +40,14 @@ def consolidate(
     average: int = 1,
     scores: str = "",
     progress: Progress = no_progress,
-    merge: Merge = as_trained,
+    export: ExportFunction = as_trained,
 ) -> dict[str, Any]:
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
     compute, so that one intermediate_size holds for all. `alpha`: the dial, folded into the weights: 0 is the base, 1
     as trained; for a run without growth the weights are interpolated with the base's. `dtype`: another one than the
-    base's. `start`, `tag`, `average`, `merge`: see load_trained.
+    base's. `start`, `tag`, `average`, `export`: see load_trained.
     `scores`: a file that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
@@ -60,7 +60,7 @@ def consolidate(
         raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
-    source = load_trained(path, start, tag, average, merge)
+    source = load_trained(path, start, tag, average, export)
     if scores:
         source.scores = {
             part: {key: value for key, value in found.items() if key in _SCORES}
@@ -103,7 +103,17 @@ def _stock_tensors(
             tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], target)
         else:
             tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
-    return tensors
+    return tensors | _new_tensors(source, alpha, dtype)
+
+
+def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dict[str, LazyTensor]:
+    """What a method has added for which the base has no counterpart, in the base's dtype."""
+    known = source.start.tensors
+    new = {name: tensor for name, tensor in source.trained.items() if name not in known and not is_growth(name)}
+    if new and alpha != 1:
+        raise UserError(f"--alpha {alpha:g}: the base has no {next(iter(new))} to interpolate with")
+    own = next(info.dtype for info in known.values() if is_float(info.dtype))
+    return {name: tensor.to(dtype or own) for name, tensor in new.items()}
 
 
 def _merged(source: TrainedWeights, mlp: str, last: str, k: int, alpha: float | None, target: str) -> LazyTensor:
@@ -143,7 +153,7 @@ def _write_stock(
 ) -> int:
     start = source.start
     growth = start.config.get("growth")
-    config = {key: value for key, value in start.config.items() if key != "growth"}
+    config = {key: value for key, value in (source.config or start.config).items() if key != "growth"}
     if plan is not None:
         text = dict(text_config(config))
         text["intermediate_size"] = plan.factor * start.tensors[_gate(source)].shape[0]

@@ -11,15 +11,15 @@ from grow.checkpoint.expand import grown_name, link_again, link_base
 from grow.checkpoint.metadata import BASE_FOLDER, check_growth, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint, read_header
-from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
+from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
 from grow.errors import UserError
 
 
 def _open_grown(
-    path: str, start: str = "", tag: str = "", average: int = 1, merge: Merge = as_trained
+    path: str, start: str = "", tag: str = "", average: int = 1, export: ExportFunction = as_trained
 ) -> TrainedWeights:
-    source = load_trained(path, start, tag, average, merge)
+    source = load_trained(path, start, tag, average, export)
     if source.plan is None:
         raise UserError(f"{path}: was not grown; there is no base and no growth to take out of it")
     return source
@@ -52,13 +52,13 @@ def extract_growth(
     tag: str = "",
     average: int = 1,
     progress: Progress = no_progress,
-    merge: Merge = as_trained,
+    export: ExportFunction = as_trained,
 ) -> dict[str, Any]:
-    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`, `merge`: see
+    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`, `export`: see
     load_trained."""
     size = parse_size("--max-shard-size", max_shard_size)
     refuse_existing(Path(out))
-    source = _open_grown(path, start, tag, average, merge)
+    source = _open_grown(path, start, tag, average, export)
     grown = source.start
     known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
     added = source.growth()

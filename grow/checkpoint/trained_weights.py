@@ -36,6 +36,7 @@ class TrainedWeights:
     chat_template: str = ""  # one of the recipe's own, which the base does not have
     scores: dict[str, Any] = field(default_factory=dict)  # of `eval`
     identity: list[Any] = field(default_factory=list)  # of all that is read
+    config: dict[str, Any] | None = None  # of the stock checkpoint, where the method changes the start's
 
     @property
     def plan(self) -> GrowthPlan | None:
@@ -64,33 +65,43 @@ class TrainedWeights:
         return growth["base"] if growth else base_facts(self.start)
 
 
-Merge = Callable[[dict[str, Any], str, Checkpoint, dict[str, LazyTensor]], dict[str, LazyTensor]]
-"""How what trained becomes tensors of the starting checkpoint, such as a LoRA merged into its weights: of a run's
-recipe, the dtype that it computed in, the start and what trained (grow.methods.merge_trained)."""
+@dataclass(frozen=True)
+class Export:
+    """What a method's training comes to as tensors of a checkpoint, by their names in memory or on disk.
+
+    `config` takes the place of the starting checkpoint's config.json where a method changes the model's shape; only
+    then may there be tensors that the start does not have.
+    """
+
+    tensors: dict[str, LazyTensor]
+    config: dict[str, Any] | None = None
 
 
-def as_trained(
-    recipe: dict[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]
-) -> dict[str, LazyTensor]:
-    """Merges nothing: growth and plain fine-tuning train tensors that the checkpoint has."""
-    return trained
+ExportFunction = Callable[[dict[str, Any], str, Checkpoint, dict[str, LazyTensor]], Export]
+"""How a method's own parameters become weights, such as a LoRA merged into those of its layers: of a run's recipe, the
+dtype that it computed in, the start and what trained (grow.methods.export_trained)."""
+
+
+def as_trained(recipe: dict[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
+    """Takes what trained as it is: growth and plain fine-tuning train tensors that the checkpoint has."""
+    return Export(trained)
 
 
 def load_trained(
-    path: str, start: str = "", tag: str = "", average: int = 1, merge: Merge = as_trained
+    path: str, start: str = "", tag: str = "", average: int = 1, export: ExportFunction = as_trained
 ) -> TrainedWeights:
     """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
 
     `start` is what training started from, where that does not stand in a run.json (or was moved); `tag` names one of
     several checkpoints in a DeepSpeed folder. With `start`, a stock checkpoint is one that was trained from it.
     `average`: of a run, the mean of so many of its last checkpoints (latest weight averaging, Kaddour 2022, arXiv
-    2209.14981). `merge` says how a method's own parameters become weights. Raises UserError for anything else.
+    2209.14981). `export` says how a method's own parameters become weights. Raises UserError for anything else.
     """
     folder = Path(path)
     if average < 1:
         raise UserError(f"--average {average}: 1 or more")
     if (folder / "run.json").exists():
-        return _open_mean(folder, average, start, merge)
+        return _open_mean(folder, average, start, export)
     if average != 1 and folder.exists():
         raise UserError(
             f"--average {average}: means are of a training run's checkpoints, and {folder} is no run's folder"
@@ -98,7 +109,7 @@ def load_trained(
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
         if not (folder / MARKER).exists():
             raise UserError(f"{folder}: the checkpoint is not complete; take another of {folder.parent}")
-        return _open_run(folder.parent, folder, start, merge)
+        return _open_run(folder.parent, folder, start, export)
     if is_deepspeed(folder):
         if not start:
             raise UserError(f"{folder}: name the checkpoint that its training started from: --start CKPT")
@@ -108,7 +119,7 @@ def load_trained(
         raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, and {folder} is none")
     if start:
         return match_to_base(
-            Checkpoint(start), {name: checkpoint.lazy(name) for name in checkpoint.tensors}, checkpoint
+            Checkpoint(start), Export({name: checkpoint.lazy(name) for name in checkpoint.tensors}), checkpoint
         )
     if checkpoint.config.get("growth") is None:
         raise UserError(
@@ -132,7 +143,7 @@ def _check_grown(checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: {problem}")
 
 
-def _open_mean(run: Path, average: int, start: str, merge: Merge) -> TrainedWeights:
+def _open_mean(run: Path, average: int, start: str, export: ExportFunction) -> TrainedWeights:
     """A run's last checkpoint, with the mean of its last `average` ones laid over."""
     last = last_checkpoint(run)
     paths = complete_checkpoints(run)[:average]
@@ -141,9 +152,9 @@ def _open_mean(run: Path, average: int, start: str, merge: Merge) -> TrainedWeig
             f"{run}: {len(paths)} complete checkpoints are there, and --average {average} wants as many "
             "(the recipe's save_steps and save_total_limit say how many a run keeps)"
         )
-    source = _open_run(run, last, start, merge)
+    source = _open_run(run, last, start, export)
     if average > 1:
-        others = [_open_run(run, path, start, merge) for path in paths[1:]]
+        others = [_open_run(run, path, start, export) for path in paths[1:]]
         source.trained = {
             name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()
         }
@@ -152,7 +163,7 @@ def _open_mean(run: Path, average: int, start: str, merge: Merge) -> TrainedWeig
     return source
 
 
-def _open_run(run: Path, zero_path: Path, start: str, merge: Merge) -> TrainedWeights:
+def _open_run(run: Path, zero_path: Path, start: str, export: ExportFunction) -> TrainedWeights:
     try:
         run_facts, step = read_json(run / "run.json"), step_of(zero_path)
         step = step if step >= 0 else steps_in(zero_path)  # someone's copy, checkpoint-2-keep
@@ -168,7 +179,7 @@ def _open_run(run: Path, zero_path: Path, start: str, merge: Merge) -> TrainedWe
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run}: its run.json or trainer_state.json is not what a run writes ({error!r})") from error
     own = _started_from(run, start, bool(moved), run_facts)
-    source = _open_deepspeed(zero_path, own, "", lambda trained: merge(recipe, dtype, own, trained))
+    source = _open_deepspeed(zero_path, own, "", lambda trained: export(recipe, dtype, own, trained))
     source.facts, source.chat_template = facts, str(run_facts.get("chat_template") or "")
     return source
 
@@ -188,10 +199,10 @@ def _started_from(run: Path, start: str, moved: bool, run_facts: dict[str, Any])
 
 
 def _open_deepspeed(
-    path: Path, start: Checkpoint, tag: str, merged: Callable[..., dict[str, LazyTensor]] = dict
+    path: Path, start: Checkpoint, tag: str, export: Callable[[dict[str, LazyTensor]], Export] = Export
 ) -> TrainedWeights:
     zero = ZeroCheckpoint(path, tag)
-    source = match_to_base(start, merged(zero.trained), zero)
+    source = match_to_base(start, export(zero.trained), zero)
     source.facts = {"checkpoint": path.name}
     on_disk = {canonical(name): name for name in start.tensors}
     for name, tensor in zero.frozen.items():
@@ -201,12 +212,12 @@ def _open_deepspeed(
     return source
 
 
-def match_to_base(start: Checkpoint, trained: dict[str, LazyTensor], origin: Any) -> TrainedWeights:
+def match_to_base(start: Checkpoint, export: Export, origin: Any) -> TrainedWeights:
     """Finds each trained tensor's counterpart: names differ between disk and memory, and so do layouts."""
     _check_grown(start)
     on_disk = {canonical(name): name for name in start.tensors}
     found: dict[str, LazyTensor] = {}
-    for name, tensor in trained.items():
+    for name, tensor in export.tensors.items():
         key = on_disk.get(canonical(name))
         if key is None and name.endswith("lm_head.weight"):
             continue  # tied: the embedding's second name, which DeepSpeed's universal checkpoints keep
@@ -214,6 +225,9 @@ def match_to_base(start: Checkpoint, trained: dict[str, LazyTensor], origin: Any
             # A g_train run starts without it: it has the name and the shape of the base's own.
             own = on_disk.get(canonical(_own(name)), "")
             key = own.replace(".mlp.", ".mlp.trained.") or None
+        if key is None and export.config is not None:
+            found[name] = tensor
+            continue
         if key is None or start.tensors[_own(key)].shape != tensor.shape:
             raise UserError(
                 f"{origin.path}: {name} {list(tensor.shape)} has no counterpart in {start.path}; was that replaced?"
@@ -228,7 +242,7 @@ def match_to_base(start: Checkpoint, trained: dict[str, LazyTensor], origin: Any
         strange = [key for key in found if not is_growth(key)]
         if strange:
             raise UserError(f"{origin.path}: {strange[0]} was trained as well, which growth leaves as it is")
-    return TrainedWeights(start, found, identity=[start.identity(), origin.identity()])
+    return TrainedWeights(start, found, identity=[start.identity(), origin.identity()], config=export.config)
 
 
 def _own(name: str) -> str:

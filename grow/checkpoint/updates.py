@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, elementwise
-from grow.checkpoint.trained_weights import Merge, TrainedWeights, as_trained, load_trained
+from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError
 from grow.names import is_growth, mlp_prefixes, of_language_model
 
@@ -34,14 +34,16 @@ class Update:
         return elementwise(operator.sub, "F32", self.after, self.before)
 
 
-def read_updates(path: str, start: str = "", tag: str = "", merge: Merge = as_trained) -> tuple[list[Update], int]:
+def read_updates(
+    path: str, start: str = "", tag: str = "", export: ExportFunction = as_trained
+) -> tuple[list[Update], int]:
     """The updates of a run, of one of its checkpoints, of a grown checkpoint, or, with `start`, of a stock checkpoint
     that was trained from that one; by layer, then by name. Matrices that cannot have trained are left out.
 
     Returns them and how many layers the model has. Raises UserError for anything else (load_trained), and where
     no layer has such a matrix.
     """
-    source = load_trained(path, start, tag, 1, merge)
+    source = load_trained(path, start, tag, 1, export)
     found = []
     for name, before in _starts(source).items():
         place = matrix_of(name, before.shape)

@@ -133,13 +133,13 @@ def consolidate(
         json: Print one JSON object.
     """
     from grow.checkpoint.consolidate import consolidate as run
-    from grow.methods import merge_trained
+    from grow.methods import export_trained
 
     coefficient, count = number("--alpha", alpha, float), number("--average", average)
     with Bar("consolidating") as bar:
         result = run(
             source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, bar.add,
-            merge_trained,
+            export_trained,
         )  # fmt: skip
     return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
@@ -173,11 +173,11 @@ def growth(source: str, out: str, start: str = "", tag: str = "", average: str =
         json: Print one JSON object.
     """
     from grow.checkpoint.package import extract_growth as run
-    from grow.methods import merge_trained
+    from grow.methods import export_trained
 
     count = number("--average", average)
     with Bar("writing") as bar:
-        result = run(source, out, start=start, tag=tag, average=count, progress=bar.add, merge=merge_trained)
+        result = run(source, out, start=start, tag=tag, average=count, progress=bar.add, export=export_trained)
     return say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
 

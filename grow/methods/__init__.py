@@ -5,6 +5,7 @@ from typing import Any
 
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.trained_weights import Export
 from grow.errors import UserError, unknown
 from grow.methods.baselines.adapter import Adapter
 from grow.methods.baselines.ewc import Ewc
@@ -38,14 +39,12 @@ def read_recipe(path: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     return parse_recipe(path, overrides or {}, METHODS)
 
 
-def merge_trained(
-    recipe: Mapping[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]
-) -> dict[str, LazyTensor]:
-    """What a run trained, as tensors of the checkpoint that it started from; its recipe is that of its run.json.
+def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
+    """Turns what a run trained into tensors of a checkpoint, as its method does it; `recipe` is that of its run.json.
 
     Raises UserError for a method that is not known, or whose result has no such form.
     """
     name = str(recipe["method"])
     if name not in METHODS:
         raise UserError(unknown(name, METHODS, "method"))
-    return METHODS[name].of(dict(recipe)).merge(start, trained, dtype)
+    return METHODS[name].from_values(dict(recipe)).export(start, trained, dtype)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.package import extract_growth
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.trained_weights import Export
 from grow.methods.kl import KlRegularized
 
 
@@ -23,7 +24,7 @@ class GFreeze(KlRegularized):
 
     def write_result(self, run: Path, out: Path) -> None:
         """The growth package, which `python -m grow attach` puts on the base again."""
-        extract_growth(str(run), str(out), merge=self._merged_as_trained)
+        extract_growth(str(run), str(out), export=self._export_of)
 
-    def _merged_as_trained(self, recipe: Any, dtype: str, start: Checkpoint, trained: Any) -> dict[str, LazyTensor]:
-        return self.merge(start, trained, dtype)
+    def _export_of(self, recipe: Any, dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
+        return self.export(start, trained, dtype)

@@ -16,13 +16,13 @@ class GTrain(GFreeze):
     """Trains `mlp.grown` and `mlp.trained`, a copy of the original up-projection that takes its place in the forward
     pass ("Grow, Don't Overwrite", arXiv 2603.08647), so that the base's own weights stay as they are."""
 
-    def build(self, model: Any) -> None:
+    def add_parameters(self, model: Any) -> None:
         """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
         for mlp in grown_mlps(model):
             if mlp.trained is None:
                 _copy_up(mlp)
 
-    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """A gate and an up for each grown layer."""
         own = {
             name.replace(".grown.", "."): name.replace(".grown.", ".trained.")

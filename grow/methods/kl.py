@@ -46,11 +46,11 @@ class KlRegularized(Method):
         if self.kl_text:
             self._text(recipe)
 
-    def reads(self, recipe: Any) -> list[str]:
+    def texts_read(self, recipe: Any) -> list[str]:
         """The folders of general text."""
         return self.kl_text if self.kl_weight else []
 
-    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+    def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
         """The bytes of the second model."""
         return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.keeps_base else 0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.trained_weights import Export
 from grow.errors import UserError
 from grow.names import of_language_model
 
@@ -17,9 +18,9 @@ from grow.names import of_language_model
 class Method:
     """Plain training of the whole language model; a method overrides what it does otherwise.
 
-    A method's dataclass fields are fields of the recipe, by the same names and with the same defaults.
-    `grows`: whether it starts from a grown checkpoint, not from a base. `keeps_base`: whether its base stays inside,
-    where grow.model.alpha.base_inside finds it. `stages`: the ZeRO stages that it works with.
+    A method's dataclass fields are fields of the recipe, by the same names and with the same defaults. `grows` says
+    that it starts from a grown checkpoint, not from a base; `keeps_base` that its base stays inside, where
+    grow.model.alpha.base_inside finds it; `stages` are the ZeRO stages that it works with.
     """
 
     grows: ClassVar[bool] = False
@@ -27,12 +28,12 @@ class Method:
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """The method with its fields taken from a larger set of them, such as a run.json's recipe."""
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Makes the method with its fields taken from a larger set of them, such as a run.json's recipe."""
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def check(self, recipe: Any) -> None:
-        """What can be said before anything heavy is loaded. Raises UserError for a recipe that it cannot follow."""
+        """Raises UserError for a recipe that it cannot follow, before anything heavy is loaded."""
         stage = recipe.zero.get("stage", 0)
         if stage not in self.stages:
             raise UserError(
@@ -40,53 +41,68 @@ class Method:
                 f"give --deepspeed a config of stage {' or '.join(map(str, self.stages))}"
             )
 
-    def reads(self, recipe: Any) -> list[str]:
-        """Folders, beside the data, of rows that have a part in what is computed."""
+    def texts_read(self, recipe: Any) -> list[str]:
+        """Names folders, beside the data, whose rows have a part in what is computed."""
         return []
 
-    def build(self, model: Any) -> None:
+    # What is added.
+
+    def add_parameters(self, model: Any) -> None:
         """Adds parameters to a model that has just been loaded, in place.
 
         Under ZeRO-3 the model's own are partitioned already (grow.model.gather.gathered has them whole); those that
         are added need not be: DeepSpeed partitions them when training begins.
         """
 
-    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `build` adds, by name, to a model with parameters of these shapes."""
+    def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of what `add_parameters` adds, by name, to a model with parameters of these shapes."""
         return {}
 
-    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
-        """Bytes on every rank beside what ZeRO knows of; parameters have these shapes and `width` bytes a value."""
+    def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+        """Counts the bytes on every rank that ZeRO does not know of, such as a second model's.
+
+        The model's parameters have these shapes and `width` bytes a value.
+        """
         return 0
 
+    # What trains.
+
     def trains(self, name: str) -> bool:
-        """Whether a parameter trains, by its name in memory."""
+        """Says whether a parameter trains, by its name in memory."""
         return of_language_model(name)
 
     def prepare(self, model: nn.Module) -> None:
-        """Builds, and freezes what does not train before DeepSpeed sees the model."""
-        self.build(model)
+        """Adds parameters, and freezes what does not train before DeepSpeed sees the model."""
+        self.add_parameters(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
+    # What is added to the loss.
+
     def begin(self, trainer: Any) -> None:
-        """Measures what it needs of the model before it trains: every rank calls it, with DeepSpeed in place and, in a
-        run that goes on, before what was trained so far is loaded (grow.training.trainer.GrowTrainer)."""
+        """Measures what it needs of the model before that trains.
+
+        Every rank calls it, with DeepSpeed in place and, in a run that resumes, before what was trained so far is
+        loaded (grow.training.trainer.GrowTrainer).
+        """
 
     def token_weights(self, rows: Tensor) -> Tensor | None:
-        """What each label's loss is multiplied by: rows [N] int64, the example of each label → [N]; None: by 1."""
+        """Weights each label's loss: rows [N] int64, the example of each label → [N]. None weights all of them by 1."""
         return None
 
     def penalty(self) -> Tensor | float:
-        """What is added to the mean loss of every step, in nats: []."""
+        """Returns what is added to the mean loss of every step, in nats: []."""
         return 0.0
 
-    def merge(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-        """What trained (fp32 master weights, by names in memory) as tensors that the start has, or that growth adds.
+    # What is exported.
 
+    def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
+        """Turns what trained (fp32 master weights, by names in memory) into tensors of a checkpoint.
+
+        They are tensors that the start has, or that growth adds; with a config of its own an export may bring others.
         `dtype` is the one that the run computed in. Raises UserError if there is no such form.
         """
-        return trained
+        return Export(trained)
 
     def write_result(self, run: Path, out: Path) -> None:
-        """Writes what a finished run ends in, beside its last checkpoint; on rank 0. Plain training has no more."""
+        """Writes, on rank 0, what a finished run ends in beside its last checkpoint. Plain training has no more."""

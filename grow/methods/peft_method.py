@@ -10,6 +10,7 @@ from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.methods.method import Method
@@ -42,7 +43,7 @@ class PeftMethod(Method):
         """Whether a linear layer gets an adapter, by its name or its weight's."""
         return ".layers." in name and of_language_model(name)
 
-    def build(self, model: Any) -> None:
+    def add_parameters(self, model: Any) -> None:
         """Puts the adapters in. The model keeps its class, so all else sees the model that it was."""
         import peft
 
@@ -50,7 +51,7 @@ class PeftMethod(Method):
         layers = list(filter(self.targets, linear))
         peft.inject_adapter_in_model(self.config(layers), model)
 
-    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The adapters of those layers."""
         return {
             name.removesuffix(".weight") + part: size
@@ -63,8 +64,8 @@ class PeftMethod(Method):
         """The adapters."""
         return self.part in name
 
-    def merge(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-        """The weights of the layers, each with its adapter merged into it."""
+    def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
+        """Merges each layer's adapter into the weights that the base has."""
         on_disk = {canonical(name): name for name in start.tensors}
         found = {}
         for layer, parts in self._by_layer(trained).items():
@@ -72,7 +73,7 @@ class PeftMethod(Method):
             if key is None:
                 raise UserError(f"{start.path}: has no {layer}, which the adapter is for; was the base replaced?")
             found[f"{layer}.weight"] = self.merged(start.lazy(key), parts, dtype)
-        return found
+        return Export(found)
 
     def _by_layer(self, trained: dict[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
         layers: dict[str, dict[str, LazyTensor]] = {}

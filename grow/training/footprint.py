@@ -39,7 +39,7 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     start = starting_checkpoint(recipe)
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
-    shapes |= method.adds(shapes)
+    shapes |= method.added_shapes(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
     zero = recipe.zero
     # Beside the optimizer's part ZeRO-1 and 2 save the weights; in ZeRO-3 no rank has them.
@@ -49,7 +49,7 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.per_device_train_batch_size))
     moved = {stage: collectives(int(stage), shapes, trained, micro_batches, width, recipe) for stage in stages}
     for states in stages.values():
-        states["weights"] += method.holds(shapes, width)
+        states["weights"] += method.extra_bytes(shapes, width)
     stages["3 with CPU offload"] = offloaded(stages["3"])
     return {
         "method": recipe.method,

@@ -34,7 +34,7 @@ def places(recipe: Recipe) -> dict[str, Any]:
     return {
         "local": sorted(name for name in _PLACES if _is_local(recipe.values().get(name))),
         "deepspeed": read_deepspeed(recipe.deepspeed),
-        "text_checksums": [_checksum(Path(path)) for path in recipe.make_method().reads(recipe)],
+        "text_checksums": [_checksum(Path(text)) for text in recipe.make_method().texts_read(recipe)],
     }
 
 
@@ -55,9 +55,9 @@ def check_same_run(run: Path, recipe: Recipe) -> None:
             )
     _check_deepspeed(run, recipe, before)
     if "text_checksums" in before and before["text_checksums"] != places(recipe)["text_checksums"]:
+        texts = ", ".join(recipe.make_method().texts_read(recipe))
         raise UserError(
-            f"{run}: holds a run that began with other contents of {', '.join(recipe.make_method().reads(recipe))}; "
-            "put them back, or give another --output_dir"
+            f"{run}: holds a run that began with other contents of {texts}; put them back, or give another --output_dir"
         )
 
 

@@ -8,6 +8,7 @@ from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress, side_files
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
@@ -30,12 +31,12 @@ class Adapter(KlRegularized):
         if self.adapter_size < 1:
             raise UserError("adapter_size must be at least 1")
 
-    def build(self, model: Any) -> None:
+    def add_parameters(self, model: Any) -> None:
         """Adds the adapters."""
         for _, mlp in sorted(gated_mlps(model).items()):
             adapt_mlp(mlp, self.adapter_size)
 
-    def adds(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Two layers with biases after each MLP."""
         found: dict[str, tuple[int, ...]] = {}
         size = self.adapter_size
@@ -52,8 +53,8 @@ class Adapter(KlRegularized):
         """The adapters."""
         return ".mlp.adapter." in name
 
-    def merge(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-        """Raises UserError."""
+    def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
+        """Raises UserError: there is no such form of it."""
         raise UserError(
             "adapter: a bottleneck is not linear, so no weights of a stock model can hold it; "
             "give `eval` the run's folder result/, which has the adapter"

@@ -29,7 +29,7 @@ class Ewc(Method):
     ewc_rows: int = 200
     ewc_split: str = "train"
 
-    def holds(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
+    def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
         """F and θ*."""
         return (4 + width) * sum(prod(shape) for name, shape in shapes.items() if self.trains(name))
 
@@ -42,7 +42,7 @@ class Ewc(Method):
             raise UserError("ewc_rows must be at least 1, and ewc_lambda not below 0")
         self._examples(recipe)
 
-    def reads(self, recipe: Any) -> list[str]:
+    def texts_read(self, recipe: Any) -> list[str]:
         """The rows of old knowledge."""
         return [recipe.retention]
 
