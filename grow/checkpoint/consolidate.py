@@ -73,14 +73,19 @@ def consolidate(
             raise UserError(f"{path}: was not trained by growth, so there is nothing to keep grown; use --format stock")
         written = write_grown(source, out, size, progress)
     else:
-        tensors = _stock_tensors(source, plan, uniform, alpha, _DTYPES.get(dtype))
+        tensors = stock_tensors(source, plan, uniform, alpha, _DTYPES.get(dtype))
         written = _write_stock(source, plan, out, tensors, alpha, dtype, size, progress)
     return {"source": path, "out": out, "format": format, "alpha": alpha, "bytes": written, **source.facts}
 
 
-def _stock_tensors(
+def stock_tensors(
     source: TrainedWeights, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
 ) -> dict[str, LazyTensor]:
+    """The tensors of a stock checkpoint at an interpolation coefficient, by the names that the start has.
+
+    `dtype` is safetensors' name of a float type; None leaves the start's. Raises UserError where only some layers have
+    grown and `uniform` does not pad the others.
+    """
     start = source.start
     mlps = {}
     if plan is not None:
@@ -152,12 +157,7 @@ def _write_stock(
     progress: Progress,
 ) -> int:
     start = source.start
-    growth = start.config.get("growth")
-    config = {key: value for key, value in (source.config or start.config).items() if key != "growth"}
-    if plan is not None:
-        text = dict(text_config(config))
-        text["intermediate_size"] = plan.factor * start.tensors[_gate(source)].shape[0]
-        config = {**config, "text_config": text} if "text_config" in config else text
+    growth, config = start.config.get("growth"), stock_config(source, plan)
     if dtype:
         config = _with_dtype(config, dtype)
     shards = split_into_shards(tensors, max_shard_size, "model")
@@ -177,6 +177,16 @@ def _write_stock(
         folder.write_text("README.md", stock_card(source.base_facts(), growth, source.facts, source.scores, alpha))
         folder.write_json("config.json", config)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def stock_config(source: TrainedWeights, plan: GrowthPlan | None) -> dict[str, Any]:
+    """The config of a stock checkpoint: without growth, and with the width that its MLPs have come to."""
+    config = {key: value for key, value in (source.config or source.start.config).items() if key != "growth"}
+    if plan is None:
+        return config
+    text = dict(text_config(config))
+    text["intermediate_size"] = plan.factor * source.start.tensors[_gate(source)].shape[0]
+    return {**config, "text_config": text} if "text_config" in config else text
 
 
 def _gate(source: TrainedWeights) -> str:

@@ -189,15 +189,10 @@ def expand(
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
-        base_checksums = [hasher.submit(file_checksums, shard) for shard in base.shards]
+        identity = hasher.submit(base_identity, base)
         link_base(folder, base)
         checksums = folder.write_shards(shards, progress)
-        files: dict[str, Any] = {}
-        base_tensors: dict[str, str] = {}
-        for shard, future in zip(base.shards, base_checksums, strict=True):
-            whole, tensors = future.result()
-            files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "xxh3_128": whole}
-            base_tensors |= tensors
+        files, base_tensors = identity.result()
         growth = {
             "format_version": FORMAT_VERSION,
             "factor": plan.factor,
@@ -211,6 +206,18 @@ def expand(
         folder.write_index(weight_map, sizes)
         write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
     return describe_growth(base, plan, added) | {"out": str(out)}
+
+
+def base_identity(base: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a base is known by: facts of its files, by the names that they have in a grown checkpoint; and the checksum
+    of every tensor."""
+    files: dict[str, Any] = {}
+    tensors: dict[str, str] = {}
+    for shard in base.shards:
+        whole, own = file_checksums(shard)
+        files[grown_name(shard)] = {"name": shard.name, "bytes": shard.stat().st_size, "xxh3_128": whole}
+        tensors |= own
+    return files, tensors
 
 
 def link_base(folder: OutputFolder, base: Checkpoint) -> None:

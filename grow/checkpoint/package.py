@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.expand import grown_name, link_again, link_base
-from grow.checkpoint.metadata import BASE_FOLDER, check_growth, read_growth, write_growth, write_metadata
+from grow.checkpoint.card import base_facts
+from grow.checkpoint.dtypes import is_float
+from grow.checkpoint.expand import base_identity, grown_name, link_again, link_base
+from grow.checkpoint.hub import HUB_NAME, repository
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.metadata import BASE_FOLDER, GROWTH_NAME, check_growth, read_growth, write_growth, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import Checkpoint, read_header
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.starting import second_head
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
-from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, parse_size, split_into_shards
+from grow.checkpoint.writer import (
+    GROWTH_SHARD_SIZE,
+    checksum,
+    file_checksums,
+    files_of,
+    parse_size,
+    split_into_shards,
+)
 from grow.errors import UserError
+from grow.names import canonical
 
 
 def _open_grown(
@@ -70,34 +83,102 @@ def extract_growth(
 
 
 def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
-    """Writes OUT, a growth package put on its base again.
+    """Writes OUT, a growth package (a folder, or a name on the hub) put on its base again.
 
     Raises UserError for another base than the one it grew from: growth is a difference from that base's every bit.
     """
     refuse_existing(Path(out))
-    folder_in = Path(package)
-    facts = read_growth(folder_in)
-    shards = sorted(folder_in.glob("growth-*.safetensors"))
-    added = {name: info for shard in shards for name, info in read_header(shard).items()}
-    if set(added) != set(facts["tensors"]):
+    folder_in = package_folder(package)
+    facts, shards = read_growth(folder_in), sorted(folder_in.glob("growth-*.safetensors"))
+    added = Checkpoint.of_files(folder_in, shards)
+    if set(added.tensors) != set(facts["tensors"]):
         raise UserError(f"{package}: its shards do not hold the tensors that its growth.json names; is one missing?")
     own = Checkpoint(base_path)
     if "growth" in own.config:
         raise UserError(f"{base_path}: is grown already; give its base (python -m grow base {base_path} OUT)")
-    _check_base(own.path, {grown_name(shard): shard for shard in own.shards}, facts["base"]["files"])
+    base = _check_same_base(own, facts)
     for shard in shards:
-        for name, checksum in file_checksums(shard)[1].items():
-            if checksum != facts["tensors"][name]:
-                raise UserError(f"{shard}: {name} changed since it was written (checksum)")
+        check_shard(shard, facts["tensors"])
+    tensors = _as_of(own, added, facts)
     with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in shards]]}) as folder:
         link_base(folder, own)
-        for shard in shards:
-            folder.link(shard, shard.name)
-        weight_map = {name: grown_name(info.file) for name, info in own.tensors.items()}
-        weight_map |= {name: info.file.name for name, info in added.items()}
-        folder.write_index(weight_map, {name: info.nbytes for name, info in (own.tensors | added).items()})
-        write_metadata(folder, facts, own.config)
+        if all(tensor is None for tensor in tensors.values()):
+            for shard in shards:
+                folder.link(shard, shard.name)
+            weight_map = {name: info.file.name for name, info in added.tensors.items()}
+            sizes = {name: info.nbytes for name, info in added.tensors.items()}
+        else:
+            made = {name: tensor or added.lazy(name) for name, tensor in tensors.items()}
+            new = split_into_shards(made, parse_size("--max-shard-size", GROWTH_SHARD_SIZE), "growth")
+            facts = facts | {"tensors": folder.write_shards(new, no_progress)}
+            weight_map, sizes = files_of(new), {name: tensor.nbytes for name, tensor in made.items()}
+        weight_map |= {name: grown_name(info.file) for name, info in own.tensors.items()}
+        folder.write_index(weight_map, sizes | {name: info.nbytes for name, info in own.tensors.items()})
+        write_metadata(folder, facts | base, own.config)
     return {"base": base_path, "growth": package, "out": out}
+
+
+def package_folder(name: str) -> Path:
+    """The folder of a growth package: itself, or a repository's on the hub, which is fetched if it is not in the cache.
+
+    Raises UserError if there is none.
+    """
+    if Path(name).is_dir() or not HUB_NAME.fullmatch(name):
+        return Path(name)
+    source = repository(name)
+
+    def choose(names: list[str], _: object) -> list[str]:
+        if GROWTH_NAME not in names:
+            raise UserError(f"{source}: has no {GROWTH_NAME}, so it is not a growth package")
+        return [GROWTH_NAME, *(one for one in names if one.startswith("growth-"))]
+
+    return (source.cached(choose) or source.fetch(choose))[0].parent
+
+
+def check_shard(shard: Path, sums: dict[str, str]) -> None:
+    """Raises UserError if a tensor of a growth package is not what was written."""
+    for name, digest in file_checksums(shard)[1].items():
+        if digest != sums.get(name):
+            raise UserError(f"{shard}: {name} changed since it was written (checksum)")
+
+
+def matches(tensor: LazyTensor, digest: str | None) -> bool:
+    """Whether a tensor has this checksum, as it is or rounded to another float type."""
+    if digest is None:
+        return False
+    others = ("BF16", "F16", "F32") if is_float(tensor.dtype) else ()
+    return any(checksum(tensor.to(dtype)) == digest for dtype in dict.fromkeys((tensor.dtype, *others)))
+
+
+def _check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is known of the base beyond the package, since growth saved from memory may know tensors alone.
+
+    Raises UserError for another base.
+    """
+    files = facts["base"]["files"]
+    if files:
+        _check_base(own.path, {grown_name(shard): shard for shard in own.shards}, files)
+        return {}
+    known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
+    tied = second_head(own) or ("",)
+    for name in own.tensors:
+        if name != tied[0] and not matches(own.lazy(name), known.get(canonical(name))):
+            raise UserError(f"{own.path}: is not what this growth grew from: {name} differs")
+    files, tensors = base_identity(own)
+    return {"base": {**base_facts(own), "files": files}, "base_tensors": tensors}
+
+
+def _as_of(own: Checkpoint, added: Checkpoint, facts: dict[str, Any]) -> dict[str, LazyTensor | None]:
+    """The growth's tensors by the names that they have beside this base's own, and in its dtype; None where a package
+    has them so already. Growth that was saved from memory may have names and a dtype of its own."""
+    on_disk = {canonical(name): name for name in own.tensors}
+    found: dict[str, LazyTensor | None] = {}
+    for name, info in added.tensors.items():
+        kind = ".grown." if ".mlp.grown." in name else ".trained."
+        beside = on_disk[canonical(name.replace(f".mlp{kind}", ".mlp."))]
+        called, dtype = beside.replace(".mlp.", f".mlp{kind}"), own.tensors[beside].dtype
+        found[called] = None if (called, dtype) == (name, info.dtype) else added.lazy(name).to(dtype)
+    return found
 
 
 def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, Any]:

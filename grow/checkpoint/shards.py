@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -121,14 +121,25 @@ class Checkpoint:
         self.path = locate(name)
         refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self.shards = [self.path / name for name in _shard_names(self.path)]
+        self._read([self.path / name for name in _shard_names(self.path)])
+        self._check_index()
+
+    @classmethod
+    def of_files(cls, path: Path, shards: list[Path]) -> Self:
+        """Some safetensors files by themselves, without a config. Raises UserError if one is not sound."""
+        files = cls.__new__(cls)
+        files.path, files.config = path, {}
+        files._read(shards)
+        return files
+
+    def _read(self, shards: list[Path]) -> None:
+        self.shards = shards
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for key, info in read_header(shard).items():
                 if key in self.tensors:
                     raise UserError(f"{shard}: {key} is also in {self.tensors[key].file.name}")
                 self.tensors[key] = info
-        self._check_index()
         self._files: dict[Path, int] = {}
 
     def _check_index(self) -> None:

@@ -34,7 +34,8 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         assert plan is not None
         add_growth(self, plan)
 
-    return type(f"Grown{cls.__name__}", (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    members = {"__init__": __init__, "__module__": cls.__module__, "stock_class": cls}
+    return type(f"Grown{cls.__name__}", (cls,), members)
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:

@@ -1,0 +1,251 @@
+"""Growth for models that are loaded already, and for a training loop of one's own: what `import grow` offers.
+
+Formats are those of the commands: `grow attach` puts on files what `save_growth` wrote, and `attach` on a loaded model
+what `grow growth` or a run wrote.
+"""
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from grow.checkpoint.card import base_facts
+from grow.checkpoint.consolidate import stock_config, stock_tensors
+from grow.checkpoint.expand import added_tensors, base_identity, make_plan
+from grow.checkpoint.lazy import LazyTensor, from_tensor
+from grow.checkpoint.metadata import GROWTH_NAME, read_growth, without_checksums, write_growth
+from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing
+from grow.checkpoint.package import check_shard, matches, package_folder
+from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.trained_weights import TrainedWeights, load_trained
+from grow.checkpoint.writer import GROWTH_SHARD_SIZE, checksum, parse_size, split_into_shards
+from grow.errors import UserError
+from grow.methods import METHODS, export_trained
+from grow.methods.g_freeze import GFreeze
+from grow.model import loading
+from grow.model.alpha import set_alpha
+from grow.model.gather import gathered
+from grow.model.in_memory import InMemoryCheckpoint
+from grow.model.mlp import add_growth, grown_mlps
+from grow.names import canonical, is_growth
+from grow.plan import FORMAT_VERSION, GrowthPlan
+
+__all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable"]
+
+
+def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2) -> PreTrainedModel:
+    """Grows a loaded model's MLPs in place, and returns it: with factor 2 it computes exactly what it did.
+
+    Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
+    and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9";
+    each of these MLPs becomes `factor` times as wide. Raises UserError for a model that cannot be grown.
+    """
+    base = InMemoryCheckpoint(model)
+    text = layers if isinstance(layers, str) else ",".join(map(str, layers))
+    plan, prefixes = make_plan(base, factor, text)
+    _add(model, plan)
+    _fill(model, added_tensors(base, plan, prefixes))
+    model.config.growth = {
+        "format_version": FORMAT_VERSION,
+        "factor": plan.factor,
+        "layers": list(plan.layers),
+        "trained": None,
+        "base": {"name": str(base.path), "files": {}},
+    }
+    return model
+
+
+def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Parameter]:
+    """Freezes a grown model but for what a method trains, which it returns, for an optimizer.
+
+    "g_freeze" trains the added copies; "g_train" also the original gate and up projections of the grown layers, as
+    copies beside the base's own, which stay. Raises UserError for another method, or a model that has not grown.
+    """
+    cls = METHODS.get(method)
+    if cls is None or not issubclass(cls, GFreeze) or method == "g_lora":
+        raise UserError(f"trainable: {method}: there are g_freeze and g_train; other methods train by a recipe")
+    _plan_of(model)
+    cls().prepare(model)
+    model.config.growth["trained_up"] = any(mlp.trained is not None for mlp in grown_mlps(model))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
+    """Writes what growth has added as a growth package: the tensors, in the dtype that they have, and growth.json.
+
+    growth.json knows the base by checksums of its tensors, and of its files where the model was loaded from some that
+    are here. Raises UserError if the model has not grown, or if the folder is there already.
+    """
+    plan = _plan_of(model)
+    own = InMemoryCheckpoint(model)
+    files = own.files()
+    names = _names_in_files(own, files) if files is not None and "growth" not in files.config else {}
+    added = {_named_beside(name, names): own.lazy(name) for name in own.tensors if is_growth(name)}
+    base, base_tensors = _base_identity(own, files if names else None, names)
+    facts = without_checksums(model.config.growth) | {
+        "trained": model.config.growth.get("trained") or {},
+        "trained_up": plan.trained_up,
+        "base": base,
+    }
+    shards = split_into_shards(added, parse_size("max_shard_size", GROWTH_SHARD_SIZE), "growth")
+    with OutputFolder(folder, {"growth in memory": [checksum(tensor) for tensor in added.values()]}) as out:
+        sums = out.write_shards(shards, no_progress)
+        write_growth(out, facts | {"tensors": sums, "base_tensors": base_tensors})
+
+
+def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
+    """Puts a growth package on the loaded base that it grew from, in place, and returns it, as trained (α = 1).
+
+    `package` is a folder, or a name on the Hugging Face hub, which is fetched where it is not in the cache. The base
+    may be in another float type than the one that grew, where one comes from the other by rounding. Raises UserError
+    for another base: growth is a difference from that base's every value.
+    """
+    folder = package_folder(str(package))
+    facts = read_growth(folder)
+    own = InMemoryCheckpoint(model)
+    if any(is_growth(name) for name in own.tensors):
+        raise UserError(f"{own.path}: is grown already; load its base anew")
+    known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
+    for name in own.tensors:
+        if not matches(own.lazy(name), known.get(canonical(name))):
+            raise UserError(f"{folder}: grew from another base, {facts['base']['name']}: {name} of {own.path} differs")
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(folder.glob("growth-*.safetensors")):
+        check_shard(shard, facts["tensors"])
+        tensors |= {name: from_tensor(tensor) for name, tensor in load_file(shard).items()}
+    if set(tensors) != set(facts["tensors"]):
+        raise UserError(f"{folder}: its shards do not hold the tensors that its {GROWTH_NAME} names; is one missing?")
+    plan = GrowthPlan.from_config({"growth": facts})
+    assert plan is not None
+    _add(model, plan)
+    _fill(model, tensors)
+    set_alpha(model, 1.0)
+    model.config.growth = without_checksums(facts)
+    return model
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0, start: str = "") -> PreTrainedModel:
+    """Opens a checkpoint, grown or stock, or a finished run by any method, as a model.
+
+    `dtype` "auto" is the checkpoint's own. `alpha` is the interpolation coefficient of a model with its base inside: 0
+    is the base, 1 as trained. `start` is what a run started from, where that has moved. Raises UserError for anything
+    that is neither.
+    """
+    folder = Path(path)
+    if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: a growth package; load its base, and grow.attach(base, {str(folder)!r})")
+    if not (folder / "run.json").is_file():
+        return loading.load(path, dtype, alpha)
+    if METHODS.get(read_json(folder / "run.json").get("recipe", {}).get("method"), GFreeze) is METHODS["adapter"]:
+        return loading.load(folder / "result", dtype, alpha)
+    source = load_trained(str(folder), start, export=export_trained)
+    if source.config is not None or (alpha != 1 and source.plan is None):
+        raise UserError(f"{folder}: consolidate it first: grow consolidate {folder} OUT --alpha {alpha:g}")
+    model = loading.load(source.start.path, dtype)
+    if any(".mlp.trained." in name for name in source.trained):
+        METHODS["g_train"]().add_parameters(model)
+    _fill(model, source.trained)
+    if source.plan is not None:
+        model.config.growth = source.growth_facts()
+        set_alpha(model, alpha)
+    return model
+
+
+def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) -> None:
+    """Writes a grown model as a stock checkpoint, which loads anywhere: one MLP a layer, `factor` times as wide.
+
+    The interpolation coefficient that the model is at is folded into the weights. Stock models have one width, so where
+    only some layers have grown `uniform` pads the others with neurons that are zero. The tokenizer is yours to save
+    beside it. Raises UserError without `uniform` there, or if the folder is there already.
+    """
+    out = Path(folder)
+    refuse_existing(out)
+    plan = _plan_of(model)
+    alphas = tuple(float(mlp.alpha) for mlp in grown_mlps(model))
+    source = TrainedWeights(InMemoryCheckpoint(model))
+    plan = GrowthPlan(plan.factor, plan.layers, plan.trained_up, alphas)
+    tensors = stock_tensors(source, plan, uniform, 1.0, None)
+    config = type(model.config).from_dict(stock_config(source, plan))
+    with torch.device("meta"):
+        stock = getattr(type(model), "stock_class", type(model))(config)
+    stock.load_state_dict({name: tensor.load() for name, tensor in tensors.items()}, strict=False, assign=True)
+    stock.tie_weights()
+    left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
+    if left:
+        raise UserError(f"{out}: the model in memory has no {left[0]}, which {type(stock).__name__} needs")
+    stock.generation_config = model.generation_config
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    stock.save_pretrained(partial)
+    partial.rename(out)
+
+
+def _plan_of(model: PreTrainedModel) -> GrowthPlan:
+    mlps = list(grown_mlps(model))
+    plan = GrowthPlan.from_config({"growth": getattr(model.config, "growth", None)})
+    if plan is None or not mlps:
+        raise UserError(f"{type(model).__name__}: has not grown; call grow.grow_model(model), or load a grown one")
+    return plan
+
+
+def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
+    """Adds the modules of a plan, where the MLPs are and in their dtype."""
+    add_growth(model, plan)
+    for mlp in grown_mlps(model):
+        own = mlp.gate_proj.weight
+        for added in filter(None, (mlp.grown, mlp.trained)):
+            added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, LazyTensor]) -> None:
+    """Copies tensors to the parameters of the same canonical names."""
+    parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        if name.endswith("lm_head.weight") and canonical(name) not in parameters:
+            continue  # tied: the embeddings' second name
+        parameter = parameters[canonical(name)]
+        with gathered(parameter):
+            parameter.copy_(tensor.load())
+
+
+def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str]:
+    """The name in the base's files of every tensor in memory that is the base's; empty if one of them is not there."""
+    on_disk = {canonical(name): name for name in files.tensors}
+    names = {name: on_disk.get(canonical(name), "") for name in own.tensors if not is_growth(name)}
+    return names if all(names.values()) else {}
+
+
+def _named_beside(name: str, names: dict[str, str]) -> str:
+    """What an added tensor is called beside the base's own in its files."""
+    kind = ".mlp.grown." if ".mlp.grown." in name else ".mlp.trained."
+    own = name.replace(kind, ".mlp.")
+    return names.get(own, own).replace(".mlp.", kind)
+
+
+def _base_identity(
+    own: InMemoryCheckpoint, files: Checkpoint | None, names: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the base in memory is known by: "base" and "base_tensors" of growth.json."""
+    in_memory = {name: checksum(own.lazy(name)) for name in own.tensors if not is_growth(name)}
+    if files is None:
+        return {"name": str(own.path), "files": {}}, in_memory
+    facts, in_files = base_identity(files)
+    base = {**base_facts(files), "files": facts}
+    if all(matches(own.lazy(name), in_files[names[name]]) for name in in_memory):
+        return base, in_files
+    changed = [name for name, digest in in_memory.items() if not matches(files.lazy(names[name]), digest)]
+    if not changed:  # loaded in a type that rounds what stands in the files
+        return base, {names[name]: digest for name, digest in in_memory.items()}
+    warnings.warn(
+        f"the base in memory is not that of {files.path}: {changed[0]} differs. The growth is saved for the base as it "
+        "is in memory",
+        stacklevel=3,
+    )
+    return {"name": str(own.path), "files": {}}, {names[name]: digest for name, digest in in_memory.items()}

@@ -1,0 +1,58 @@
+"""A loaded model, read as a checkpoint's files are: tensors by name, some rows at a time."""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from grow.checkpoint.dtypes import TORCH_NAMES, itemsize
+from grow.checkpoint.lazy import LazyTensor, from_tensor
+from grow.checkpoint.shards import Checkpoint, TensorInfo
+from grow.errors import UserError
+
+_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+
+
+class InMemoryCheckpoint(Checkpoint):
+    """A model in memory in the place of a checkpoint's files; `model` is a PreTrainedModel.
+
+    Tied tensors are there under one name. `path` says where the model was loaded from, for messages.
+    """
+
+    def __init__(self, model: Any):
+        self.path = Path(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.shards: list[Path] = []
+        self.config: dict[str, Any] = model.config.to_dict()
+        self._tensors = _untied(model)
+        self.tensors = {name: _info(self.path, name, tensor) for name, tensor in self._tensors.items()}
+
+    def lazy(self, name: str) -> LazyTensor:
+        """The tensor, to be read by rows, from whatever device it is on."""
+        return from_tensor(self._tensors[name].cpu())
+
+    def files(self) -> Checkpoint | None:
+        """The checkpoint that the model was loaded from, where it is here."""
+        try:
+            return Checkpoint(self.path)
+        except UserError:
+            return None
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            found[name] = tensor
+    return found
+
+
+def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
+    dtype = _NAMES.get(str(tensor.dtype))
+    if dtype is None or tensor.device.type == "meta":
+        raise UserError(f"{path}: {name} is {tensor.dtype} on {tensor.device}; load the model whole, and not quantized")
+    shape = tuple(tensor.shape)
+    return TensorInfo(path, dtype, shape, 0, prod(shape) * itemsize(dtype))
