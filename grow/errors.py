@@ -1,4 +1,4 @@
-"""What ends a command: `python -m grow` prints one line and leaves with the exit code."""
+"""What ends a command: `grow` prints one line and leaves with the exit code."""
 
 import difflib
 from collections.abc import Iterable

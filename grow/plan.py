@@ -121,7 +121,7 @@ def _ranked(text: str) -> set[int]:
 def _by_alpha(checkpoint: Path) -> list[int]:
     plan = GrowthPlan.from_config(_read(checkpoint / "config.json"))
     if plan is None or not plan.alphas:
-        raise UserError(f"{checkpoint}: its layers have no α of their own; name what python -m grow layer-dial wrote")
+        raise UserError(f"{checkpoint}: its layers have no α of their own; name what grow layer-dial wrote")
     return sorted(plan.layers, key=plan.own_alpha, reverse=True)
 
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from grow.errors import UserError, unknown
-from grow.recipe_values import check_numbers, find_file, read_values, whole_number, zero_settings
+from grow.plan import parse_factor
+from grow.recipe_values import (
+    begun_with,
+    check_numbers,
+    find_deepspeed,
+    find_file,
+    read_values,
+    whole_number,
+    zero_settings,
+)
 
 Methods = Mapping[str, type[Any]]
 """The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
@@ -33,12 +42,15 @@ _PLACES = {
 class Recipe:
     """Every field of a recipe but those of its method. Those without a default must be in the file."""
 
-    # What is trained. Growth methods start from `grown`, an expanded checkpoint; the others from `base`.
-    # `base_revision` is a branch, a tag or a commit of a base on the hub.
+    # What is trained: a folder, or a name on the hub, of which `base_revision` is a branch, a tag or a commit.
     base: str
     base_revision: str | None = None
     method: str = "g_freeze"
+    # Growth methods start from `grown`, an expanded checkpoint. Where none is named, launch/train.sh makes one in the
+    # run's folder, of these layers (as for `expand --layers`) and by this factor.
     grown: str = ""
+    layers: str = "all"
+    factor: int = 2
 
     # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name, with its revision, the folder inside
     # and the configuration of its card. The templates name its columns.
@@ -49,6 +61,7 @@ class Recipe:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
+    # Without any of these, columns of the names prompt and completion, or messages, are taken as they are.
     prompt: str = ""
     completion: str = ""
     # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template, or by one
@@ -78,8 +91,8 @@ class Recipe:
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 4
 
-    # The run. A number, or one for each method.
-    learning_rate: float | dict[str, float] = field(kw_only=True)
+    # The run. A number, or one for each method; by method and size where none is given (grow.methods.rates).
+    learning_rate: float | dict[str, float] | None = None
     max_steps: int = -1
     num_train_epochs: float = 1.0
     lr_scheduler_type: str = "cosine"
@@ -93,7 +106,9 @@ class Recipe:
     dtype: str = "auto"
     # Compute the layers' activations again in the backward pass instead of keeping them: less memory, a third slower.
     gradient_checkpointing: bool = False
-    deepspeed: str = field(kw_only=True)
+    # zero1, zero2, zero3 or zero3_offload (grow/training/deepspeed), or a DeepSpeed JSON of your own. ZeRO-1 unless
+    # given, which sends least where the model fits; a run that has begun keeps its own.
+    deepspeed: str = ""
 
     # What is seen and kept of it. "{method}" in output_dir is the method's name.
     output_dir: str = field(kw_only=True)
@@ -113,6 +128,11 @@ class Recipe:
     def zero(self) -> dict[str, Any]:
         """What its DeepSpeed JSON says of ZeRO. Raises UserError if it is not readable."""
         return zero_settings(self.deepspeed)
+
+    @property
+    def makes_grown(self) -> bool:
+        """Whether the run starts from a grown checkpoint that is made for it, in its folder."""
+        return bool(self.method_class.grows) and self.grown == own_grown(self.output_dir)
 
     @property
     def start(self) -> str:
@@ -205,16 +225,23 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
     raise UserError(f"{name}: {value!r} is not what it takes ({names})")
 
 
+def own_grown(output_dir: str) -> str:
+    """Where a run's own grown checkpoint is."""
+    return os.path.join(output_dir, "grown")
+
+
 def _resolve(recipe: Recipe, path: str) -> Recipe:
-    if recipe.method_class.grows and not recipe.grown:
-        raise UserError(f"{path}: {recipe.method} starts from a grown checkpoint; name it in the field grown")
-    if bool(recipe.messages) == bool(recipe.completion):
+    output_dir = recipe.output_dir.replace("{method}", recipe.method)
+    if recipe.grown and recipe.grown != own_grown(output_dir) and (recipe.layers, recipe.factor) != ("all", 2):
+        raise UserError(f"{path}: layers and factor are for a run that makes its own grown checkpoint; take out grown")
+    if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
     rate = recipe.learning_rate
     if isinstance(rate, dict):
         if recipe.method not in rate:
             raise UserError(f"{path}: learning_rate names no rate for {recipe.method}")
         rate = rate[recipe.method]
+    parse_factor(recipe.factor)
     check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
@@ -228,12 +255,13 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(f"{path}: options: one is empty, or stands in it twice: {recipe.options}")
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
-    if recipe.chat_template and not recipe.messages:
+    if recipe.chat_template and recipe.completion:
         raise UserError(f"{path}: chat_template is for messages, of which there are none")
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
-        deepspeed=find_file(path, "deepspeed", recipe.deepspeed),
+        grown=recipe.grown or (own_grown(output_dir) if recipe.method_class.grows else ""),
+        deepspeed=find_deepspeed(path, recipe.deepspeed or begun_with(output_dir).get("deepspeed") or "zero1"),
         chat_template=find_file(path, "chat_template", recipe.chat_template),
-        output_dir=recipe.output_dir.replace("{method}", recipe.method),
+        output_dir=output_dir,
     )

@@ -16,6 +16,7 @@ import yaml
 from grow.errors import UserError
 
 _LARGEST = 2**31 - 1
+_DEEPSPEED = Path(__file__).parent / "training" / "deepspeed"
 _TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 
 _COUNTS = (
@@ -114,6 +115,30 @@ def find_file(recipe: str, name: str, value: str) -> str:
     if not file.is_file():
         raise UserError(f"{recipe}: {name}: no such file: {value}")
     return str(file.resolve())
+
+
+def find_deepspeed(recipe: str, value: str) -> str:
+    """The path of a recipe's DeepSpeed JSON: one of ours by its name, such as zero1, or a file.
+
+    Raises UserError if there is no such file.
+    """
+    ours = {path.stem: path for path in _DEEPSPEED.glob("*.json")}
+    if value in ours:
+        return str(ours[value])
+    place, stem = Path(value), Path(value).stem
+    there = place.exists() or (Path(recipe).parent / place).exists()
+    if stem in ours and place.parent.name == "deepspeed" and not there:
+        return str(ours[stem])  # as recipes named them once, by their place in the repository
+    return find_file(recipe, "deepspeed", value)
+
+
+def begun_with(output_dir: str) -> dict[str, Any]:
+    """The recipe of the run that has begun in a folder, as its run.json has it; nothing if none has."""
+    try:
+        begun = json.loads(Path(output_dir, "run.json").read_text(encoding="utf-8")).get("recipe")
+    except (OSError, ValueError, AttributeError):
+        return {}  # whether it can be read is asked when the run resumes
+    return begun if isinstance(begun, dict) else {}
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 Everyone takes the same rows of English and French, about eight a step (times `--scale`: a GPU wants more), in one
 process on the same cores or the same GPU; 270M is the real Gemma 3 (recipes/gemma3_270m/fetch.py brings it), 1B its
-larger sister's shape with random weights. Ours run as a user runs them: `python -m grow train` with a recipe. The
+larger sister's shape with random weights. Ours run as a user runs them: `grow train` with a recipe. The
 rivals are in tests/bench_rivals.py.
 """
 
@@ -171,7 +171,7 @@ def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps:
         "retention": None, "max_length": LENGTH, "train_batch_size": scale,
         "per_device_train_batch_size": scale, "max_steps": steps,
         "logging_steps": 1, "eval_steps": 1000, "save_steps": 1000, "output_dir": str(out),
-        "deepspeed": str(ROOT / f"recipes/deepspeed/zero{stage}.json"),
+        "deepspeed": str(ROOT / f"grow/training/deepspeed/zero{stage}.json"),
     }  # fmt: skip
     recipe = work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))

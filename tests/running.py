@@ -58,7 +58,7 @@ def train_here(recipe: Path, output: Path) -> None:
 
 
 def here(capsys: Any, *arguments: str | Path, code: int = 0) -> str:
-    """Runs python -m grow in this process. Returns what it printed, or of a mistake its line."""
+    """Runs grow in this process. Returns what it printed, or of a mistake its line."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
     said = capsys.readouterr()

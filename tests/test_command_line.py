@@ -83,7 +83,7 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["train", "{recipe}", "--max_step", "3"], "did you mean --max_steps?"),
         (["train", "{recipe}", "--max_steps", "many"], "max_steps: 'many'"),
         (["train", "{recipe}", "--method", "g_frieze"], "did you mean g_freeze?"),
-        (["train", "{recipe}"], "python -m grow expand"),
+        (["train", "{recipe}"], "grow expand"),
         (["train", "{recipe}", "--method", "sft", "--per_device_train_batch_size", "3"], "not a multiple"),
         (["train", "{recipe}", "--method", "sft", "--data", "{out}"], "no such folder of data"),
         (["train", "{recipe}", "--method", "sft", "--prompt", "{{nothing}}"], "is not among the columns"),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
     ("method", "stage", "ranks", "saving"),
     [
         ("g_freeze", 3, 2, {"gradient_checkpointing": True}),
-        ("g_freeze", 3, 1, {"deepspeed": str(ROOT / "recipes" / "deepspeed" / "zero3_offload.json")}),
+        ("g_freeze", 3, 1, {"deepspeed": str(ROOT / "grow" / "training" / "deepspeed" / "zero3_offload.json")}),
         pytest.param("g_freeze", 2, 2, {"gradient_checkpointing": True}, marks=pytest.mark.full),
         pytest.param("sft", 3, 2, {"gradient_checkpointing": True}, marks=pytest.mark.full),
         pytest.param("lora", 2, 1, {"gradient_checkpointing": True}, marks=pytest.mark.full),

@@ -105,7 +105,7 @@ def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
     for words, message in (
         (["--world-size", "0"], "at least 1"),
         (["--world-size", "x"], "a number is needed"),
-        (["--method", "g_freeze"], "python -m grow expand"),
+        (["--method", "g_freeze"], "grow expand"),
         (["--base", str(tmp_path / "none")], "no such folder"),
         (["--methud", "sft"], "did you mean --method"),
     ):

@@ -33,7 +33,7 @@ def done(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps, in a folder with all that it read but the base."""
     folder = tmp_path_factory.mktemp("moved") / "before"
     make_data(folder / "data")
-    (folder / "ds.json").write_text((ROOT / "recipes" / "deepspeed" / "zero2.json").read_text())
+    (folder / "ds.json").write_text((ROOT / "grow" / "training" / "deepspeed" / "zero2.json").read_text())
     fields = {"method": "sft", "report_to": "none", "deepspeed": str(folder / "ds.json"), "save_steps": 1}
     train(
         make_recipe(folder / "r.yaml", text_base, folder / "grown", folder / "data", 2, save_total_limit=9, **fields), 1

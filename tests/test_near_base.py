@@ -20,7 +20,7 @@ from tests.tiny import ROOT, make_recipe
 
 pytestmark = pytest.mark.gpu
 
-ZERO_3 = str(ROOT / "recipes/deepspeed/zero3.json")
+ZERO_3 = str(ROOT / "grow/training/deepspeed/zero3.json")
 
 
 def distance(checkpoint: Path, base: Path, text: Path) -> float:

@@ -14,7 +14,7 @@ from tests.running import curve, here, train
 from tests.test_command_line import mistake
 from tests.tiny import ROOT, make_recipe
 
-ZERO_2 = json.loads((ROOT / "recipes" / "deepspeed" / "zero2.json").read_text())
+ZERO_2 = json.loads((ROOT / "grow" / "training" / "deepspeed" / "zero2.json").read_text())
 
 
 def recipe(base: Path, data: Path, folder: Path, text: str = "", settings: Any = None, **fields: Any) -> Path:
@@ -39,7 +39,7 @@ def recipe(base: Path, data: Path, folder: Path, text: str = "", settings: Any =
         ("max_grad_norm: -0.5", "max_grad_norm must be at least 0"),
         ("learning_rate: nan", "learning_rate must be a finite number"),
         ("learning_rate: {sft: inf}", "learning_rate must be a finite number"),
-        ("learning_rate:", "learning_rate: None"),
+        ("learning_rate: []", "learning_rate: []"),
         ("learning_rate: 2026-01-01", "learning_rate: '2026-01-01'"),
         ("weight_decay: [0.1, 0.2]", "weight_decay: ['0.1', '0.2']"),
         ("save_total_limit: 0", "save_total_limit must be at least 1"),
@@ -117,7 +117,7 @@ data: {sums}
 prompt: 0123
 completion: no
 output_dir: 2026-02-03
-deepspeed: {ROOT}/recipes/deepspeed/zero2.json
+deepspeed: {ROOT}/grow/training/deepspeed/zero2.json
 learning_rate: 3e-3
 max_steps: 1e3
 gradient_checkpointing: yes

@@ -108,7 +108,7 @@ def test_killed_in_the_first_epoch_and_in_the_second(
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_a_signal_to_one_rank_makes_all_leave_together(setting: dict[str, Path], stage: int, tmp_path: Path) -> None:
-    path = recipe(setting, tmp_path, deepspeed=str(ROOT / f"recipes/deepspeed/zero{stage}.json"))
+    path = recipe(setting, tmp_path, deepspeed=str(ROOT / f"grow/training/deepspeed/zero{stage}.json"))
     first, second = start(path, ranks=2)
     said: list[str] = []
     for step, _ in enumerate(losses(first, said), 1):

@@ -59,7 +59,7 @@ def test_ranks_move_what_the_plan_says(
     text_base: Path, sums: Path, stage: int, method: str, fields: dict[str, Any], zero: dict[str, int], tmp_path: Path
 ) -> None:
     expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
-    config = json.loads((ROOT / "recipes" / "deepspeed" / f"zero{stage}.json").read_text())
+    config = json.loads((ROOT / "grow" / "training" / "deepspeed" / f"zero{stage}.json").read_text())
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False, "debug": False}
     if stage == 3:
         # In proportion to a model of 50 thousand parameters: with the defaults all of it would stay on every rank.

@@ -96,7 +96,7 @@ def make_recipe(path: Path, base: Path, grown: Path, data: Path, stage: int, **f
     """A recipe of four steps at a rate that moves the weights."""
     recipe = {
         "base": str(base), "grown": str(grown), "data": str(data), "prompt": "{question}", "completion": "{answer}",
-        "deepspeed": str(ROOT / "recipes" / "deepspeed" / f"zero{stage}.json"), "output_dir": str(path.parent / "run"),
+        "deepspeed": f"zero{stage}", "output_dir": str(path.parent / "run"),
         "learning_rate": 1e-2, "weight_decay": 0.01, "max_length": 32, "train_batch_size": 4, "max_steps": 4,
         "per_device_train_batch_size": 1, "save_steps": 2, "eval_steps": 2, "logging_steps": 1,
     }  # fmt: skip

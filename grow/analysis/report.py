@@ -33,9 +33,9 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
         elif path.is_file():
             scores += _points(read_json(path))
             if not all("task" in point for point in scores):
-                raise UserError(f"{path}: not a file that `python -m grow eval --recipe … --out` wrote")
+                raise UserError(f"{path}: not a file that `grow eval --recipe … --out` wrote")
         else:
-            raise UserError(f"{path}: neither a training run nor a file that `python -m grow eval --out` wrote")
+            raise UserError(f"{path}: neither a training run nor a file that `grow eval --out` wrote")
     folder = Path(out)
     text = table(scores) + "\n" + samples(scores)
     write_text(folder / "report.md", text)

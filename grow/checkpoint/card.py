@@ -37,7 +37,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     base, layers = growth["base"], growth["layers"]
     text = (
         f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
-        "times as wide. The base's weights are in it, bit for bit (`python -m grow base` takes them out again). "
+        "times as wide. The base's weights are in it, bit for bit (`grow base` takes them out again). "
     )
     if growth["trained"] is None:
         text += "Nothing has been trained yet: it computes what its base does."

@@ -95,7 +95,7 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
         raise UserError(f"{package}: its shards do not hold the tensors that its growth.json names; is one missing?")
     own = Checkpoint(base_path)
     if "growth" in own.config:
-        raise UserError(f"{base_path}: is grown already; give its base (python -m grow base {base_path} OUT)")
+        raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
     base = _check_same_base(own, facts)
     for shard in shards:
         check_shard(shard, facts["tensors"])

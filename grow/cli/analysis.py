@@ -18,8 +18,8 @@ def rank(
 
     Of several runs (seeds), by the mean. No model is built, but for --by gradient, which needs no run.
 
-    Example: python -m grow rank runs/pilot --out runs/ranking
-    Example: python -m grow rank --by gradient --recipe recipes/gemma3_270m/translation.yaml --out runs/ranking
+    Example: grow rank runs/pilot --out runs/ranking
+    Example: grow rank --by gradient --recipe recipes/gemma3_270m/translation.yaml --out runs/ranking
 
     Args:
         runs: Training runs, or their checkpoint-N; or, with --start, stock checkpoints.
@@ -66,7 +66,7 @@ def _gradients(recipe: str, fields: dict[str, str], batches: int) -> tuple[list[
 def effective_rank(run: str, out: str, start: str = "", tag: str = "", json: bool = False) -> str:
     """Says how many directions each weight update has, against random matrices and bf16 rounding. No model is built.
 
-    Example: python -m grow effective-rank runs/gemma3_270m-translation-sft --out runs/ranks
+    Example: grow effective-rank runs/gemma3_270m-translation-sft --out runs/ranks
 
     Args:
         run: A training run, one of its checkpoint-N, any DeepSpeed checkpoint, a grown checkpoint; or, with --start, a

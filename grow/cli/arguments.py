@@ -90,7 +90,7 @@ def _complete(name: str, positional: list[str], flags: dict[str, Any], parameter
     ]
     if missing:
         what = missing[0].upper() if missing[0] in places else f"--{missing[0]}"
-        raise UserError(f"{name}: {what} is missing (see python -m grow {name} --help)")
+        raise UserError(f"{name}: {what} is missing (see grow {name} --help)")
     if len(positional) > len(places) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
         raise UserError(f"{name}: {positional[len(places)]!r} is too much; options have names (see {name} --help)")
 

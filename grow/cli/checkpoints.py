@@ -17,8 +17,8 @@ def plan(
 
     Of a recipe: what its run would take on each of --world-size GPUs, and on disk.
 
-    Example: python -m grow plan ~/models/gemma-3-1b-pt --layers 0-8
-    Example: python -m grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
+    Example: grow plan ~/models/gemma-3-1b-pt --layers 0-8
+    Example: grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
 
     Args:
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
@@ -53,7 +53,7 @@ def expand(
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
-    Example: python -m grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
+    Example: grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
 
     Args:
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
@@ -81,7 +81,7 @@ def expand(
 def verify(checkpoint: str, base: str | None = None, forward: bool = False, json: bool = False) -> str:
     """Checks a checkpoint: files and tensors intact, growth where its plan says, the base unharmed inside.
 
-    Example: python -m grow verify grown --base ~/models/gemma-3-1b-pt --forward
+    Example: grow verify grown --base ~/models/gemma-3-1b-pt --forward
 
     Args:
         checkpoint: A grown or a stock checkpoint.
@@ -116,7 +116,7 @@ def consolidate(
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
 
-    Example: python -m grow consolidate runs/gemma3_270m-translation-g_freeze ~/models/gemma-3-270m-french
+    Example: grow consolidate runs/gemma3_270m-translation-g_freeze ~/models/gemma-3-270m-french
 
     Args:
         source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
@@ -147,7 +147,7 @@ def consolidate(
 def base(source: str, out: str, json: bool = False) -> str:
     """Takes the base model out of a grown checkpoint: the same files, by checksum, as were grown.
 
-    Example: python -m grow base ~/models/gemma-3-1b-grown ~/models/gemma-3-1b-again
+    Example: grow base ~/models/gemma-3-1b-grown ~/models/gemma-3-1b-again
 
     Args:
         source: A grown checkpoint, or a run that started from one.
@@ -162,7 +162,7 @@ def base(source: str, out: str, json: bool = False) -> str:
 def growth(source: str, out: str, start: str = "", tag: str = "", average: str = "1", json: bool = False) -> str:
     """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
 
-    Example: python -m grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
+    Example: grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
 
     Args:
         source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
@@ -184,7 +184,7 @@ def growth(source: str, out: str, start: str = "", tag: str = "", average: str =
 def attach(base: str, growth: str, out: str, json: bool = False) -> str:
     """Puts a growth package on the base that it grew from; another base is refused.
 
-    Example: python -m grow attach ~/models/gemma-3-1b-pt ~/models/french-growth ~/models/gemma-3-1b-french
+    Example: grow attach ~/models/gemma-3-1b-pt ~/models/french-growth ~/models/gemma-3-1b-french
 
     Args:
         base: The base, by folder or by hub name.

@@ -21,9 +21,9 @@ def eval(
 ) -> str:  # fmt: skip
     """Scores a checkpoint on the recipe's test rows and on retention rows, with 95 % intervals, at one α or several.
 
-    Example: python -m grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
-    Example: python -m grow eval runs/sft-stock --start BASE --alpha 0,0.5,1 --recipe recipes/gemma3_270m/maths.yaml
-    Example: python -m grow eval runs/sft-stock --lm-eval winogrande,arc_easy
+    Example: grow eval ~/models/gemma-3-270m-french --recipe recipes/gemma3_270m/translation.yaml
+    Example: grow eval runs/sft-stock --start BASE --alpha 0,0.5,1 --recipe recipes/gemma3_270m/maths.yaml
+    Example: grow eval runs/sft-stock --lm-eval winogrande,arc_easy
 
     Args:
         checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
@@ -81,7 +81,7 @@ def _raise_failed(result: dict[str, Any], said: str, out: str) -> None:
 def report(*runs: str, out: str, json: bool = False) -> str:
     """Makes a table and a plot of runs (their curves) and of files that `eval --out` wrote (their scores).
 
-    Example: python -m grow report base.json sft.json runs/sft --out results
+    Example: grow report base.json sft.json runs/sft --out results
 
     Args:
         runs: Training runs, and files of scores.
@@ -118,7 +118,7 @@ def find_alpha(
 
     KL(base ‖ model) of the next token, nats, the mean over all positions of the text. Bisection: a few passes over it.
 
-    Example: python -m grow find-alpha ~/models/gemma-3-270m-french-grown --max-kl 0.01 --text prose.txt
+    Example: grow find-alpha ~/models/gemma-3-270m-french-grown --max-kl 0.01 --text prose.txt
 
     Args:
         checkpoint: A grown checkpoint, or what a run by `adapter` ends in; or, with --start, a stock one.
@@ -150,7 +150,7 @@ def learn_alphas(
     Minimises the task's loss on the recipe's validation rows + kl_weight times KL(base ‖ model) on general text, over
     one number a layer. OUT is the same checkpoint, its shards linked.
 
-    Example: python -m grow learn-alphas GROWN OUT --recipe recipes/gemma3_270m/translation.yaml
+    Example: grow learn-alphas GROWN OUT --recipe recipes/gemma3_270m/translation.yaml
 
     Args:
         checkpoint: A grown checkpoint, trained.

@@ -1,4 +1,4 @@
-"""python -m grow COMMAND …: growing language models, and training what has grown."""
+"""grow COMMAND …: growing language models, and training what has grown."""
 
 import os
 import sys

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from grow.cli.arguments import number
-from grow.cli.format import say, train_text
+from grow.cli.format import Bar, say, train_text
 from grow.errors import UserError, unknown
 
 
@@ -34,8 +34,8 @@ def fetch(recipe: str, json: bool = False, **fields: str) -> str:
 def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, **fields: str) -> str:
     """Shows what a run would train on, row by row: the text, what of it is learnt, bad rows and why they are.
 
-    Example: python -m grow preview recipes/gemma3_270m/translation.yaml --limit 3
-    Example: python -m grow preview my.yaml --split validation --messages conversations --json
+    Example: grow preview recipes/gemma3_270m/translation.yaml --limit 3
+    Example: grow preview my.yaml --split validation --messages conversations --json
 
     Args:
         recipe: A YAML file. Any of its fields can be given another value: --field value.
@@ -60,7 +60,7 @@ def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, 
 def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
     """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
 
-    Example: python -m grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
+    Example: grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
 
     Args:
         recipe: A YAML file. Any of its fields can be given another value: --field value.
@@ -79,14 +79,15 @@ def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
     return say({name: values[name] for name in names}, lambda r: "\n".join(map(str, r.values())), json)
 
 
-def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -> str:
-    """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it goes on.
+def train(recipe: str, check: bool = False, expand: bool = False, json: bool = False, **fields: str) -> str:
+    """Trains as a recipe says; started by launch/train.sh, which starts the ranks. Started again, it resumes.
 
     Example: launch/train.sh recipes/gemma3_270m/translation.yaml --method sft --max_steps 20
 
     Args:
         recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
         check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
+        expand: With --check: then make the grown checkpoint in the run's folder, if the recipe names none.
         json: Print one JSON object.
         fields: Fields of the recipe.
     """
@@ -95,10 +96,16 @@ def train(recipe: str, check: bool = False, json: bool = False, **fields: str) -
 
     settings = read_recipe(recipe, fields)
     with quiet():
+        from grow.training.start import expand_start
         from grow.training.train import check_all
         from grow.training.train import train as run
+    if expand and not check:
+        raise UserError("train: --expand goes with --check")
     if check:
         check_all(settings)
+        if expand:
+            with Bar("expanding") as bar:
+                expand_start(settings, bar.add)
         return say({"run": settings.output_dir}, lambda r: r["run"], json)
     result = run(settings)
     return say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""

@@ -1,6 +1,7 @@
 """What a recipe names: rows, tokenizer, how a row becomes text; and its rows in packed sequences."""
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,29 @@ def tokenizer_of(recipe: Recipe) -> Any:
 
 
 def template_of(recipe: Recipe) -> Template:
-    """How a row of the recipe's data becomes text."""
+    """How a row of the recipe's data becomes text: by its templates, or else by the names of the data's columns.
+
+    Raises UserError where there is neither.
+    """
     own = _chat_template(recipe.chat_template) if recipe.chat_template else ""
-    return Template(recipe.prompt, recipe.completion, recipe.messages, own, recipe.day)
+    if recipe.completion or recipe.messages:
+        return Template(recipe.prompt, recipe.completion, recipe.messages, own, recipe.day)
+    where = (recipe.data, recipe.train_split, recipe.data_revision, recipe.data_dir, recipe.data_config)
+    return Template(*_by_columns(where), own, recipe.day)
+
+
+@cache
+def _by_columns(where: tuple[str, str, str | None, str | None, str | None]) -> tuple[str, str, str]:
+    """Prompt, completion and messages of rows that have columns of these names."""
+    columns = load_rows(*where).columns(["prompt", "completion"])
+    if "messages" in columns:
+        return "", "", "messages"
+    if {"prompt", "completion"} <= set(columns):
+        return "{prompt}", "{completion}", ""
+    raise UserError(
+        f"{where[0]}: give prompt and completion, templates of its columns ({', '.join(columns)}), or messages, the "
+        "name of a column of chat messages"
+    )
 
 
 def retention_template(recipe: Recipe) -> Template:

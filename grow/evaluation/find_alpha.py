@@ -115,7 +115,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
     seen = largest_alpha(measured, bound)
     return {
         "checkpoint": path,
-        "next": f"python -m grow {_next(dial, path, start)} --alpha {seen[-1]['alpha']:g}",
+        "next": f"grow {_next(dial, path, start)} --alpha {seen[-1]['alpha']:g}",
         **seen[-1],
         "max_kl": bound,
         "text": text,

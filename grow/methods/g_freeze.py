@@ -23,7 +23,7 @@ class GFreeze(KlRegularized):
         return ".mlp.grown." in name
 
     def write_result(self, run: Path, out: Path) -> None:
-        """The growth package, which `python -m grow attach` puts on the base again."""
+        """The growth package, which `grow attach` puts on the base again."""
         extract_growth(str(run), str(out), export=self._export_of)
 
     def _export_of(self, recipe: Any, dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:

@@ -25,7 +25,7 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class whose constructor attaches the growth that stands in the config.
 
     So from_pretrained does all the loading: dtype, device, sharding, ZeRO-3 partitions. Do not call save_pretrained on
-    its models: transformers maps names only for the classes that it knows. `python -m grow consolidate` writes them.
+    its models: transformers maps names only for the classes that it knows. `grow consolidate` writes them.
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:

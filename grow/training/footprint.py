@@ -9,13 +9,14 @@ Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper
 from math import ceil, prod
 from typing import Any
 
+from grow.checkpoint.expand import added_tensors, make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.names import of_language_model
 from grow.plan import text_config
 from grow.recipe import Recipe
-from grow.training.start import starting_checkpoint
+from grow.training.start import planned_start
 
 DISK_RATE = 0.5e9
 """Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
@@ -36,9 +37,12 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: at least 1 is needed")
-    start = starting_checkpoint(recipe)
+    start = planned_start(recipe)
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
+    if recipe.makes_grown and "growth" not in start.config:
+        plan, prefixes = make_plan(start, recipe.factor, recipe.layers)
+        shapes |= {name: tensor.shape for name, tensor in added_tensors(start, plan, prefixes).items()}
     shapes |= method.added_shapes(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
     zero = recipe.zero

@@ -1,13 +1,19 @@
 """The checkpoint that a run starts from."""
 
+import dataclasses
+from math import prod
 from pathlib import Path
 
+from grow.checkpoint.expand import check_grown, expand, make_plan
 from grow.checkpoint.hub import locate
+from grow.checkpoint.output import Progress, no_progress
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import check_start
 from grow.errors import UserError
+from grow.methods.rates import default_rate
 from grow.names import is_growth
 from grow.recipe import Recipe
+from grow.recipe_values import begun_with
 
 
 def starting_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -16,18 +22,52 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     grows = recipe.make_method().grows
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
-        raise UserError(
-            f"{recipe.grown}: no grown checkpoint there; make it: "
-            f"python -m grow expand {recipe.base_name} {recipe.grown}"
-        )
+        how = f"grow expand {recipe.base_name} {recipe.grown}"
+        if recipe.makes_grown:
+            how = f"launch/train.sh does, or: {how} --layers {recipe.layers} --factor {recipe.factor}"
+        raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):
-        what = "is not grown; run python -m grow expand" if grows else "is grown already; give its base"
+        what = "is not grown; run grow expand" if grows else "is grown already; give its base"
         raise UserError(f"{recipe.start}: {what}")
     check_start(start)
     if grows and _is_another(start, recipe.base_name):
         raise UserError(f"{recipe.grown}: did not grow from {recipe.base_name}; give `grown` a folder for each base")
     return start
+
+
+def planned_start(recipe: Recipe) -> Checkpoint:
+    """The starting checkpoint; or, where a run is to make its own grown one and has not yet, the base that will grow.
+
+    Raises UserError as starting_checkpoint does, and for a base that cannot grow.
+    """
+    if not recipe.makes_grown or Path(recipe.grown).is_dir():
+        return starting_checkpoint(recipe)
+    base = Checkpoint(_base(recipe))
+    make_plan(base, recipe.factor, recipe.layers)
+    check_start(base)
+    return base
+
+
+def expand_start(recipe: Recipe, progress: Progress = no_progress) -> None:
+    """Makes the grown checkpoint of a run that is to start from its own; one that is there must be of its plan."""
+    if not recipe.makes_grown:
+        return
+    if Path(recipe.grown).is_dir():
+        check_grown(recipe.base_name, recipe.grown, recipe.factor, recipe.layers)
+    else:
+        expand(recipe.base_name, recipe.grown, recipe.factor, recipe.layers, progress=progress)
+
+
+def with_learning_rate(recipe: Recipe) -> Recipe:
+    """The recipe with a rate: its own, or that of the run that has begun, or the default for the base's size."""
+    if recipe.learning_rate is not None:
+        return recipe
+    rate = begun_with(recipe.output_dir).get("learning_rate")
+    if not isinstance(rate, float):
+        base = Checkpoint(_base(recipe))
+        rate = default_rate(recipe.method, sum(prod(info.shape) for info in base.tensors.values()))
+    return dataclasses.replace(recipe, learning_rate=rate)
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:

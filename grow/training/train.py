@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from grow.training.probe import Probe
 from grow.training.quiet import quiet
 from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
-from grow.training.start import starting_checkpoint
+from grow.training.start import planned_start, starting_checkpoint, with_learning_rate
 from grow.training.trainer import GrowTrainer, changed_frozen
 
 
@@ -55,6 +56,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system asked it to leave.
     """
     run = Path(recipe.output_dir)
+    recipe = with_learning_rate(recipe)
     start = check_run(recipe)
     if (run / MARKER).exists():
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
@@ -138,11 +140,11 @@ def _result(trainer: Any) -> dict[str, Any]:
     }
 
 
-def check_run(recipe: Recipe) -> Checkpoint:
+def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = starting_checkpoint) -> Checkpoint:
     """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
     run, world_size = Path(recipe.output_dir), planned_ranks()
     check_output(recipe.output_dir)
-    start = starting_checkpoint(recipe)
+    start = find_start(recipe)
     per_step = world_size * recipe.per_device_train_batch_size
     if recipe.train_batch_size % per_step:
         raise UserError(
@@ -160,7 +162,8 @@ def check_run(recipe: Recipe) -> Checkpoint:
 def check_all(recipe: Recipe) -> None:
     """What `train` would find wrong before it trains, but for the machine. The rows are read into the cache, and what
     they come to is said on stderr."""
-    start = check_run(recipe)
+    recipe = with_learning_rate(recipe)
+    start = check_run(recipe, planned_start)
     if (Path(recipe.output_dir) / MARKER).exists():
         return
     recipe = recipe.on(first_day(Path(recipe.output_dir)))

@@ -157,7 +157,7 @@ class GrowTrainer(transformers.Trainer):
     # Checkpoints: what trains, nothing else.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes nothing: the ZeRO checkpoint has what trained, and `python -m grow consolidate` makes models of it."""
+        """Writes nothing: the ZeRO checkpoint has what trained, and `grow consolidate` makes models of it."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)

@@ -1,0 +1,28 @@
+"""The learning rate where a recipe names none, by method and by the size of the base.
+
+Up to half a billion parameters it is what did best in recipes/study and the 270M's recipes; above it a guess from
+these, with nothing tried yet.
+"""
+
+from grow.errors import UserError
+
+_SMALL = 500_000_000
+_RATES = {
+    "g_freeze": (5e-5, 5e-5),
+    "g_train": (5e-5, 5e-5),
+    "g_lora": (1e-3, 5e-4),
+    "sft": (2e-5, 1e-5),
+    "lora": (3e-4, 2e-4),
+    "adapter": (3e-4, 2e-4),
+    "ewc": (2e-5, 1e-5),
+    "flow": (2e-5, 1e-5),
+    "osf": (2e-5, 1e-5),
+    "stm": (2e-5, 1e-5),
+}
+
+
+def default_rate(method: str, parameters: int) -> float:
+    """The rate for a base of so many parameters. Raises UserError for a method that has none."""
+    if method not in _RATES:
+        raise UserError(f"learning_rate: there is no default for {method}; give one")
+    return _RATES[method][parameters > _SMALL]
