@@ -91,7 +91,7 @@ fi
 
 export PYTHONUNBUFFERED=1 # or a log on a file stands still
 status=0
-$way "$VENV/bin/python" -m grow train "$@" || status=$?
+$way "$VENV/bin/grow" train "$@" || status=$?
 # The deepspeed launcher returns 0 when a rank dies of a signal; the marker does not lie.
 if [[ ! -f $run/COMPLETE ]]; then
     die $((status > 0 ? status : 1)) "$run: training did not finish (see above); run the same command again to go on"

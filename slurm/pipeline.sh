@@ -32,6 +32,7 @@ fi
 command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
 site_settings
 check_numbers PILOT_STEPS TOP FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
+install "$ROOT/requirements.txt"
 read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
 read -ra cpu <<<"${CPU_SBATCH:---nodes=1 --ntasks=1 --cpus-per-task=8 --mem=32G --time=2:00:00}"
 export GROW_ROOT=$ROOT SCORES=${SCORES:-none}

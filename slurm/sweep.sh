@@ -54,6 +54,7 @@ command -v sbatch >/dev/null ||
     die 2 "there is no Slurm on this machine; launch/train.sh trains one run, recipes/study/run.py a grid of them"
 site_settings
 check_numbers PARALLEL FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
+install "$ROOT/requirements.txt"
 SWEEP=${SWEEP:-runs/sweep}
 mkdir -p "$SWEEP"
 SWEEP=$(cd "$SWEEP" && pwd)
