@@ -112,7 +112,7 @@ inside() {
     "${around[@]}" "$@"
 }
 
-# enter ARGUMENT…: the script that calls it goes on in the container, all of it, if there is to be one.
+# enter ARGUMENT…: runs the script that calls it in the container, all of it, if there is to be one.
 enter() {
     [[ -n $CONTAINER ]] || return 0
     check_container

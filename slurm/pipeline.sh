@@ -15,12 +15,7 @@
 #   SCORES       where to score the result, which takes long without a GPU (default: none, it is not scored)
 #   SITE_ENV and others: see slurm/grow_gemma4b.sh --help
 set -euo pipefail
-# Slurm runs a copy of this file, from a folder of its own.
-for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
-    [[ ! -f $ROOT/slurm/common.sh ]] || break
-done
-[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
-source "$ROOT/slurm/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
 pilot=

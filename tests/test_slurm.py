@@ -111,7 +111,7 @@ def time_limit(cluster: Cluster, site: Site, job: str) -> None:
     """The ranks stand still until the limit is near."""
     for rank in cluster.ranks(job):
         os.kill(rank, signal.SIGSTOP)
-    wait_for(lambda: "asked to leave" in site.log(job), 180, "the signal before the time limit")
+    wait_for(lambda: "preempted (USR1)" in site.log(job), 180, "the signal before the time limit")
     for rank in cluster.ranks(job):
         os.kill(rank, signal.SIGCONT)
 
