@@ -7,10 +7,10 @@ OWN_VENV=${VENV:-}
 PYTHON=${PYTHON:-python3}
 TORCH_INDEX=${TORCH_INDEX:-}
 export GROW_CACHE=${GROW_CACHE:-$HOME/.cache/grow}
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
 # CONTAINER names an image made of docker/Dockerfile, in which commands then run: IMAGE.sqsh with pyxis or enroot,
-# IMAGE.sif with apptainer, any other name with docker. This checkout is the code; the image has Python and packages.
+# IMAGE.sif with apptainer, any other name with docker. Scripts and recipes are this checkout's; Python, the packages and
+# `grow` itself are the image's.
 choose_environment() {
     [[ -z ${IN_IMAGE:-} ]] || CONTAINER= # no other inside it
     case ${CONTAINER:-} in
@@ -112,7 +112,7 @@ inside() {
     "${around[@]}" "$@"
 }
 
-# enter ARGUMENT…: the script that calls it goes on in the container, all of it, if there is to be one.
+# enter ARGUMENT…: runs the script that calls it in the container, all of it, if there is to be one.
 enter() {
     [[ -n $CONTAINER ]] || return 0
     check_container
@@ -129,7 +129,7 @@ check_container() {
         die 2 "CONTAINER=$CONTAINER: $program is not on this machine"
 }
 
-grow() { inside "$VENV/bin/python" -m grow "$@"; }
+grow() { inside "$VENV/bin/grow" "$@"; }
 
 # Where the environment keeps what of a requirements file was installed.
 installed() { echo "$VENV/installed-$(basename "$1")"; }
@@ -143,10 +143,37 @@ find_missing() {
     done
 }
 
+# Where the environment's `grow` is imported from, without PYTHONPATH and the working directory; nothing if it has none.
+its_grow() {
+    "$VENV/bin/python" -I -c 'import importlib.util as u; spec = u.find_spec("grow"); print(spec and spec.origin or "")' \
+        2>/dev/null || true
+}
+
+# has_this_checkout: whether the environment's `grow` is this checkout. One that belongs to another checkout is left alone.
+has_this_checkout() {
+    local its
+    its=$(its_grow)
+    [[ -n $its ]] || return 1
+    [[ $its -ef $ROOT/grow/__init__.py ]] || die 2 "VENV=$VENV: its grow is ${its%/*}, not $ROOT/grow; name an" \
+        "environment for this checkout, or let this one be it: $VENV/bin/pip install --no-deps -e $ROOT"
+    [[ -x $VENV/bin/grow ]]
+}
+
+# check_image: of a script that runs inside an image, whose `grow` may be older or newer than this checkout's.
+check_image() {
+    local its
+    ((${#missing[@]} == 0)) || die 2 "the image has not what ${missing[-1]} asks for; build it again (docker/README.md)"
+    its=$(its_grow)
+    [[ -n $its ]] || die 2 "the image has no grow; build it again (docker/README.md)"
+    [[ ! -d $ROOT/grow ]] || diff -rq --exclude=__pycache__ "$ROOT/grow" "${its%/*}" >/dev/null ||
+        say "the image's grow is used, and it is not the same as $ROOT/grow (docker/README.md)"
+}
+
 # One process installs, others wait for it and find everything there. The lock is not empty while an environment is new:
 # one that was killed then is begun again, and with it goes nothing but what was begun here.
 install_missing() {
-    local file lock=$VENV/install.lock
+    local lock=$VENV/install.lock
+    local pip=("$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet)
     { mkdir -p "$VENV" && touch "$lock"; } 2>/dev/null || die 2 "VENV=$VENV: cannot be written; name another place"
     (
         exec 8>>"$lock"
@@ -155,22 +182,29 @@ install_missing() {
             flock 8 || say "$lock: this file system has no locks; see that nothing else installs"
         fi
         find_missing "$@"
-        ((${#missing[@]})) || exit 0
-        say "installing the requirements into $VENV (once)"
-        [[ ! -s $lock ]] || find "$VENV" -mindepth 1 -maxdepth 1 ! -name install.lock -exec rm -rf {} +
-        [[ -n $(find "$VENV" -mindepth 1 ! -name install.lock -print -quit) ]] || echo unfinished >"$lock"
-        [[ -x $VENV/bin/python ]] || rm -f "$VENV"/bin/python* # links to a Python that is gone
-        "$PYTHON" -m venv "$VENV" ||
-            die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
-        "$VENV/bin/pip" install --disable-pip-version-check --progress-bar off --quiet \
-            ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${missing[@]}" ||
-            die 1 "the requirements could not be installed"
-        for file in "$@"; do cp "$file" "$(installed "$file")"; done
+        ((${#missing[@]} == 0)) || install_requirements "$@"
+        # Without a network too: torch has brought setuptools.
+        has_this_checkout || "${pip[@]}" --no-deps --no-build-isolation --editable "$ROOT" ||
+            die 1 "$ROOT could not be installed into $VENV"
         : >"$lock"
     )
 }
 
-# install FILE…: a virtual environment with these requirements; quick when they are there already. An image has them.
+install_requirements() { # install_requirements FILE…
+    local file
+    say "installing the requirements into $VENV (once)"
+    [[ ! -s $lock ]] || find "$VENV" -mindepth 1 -maxdepth 1 ! -name install.lock -exec rm -rf {} +
+    [[ -n $(find "$VENV" -mindepth 1 ! -name install.lock -print -quit) ]] || echo unfinished >"$lock"
+    [[ -x $VENV/bin/python ]] || rm -f "$VENV"/bin/python* # links to a Python that is gone
+    "$PYTHON" -m venv "$VENV" ||
+        die 2 "no virtual environment could be made (on Debian: apt-get install python3-venv)"
+    "${pip[@]}" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${missing[@]}" ||
+        die 1 "the requirements could not be installed"
+    for file in "$@"; do cp "$file" "$(installed "$file")"; done
+}
+
+# install FILE…: a virtual environment with these requirements and this checkout, installed so that changes of its code
+# count at once; quick when they are there already. An image has its own.
 install() {
     if [[ -n $CONTAINER ]]; then
         check_container
@@ -180,8 +214,9 @@ install() {
         die 2 "Python 3.11 or newer is needed, and $PYTHON is not one; name one: PYTHON=python3.11 $0"
     local missing
     find_missing "$@"
-    if ((${#missing[@]})); then
-        [[ -z ${IN_IMAGE:-} ]] || die 2 "the image has not what ${missing[-1]} asks for; build it again (docker/README.md)"
+    if [[ -n ${IN_IMAGE:-} ]]; then
+        check_image
+    elif ! has_this_checkout || ((${#missing[@]})); then
         install_missing "$@"
     fi
     export PATH=$VENV/bin:$PATH

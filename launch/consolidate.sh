@@ -8,7 +8,7 @@
 #   OUT      the stock checkpoint (default: the run's folder with -stock after its name)
 #   SCORES   the file of scores; "none" scores nothing (default: the run's folder with -scores.json after its name)
 #   LIMIT    score only so many held-out rows (default: all)
-#   ALPHA    the dial: 0 is the base, 1 as trained (default: 1)
+#   ALPHA    the interpolation coefficient α: 0 is the base, 1 as trained (default: 1)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -55,16 +55,17 @@ done
 say "5/6 stock checkpoints of both, loaded with nothing but transformers"
 for method in g_freeze sft; do
     [[ -d $OUT/$method-stock ]] || grow consolidate "$OUT/$method" "$OUT/$method-stock"
-    # -I: an isolated interpreter, which sees neither this folder nor PYTHONPATH.
     (cd / && "$VENV/bin/python" -I - "$OUT/$method-stock" <<'END'
-import importlib.util
 import sys
 
 import transformers
 
-assert importlib.util.find_spec("grow") is None, "grow can be imported here"
 model, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
+prompt = transformers.AutoTokenizer.from_pretrained(sys.argv[1])("English: Good morning.\nFrench:", return_tensors="pt")
+model.generate(**prompt, max_new_tokens=4, do_sample=False)
+ours = sorted(name for name in sys.modules if name.partition(".")[0] == "grow")
+assert not ours, f"this code was needed: {ours}"
 print(f"{type(model).__name__}, intermediate_size {model.config.intermediate_size}: every key found its place")
 END
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Grows the base that a recipe names into the grown checkpoint that it trains, unless that is there, or its method
-# starts from the base itself. No GPU is needed. Killed, the same command goes on. One that is there with another FACTOR
-# or other LAYERS than those named is a mistake.
+# starts from the base itself. No GPU is needed. If it is killed, the same command resumes. One that is there with another
+# FACTOR or other LAYERS than those named is a mistake.
 #
 #     launch/expand.sh RECIPE [--field value …]
 #

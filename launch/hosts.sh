@@ -42,7 +42,7 @@ check_hosts() {
     done
     for host in "${hosts[@]}"; do
         status=0
-        on "$host" "test -x $VENV/bin/python && test -x $ROOT/launch/on_host.sh && test -d $PWD" >/dev/null || status=$?
+        on "$host" "test -x $VENV/bin/grow && test -x $ROOT/launch/on_host.sh && test -d $PWD" >/dev/null || status=$?
         ((status != 255)) || die 2 "$HOSTFILE: $host cannot be reached: see that 'ssh $host true' asks for nothing here"
         ((status == 0)) || die 2 "$host: $VENV, $ROOT and $PWD must be there too, under these names"
     done

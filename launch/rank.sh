@@ -2,7 +2,7 @@
 # One task of srun as one rank: finds out which, and lets the command that follows take its place, so that what Slurm
 # signals is the rank itself.
 #
-#     srun launch/rank.sh python -m grow train RECIPE
+#     srun launch/rank.sh grow train RECIPE
 #
 # Variables:
 #   MASTER_ADDR   where rank 0 is (launch/train.sh sets it: the first node of the allocation)

@@ -4,9 +4,9 @@
 #     launch/train.sh RECIPE [--field value …]
 #
 # On one machine through the deepspeed launcher; on the machines of a hostfile likewise; inside a Slurm allocation with
-# srun, one task a GPU. Any field of the recipe can be given another value. Run again, it goes on from the last complete
-# checkpoint. Exit codes: 0 done, 2 a mistake in what was asked for, 75 asked to leave and left with a checkpoint (in
-# Slurm only), 1 a fault.
+# srun, one task a GPU. Any field of the recipe can be given another value. Run again, it resumes from the last complete
+# checkpoint. Exit codes: 0 done, 2 a mistake in what was asked for, 75 preempted with a checkpoint (in Slurm only), 1 a
+# fault.
 #
 # Variables:
 #   NPROC         ranks on each node: the number of GPUs, or 1 without; in Slurm what the job's --ntasks-per-node says
@@ -91,8 +91,8 @@ fi
 
 export PYTHONUNBUFFERED=1 # or a log on a file stands still
 status=0
-$way "$VENV/bin/python" -m grow train "$@" || status=$?
+$way "$VENV/bin/grow" train "$@" || status=$?
 # The deepspeed launcher returns 0 when a rank dies of a signal; the marker does not lie.
 if [[ ! -f $run/COMPLETE ]]; then
-    die $((status > 0 ? status : 1)) "$run: training did not finish (see above); run the same command again to go on"
+    die $((status > 0 ? status : 1)) "$run: training did not finish (see above); run the same command again to resume"
 fi

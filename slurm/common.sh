@@ -1,9 +1,8 @@
 # shellcheck shell=bash
-# What the scripts in slurm/ share; sourced, not run. ROOT is set by then.
+# What the scripts in slurm/ share; sourced, not run.
 
 # shellcheck source-path=SCRIPTDIR/../slurm
-source "$ROOT/launch/common.sh"
-ROOT=$(cd "$ROOT" && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/common.sh"
 
 # need_job: without Slurm, or without a job of its own, a script says how it is meant to be used.
 need_job() {
@@ -14,17 +13,17 @@ need_job() {
 # One line of a job's diary.
 note() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*" >&2; }
 
-# Slurm asks to leave. TERM (preemption, requeueing) has reached the steps too. USR1, before the time limit, comes to
-# this script alone, which must live on to requeue the job: it passes the signal on to its steps, again and again, since
+# Preemption. TERM (preemption by another job, requeueing) has reached the steps too. USR1, before the time limit, comes
+# to this script alone, which must live on to requeue the job: it passes the signal on to its steps, again and again, since
 # one that comes while srun is still starting a step is lost.
-asked=
+preempted=
 interrupted=
 signaller=
 on_signal() { # on_signal USR1|TERM
     interrupted=1
-    [[ -z $asked ]] || return 0
-    asked=1
-    note "asked to leave ($1)"
+    [[ -z $preempted ]] || return 0
+    preempted=1
+    note "preempted ($1)"
     [[ $1 == USR1 ]] || return 0
     while :; do
         scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true
@@ -36,7 +35,7 @@ stop_signalling() { [[ -z $signaller ]] || kill "$signaller" 2>/dev/null || true
 
 # watched COMMAND…: runs it so that a signal is answered at once; for a command in the foreground bash would wait.
 watched() {
-    [[ -z $asked ]] || return 75
+    [[ -z $preempted ]] || return 75
     "$@" &
     local process=$! status
     while :; do
@@ -102,7 +101,7 @@ hand_settings_on() {
 
 checkpoints() { compgen -G "$1/checkpoint-*/COMPLETE" || true; }
 
-# again WHY: puts the job back into the queue, from where it goes on. Does not return.
+# again WHY: puts the job back into the queue; it resumes when it starts again. Does not return.
 again() {
     local record try
     for try in {1..20}; do
@@ -112,7 +111,7 @@ again() {
             exit 75
         fi
         if [[ $record == *Requeue=0* ]]; then
-            note "$1; requeueing is off: submit the same command again to go on"
+            note "$1; requeueing is off: submit the same command again to resume"
             exit 75
         fi
         ((try > 1)) || note "$1; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
@@ -124,13 +123,13 @@ again() {
         fi
         sleep 10 # the controller does not answer
     done
-    note "$1; Slurm did not take the job back: submit the same command again to go on"
+    note "$1; Slurm did not take the job back: submit the same command again to resume"
     exit 75
 }
 
-# settle STATUS WHAT: a part of the job did not end well. Does not return.
-settle() {
-    [[ -z $asked && $1 != 75 && $1 != $((128 + $(kill -l USR1))) ]] || again "left during $2"
+# give_up_or_requeue STATUS WHAT: a part of the job did not end well. Does not return.
+give_up_or_requeue() {
+    [[ -z $preempted && $1 != 75 && $1 != $((128 + $(kill -l USR1))) ]] || again "preempted during $2"
     [[ $1 != 2 ]] || exit 2 # a mistake: the line that says which stands above
     # A fault, of a node perhaps. It is tried again once, and then for as long as that brings new checkpoints.
     [[ ${SLURM_RESTART_COUNT:-0} != 0 && $(checkpoints "$run") == "$before" ]] || again "$2 failed (exit $1)"
@@ -143,7 +142,7 @@ part() {
     local status=0
     note "$1"
     watched "${@:2}" || status=$?
-    ((status == 0)) || settle "$status" "$1"
+    ((status == 0)) || give_up_or_requeue "$status" "$1"
 }
 
 # ready: every job's start, whatever it does.
@@ -175,7 +174,7 @@ begin() {
 expanding() { # launch/expand.sh knows whether there is anything to do
     # Of slurm/pipeline.sh --pilot: LAYERS then names the ranking.
     [[ -z ${PILOT:-} || -f $run-ranking/ranking.json ]] ||
-        part ranking step 1 1 "$VENV/bin/python" -m grow rank "$PILOT" --out "$run-ranking"
+        part ranking step 1 1 "$VENV/bin/grow" rank "$PILOT" --out "$run-ranking"
     part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"
 }
 
@@ -203,12 +202,36 @@ whole_job() {
 
 # job_with RECIPE [ANOTHER] [--field value …]: a whole job with a recipe of its own, unless another is named.
 job_with() {
-    local recipe=$1
+    local recipe=$ROOT/$1
     shift
     if [[ ${1:-} == --help ]]; then
-        help_of "$0"
+        job_help "${recipe#"$ROOT/"}"
         exit 0
     fi
     [[ ${1:---} != --* ]] || set -- "$recipe" "$@"
     whole_job "$@"
+}
+
+job_help() { # job_help RECIPE
+    cat <<END
+From a base to a stock checkpoint with its scores, in one job: expand, check the nodes, train on all of them,
+consolidate, score.
+
+    sbatch slurm/$(basename "$0") [RECIPE] [--field value …]
+
+Submit it from the repository's folder. Without a RECIPE it is $1;
+any of its fields can be given another value. What is done is not done again. Preempted, or near its time limit, the
+job saves a checkpoint, requeues itself and resumes from there (with --no-requeue it ends, and resumes when it is
+submitted again). Nodes and GPUs are sbatch's options; partition and account too, or variables (slurm/site.env.example).
+
+Variables (slurm/README.md has all of them):
+  GROW_ROOT     the repository (default: the folder that it was submitted from)
+  SITE_ENV      a file of settings for this cluster, sourced (default: slurm/site.env, if it is there)
+  SKIP_CHECK    1 leaves the check of the nodes out
+  RANK_WAIT     when a rank is gone, the others have so many seconds to end by themselves (default: 30)
+  CHECK_TIMEOUT the check's ranks have so many seconds to find each other (default: 30)
+  MIN_FREE_GB   disk space that the check wants for checkpoints (default: 20)
+  INTERFACE, MASTER_PORT, VENV: see launch/rank.sh --help; FACTOR, LAYERS: launch/expand.sh --help;
+  OUT, SCORES, LIMIT, ALPHA: launch/consolidate.sh --help
+END
 }

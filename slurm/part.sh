@@ -9,12 +9,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
-# Slurm runs a copy of this file, from a folder of its own.
-for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
-    [[ ! -f $ROOT/slurm/common.sh ]] || break
-done
-[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
-source "$ROOT/slurm/common.sh"
+# In a job this file is a copy that Slurm has made; the repository is GROW_ROOT, or where it was submitted.
+[[ -f ${GROW_ROOT:=$(dirname "$0")/..}/slurm/common.sh ]] || GROW_ROOT=${SLURM_SUBMIT_DIR:-.}
+source "$GROW_ROOT/slurm/common.sh" || { echo "submit from the repository, or set GROW_ROOT to it" >&2 && exit 2; }
 
 if [[ $# == 0 || $1 == --help ]]; then
     help_of "$0"

@@ -15,12 +15,7 @@
 #   SCORES       where to score the result, which takes long without a GPU (default: none, it is not scored)
 #   SITE_ENV and others: see slurm/grow_gemma4b.sh --help
 set -euo pipefail
-# Slurm runs a copy of this file, from a folder of its own.
-for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
-    [[ ! -f $ROOT/slurm/common.sh ]] || break
-done
-[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
-source "$ROOT/slurm/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 help_if_asked "$@"
 pilot=
@@ -32,6 +27,7 @@ fi
 command -v sbatch >/dev/null || die 2 "there is no Slurm on this machine; launch/ has the same steps without it"
 site_settings
 check_numbers PILOT_STEPS TOP FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
+install "$ROOT/requirements.txt"
 read -ra gpu <<<"${GPU_SBATCH:---nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0 --time=24:00:00}"
 read -ra cpu <<<"${CPU_SBATCH:---nodes=1 --ntasks=1 --cpus-per-task=8 --mem=32G --time=2:00:00}"
 export GROW_ROOT=$ROOT SCORES=${SCORES:-none}

@@ -17,19 +17,16 @@
 #   SWEEP          the folder of its runs (default: runs/sweep)
 #   PARALLEL       how many run at a time (default: 8)
 #   SWEEP_SBATCH   sbatch options (default: one node with one GPU, four hours)
-#   SITE_ENV and others: see slurm/grow_gemma1b.sh --help
+#   SITE_ENV, SCORES and others: see slurm/grow_gemma1b.sh --help
 #SBATCH --job-name=grow-sweep
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 set -euo pipefail
-# Slurm runs a copy of this file, from a folder of its own.
-for ROOT in "${GROW_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
-    [[ ! -f $ROOT/slurm/common.sh ]] || break
-done
-[[ -f $ROOT/slurm/common.sh ]] || { echo "submit from the repository's folder, or set GROW_ROOT to it" >&2 && exit 2; }
-source "$ROOT/slurm/common.sh"
+# In a job this file is a copy that Slurm has made; the repository is GROW_ROOT, or where it was submitted.
+[[ -f ${GROW_ROOT:=$(dirname "$0")/..}/slurm/common.sh ]] || GROW_ROOT=${SLURM_SUBMIT_DIR:-.}
+source "$GROW_ROOT/slurm/common.sh" || { echo "submit from the repository, or set GROW_ROOT to it" >&2 && exit 2; }
 
 if [[ ${1:-} == --help ]]; then
     help_of "$0"
@@ -54,6 +51,7 @@ command -v sbatch >/dev/null ||
     die 2 "there is no Slurm on this machine; launch/train.sh trains one run, recipes/study/run.py a grid of them"
 site_settings
 check_numbers PARALLEL FACTOR LIMIT ALPHA MASTER_PORT RANK_WAIT MIN_FREE_GB NPROC
+install "$ROOT/requirements.txt"
 SWEEP=${SWEEP:-runs/sweep}
 mkdir -p "$SWEEP"
 SWEEP=$(cd "$SWEEP" && pwd)

@@ -55,9 +55,8 @@ convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2], safe_serial
 def measure(*command: str | Path) -> tuple[float, float]:
     """Runs a command and syncs. Returns seconds and the peak of RssAnon in MB."""
     start, peak = time.monotonic(), 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
     while process.poll() is None:
         try:

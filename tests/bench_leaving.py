@@ -28,7 +28,7 @@ COPIES = 5
 def leave(recipe: Path, out: Path) -> tuple[float, float, int, list[float]]:
     """Seconds from signal to exit, seconds a step, the checkpoint's bytes, seconds of each `cp` and `sync` of it."""
     shutil.rmtree(out, ignore_errors=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "grow", "train", str(recipe)],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -69,7 +69,7 @@ def make_tiny(folder: Path) -> Path:
 def measured(command: list[str], home: Path, **environment: str) -> tuple[float, list[float]]:
     """Seconds, and the most anonymous memory of each of its processes, GB, the largest first."""
     variables = os.environ | {"HF_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                              "VENV": sys.prefix, "PYTHONPATH": str(ROOT)} | environment  # fmt: skip
+                              "VENV": sys.prefix} | environment  # fmt: skip
     start, most = time.monotonic(), dict[int, float]()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)

@@ -148,7 +148,7 @@ def checksum(rows: Any, recipe: Recipe) -> str:
 
 def run(*command: str | Path, **variables: str) -> None:
     """Runs a command, on as many threads as there are cores; its last words if it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    environment = os.environ | variables
     environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

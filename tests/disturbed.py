@@ -32,7 +32,7 @@ def command(name: str, source: Path, out: Path, size: str) -> list[str]:
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 

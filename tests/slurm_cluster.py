@@ -139,7 +139,8 @@ class Cluster:
             except OSError:
                 continue  # it is over
             ours = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()} <= variables
-            if ours and words[1:4] == [b"-m", b"grow", b"train"] and b"RANK=" in {v[:5] for v in variables}:
+            command = [Path(os.fsdecode(word)).name for word in words[1:3]]
+            if ours and command == ["grow", "train"] and b"RANK=" in {v[:5] for v in variables}:
                 found.append(int(process.name))
         return found
 

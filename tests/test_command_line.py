@@ -154,3 +154,15 @@ SCRIPTS = [path for path in sorted(ROOT.glob("*/*.sh")) if path.name not in SOUR
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_have_help(script: Path) -> None:
     assert script.name in run(script, "--help").stdout
+
+
+def test_one_table_has_every_variable() -> None:
+    """That a script's help names, and no other."""
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "slurm/README.md").read_text(), re.MULTILINE)
+    assert listed == sorted(set(listed))
+    helps = [run(script, "--help").stdout.partition("\nVariables")[2] for script in SCRIPTS]
+    lines = re.findall(r"^ *([A-Z_]{2,}(?:, [A-Z_]{2,})*)(?=[: ])", "\n".join(helps), re.MULTILINE)
+    named = {name for line in lines for name in line.split(", ")}
+    assert len(named) > 30 and named <= set(listed), named - set(listed)
+    text = "".join(path.read_text() for path in ROOT.glob("*/*.sh"))
+    assert not [name for name in listed if not re.search(rf"\b{name}\b", text)]

@@ -5,6 +5,7 @@ Needs root, buildah, debootstrap (launch/test.sh --full installs them as root on
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,8 +94,11 @@ def test_the_image_holds_what_runs_and_nothing_that_builds(image: Image) -> None
     tools = ("cc", "c++", "gcc", "g++", "cpp", "as", "ld", "make")
     assert image.run("sh", "-c", f"for tool in {' '.join(tools)}; do command -v $tool; done; true") == ""
     there = image.run("sh", "-c", "cd /opt/grow && find . -type f").split("\n")
-    folders = ("grow/", "launch/", "recipes/", "slurm/", "requirements.txt", "LICENSE", "README.md")
+    folders = ("launch/", "recipes/", "slurm/", "requirements.txt", "LICENSE", "README.md")
     assert sorted(there) == sorted(f"./{name}" for name in repository_files() if name.startswith(folders))
+    code = image.run("python", "-c", "import grow; print(grow.__file__)").removesuffix("/__init__.py")
+    there = image.run("sh", "-c", f"cd {code}/.. && find grow -type f ! -name '*.pyc'").split("\n")
+    assert sorted(there) == sorted(name for name in repository_files() if re.match(r"grow/.*\.(py|json)$", name))
     said = image.buildah("inspect", "--type", "image", "grow")
     assert "/wheels" not in said and "PIP_" not in said, "where packages came from is nobody's business"
     health = json.loads(said)["Docker"]["config"]["Healthcheck"]["Test"]

@@ -56,6 +56,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose bin/ comes first on the PATH and whose venv/ is the environment."""
     program(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\necho '{LISTED}'\n")
     program(tmp_path / "venv" / "bin" / "python", PYTHON.format(folder=tmp_path, python=sys.executable))
+    program(tmp_path / "venv" / "bin" / "grow", f'#!/bin/sh\nexec {tmp_path}/venv/bin/python -m grow "$@"\n')
     program(tmp_path / "venv" / "bin" / "deepspeed", LAUNCHER)
     (tmp_path / "venv" / "installed-requirements.txt").write_bytes((ROOT / "requirements.txt").read_bytes())
     for name in list(os.environ):

@@ -84,7 +84,7 @@ def commands(lines: list[list[str | Path]], home: Path, **environment: str) -> l
         "    found.append([code, said.getvalue()])\n"
         "print(json.dumps(found))\n"
     )
-    variables = {"PYTHONPATH": str(ROOT), "HF_HOME": str(home / "hf"), "GROW_CACHE": str(home / "grow")} | environment
+    variables = {"HF_HOME": str(home / "hf"), "GROW_CACHE": str(home / "grow")} | environment
     plain = json.dumps([[str(word) for word in line] for line in lines])
     ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(

@@ -39,7 +39,7 @@ def start(path: Path, ranks: int = 1) -> list[subprocess.Popen[str]]:
     """The ranks of a run, each a process of its own, as srun starts them."""
     (port,) = free_ports(1)
     common = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
         "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     return [

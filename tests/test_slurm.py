@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,7 @@ import transformers
 
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster, wait_for
-from tests.tiny import clone, file_checksum, grow, make_base, make_data, make_recipe
+from tests.tiny import clone, environment, file_checksum, grow, make_base, make_data, make_recipe
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}")
 
@@ -41,13 +40,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Site:
     """A clean clone of the repository, under a path with a space, and what recipes need."""
 
-    variables = MappingProxyType(
-        {"VENV": sys.prefix, "PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5"}
-    )
+    variables = MappingProxyType({"PYTHONUNBUFFERED": "1", "LIMIT": "4", "MIN_FREE_GB": "0.01", "RANK_WAIT": "5"})
 
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
         self.clone = clone(folder / "a clone")
+        self.variables = MappingProxyType(self.variables | {"VENV": str(environment(self.clone))})
         # For jobs that are submitted without variables; those of others come first.
         lines = (f"{name}=${{{name}-{shlex.quote(value)}}}\n" for name, value in self.variables.items())
         (self.clone / "slurm" / "site.env").write_text("".join(lines))
@@ -113,7 +111,7 @@ def time_limit(cluster: Cluster, site: Site, job: str) -> None:
     """The ranks stand still until the limit is near."""
     for rank in cluster.ranks(job):
         os.kill(rank, signal.SIGSTOP)
-    wait_for(lambda: "asked to leave" in site.log(job), 180, "the signal before the time limit")
+    wait_for(lambda: "preempted (USR1)" in site.log(job), 180, "the signal before the time limit")
     for rank in cluster.ranks(job):
         os.kill(rank, signal.SIGCONT)
 

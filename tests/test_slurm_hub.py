@@ -1,7 +1,6 @@
 """The first hour of somebody else on a cluster: prepare.sh, then sbatch, by a recipe's own names of model and data."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tests.slurm_cluster import Cluster
 from tests.test_hub import stand_ins
 from tests.test_slurm import NODES
 from tests.test_slurm import cluster as cluster
-from tests.tiny import clone, run
+from tests.tiny import clone, environment, run
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}"),
@@ -24,7 +23,7 @@ pytestmark = [
 def test_from_the_hub_to_a_scored_stock_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     stand_ins(tmp_path / "hub")
     ours = clone(tmp_path / "clone")
-    places = {"HF_HOME": str(tmp_path / "hf"), "GROW_CACHE": str(tmp_path / "cache"), "VENV": sys.prefix}
+    places = {"HF_HOME": str(tmp_path / "hf"), "GROW_CACHE": str(tmp_path / "cache"), "VENV": str(environment(ours))}
     recipe = "recipes/gemma3_1b/translation.yaml"
     with serving(Hub(tmp_path / "hub", gated=("google/gemma-3-1b-pt",))) as hub:
         run(ours / "launch/prepare.sh", ours / recipe, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, **places)

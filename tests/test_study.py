@@ -44,9 +44,8 @@ def make_grid(folder: Path, base: Path, sums: Path) -> Path:
 
 
 def study(grid: Path, *more: str, code: int = 0) -> str:
-    """As the page has it: the Python of the environment, and nothing in PYTHONPATH."""
     command = (sys.executable, ROOT / "recipes/study/run.py", grid, "--work", grid.parent / "work", *more)
-    return run(*command, code=code, PYTHONPATH="").stderr
+    return run(*command, code=code).stderr
 
 
 @pytest.mark.parametrize(

