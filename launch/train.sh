@@ -82,8 +82,9 @@ case $way in
         ;;
 esac
 
-# Mistakes are found here, in one process and one line, before a launcher multiplies them.
-run=$(WORLD_SIZE=$world grow train "$@" --check)
+# Mistakes are found here, in one process and one line, before a launcher multiplies them; and the grown checkpoint is
+# made here where the recipe names none.
+run=$(WORLD_SIZE=$world grow train "$@" --check --expand)
 if [[ -f $run/COMPLETE ]]; then
     echo "$run: done already"
     exit 0

@@ -4,14 +4,15 @@ import dataclasses
 from math import prod
 from pathlib import Path
 
-from grow.checkpoint.expand import check_grown, expand, make_plan
+from grow.checkpoint.expand import expand, make_plan
 from grow.checkpoint.hub import locate
 from grow.checkpoint.output import Progress, no_progress
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
-from grow.names import is_growth
+from grow.names import is_growth, mlp_prefixes
+from grow.plan import GrowthPlan, parse_layers
 from grow.recipe import Recipe
 from grow.recipe_values import begun_with
 
@@ -41,21 +42,32 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 
     Raises UserError as starting_checkpoint does, and for a base that cannot grow.
     """
-    if not recipe.makes_grown or Path(recipe.grown).is_dir():
+    if not recipe.makes_grown:
         return starting_checkpoint(recipe)
+    if Path(recipe.grown).is_dir():
+        grown = starting_checkpoint(recipe)
+        _check_plan(recipe, grown)
+        return grown
     base = Checkpoint(_base(recipe))
     make_plan(base, recipe.factor, recipe.layers)
     check_start(base)
     return base
 
 
+def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
+    """Raises UserError if a run's own grown checkpoint is not the one that its recipe asks for."""
+    there = GrowthPlan.from_config(grown.config)
+    wanted = (recipe.factor, parse_layers(recipe.layers, len(mlp_prefixes(grown.tensors))))
+    if there is None or (there.factor, there.layers) != wanted:
+        raise UserError(
+            f"{recipe.grown}: has grown in other layers, or by another factor, than layers {recipe.layers} and factor "
+            f"{recipe.factor}; put them back, or give another --output_dir"
+        )
+
+
 def expand_start(recipe: Recipe, progress: Progress = no_progress) -> None:
-    """Makes the grown checkpoint of a run that is to start from its own; one that is there must be of its plan."""
-    if not recipe.makes_grown:
-        return
-    if Path(recipe.grown).is_dir():
-        check_grown(recipe.base_name, recipe.grown, recipe.factor, recipe.layers)
-    else:
+    """Makes the grown checkpoint of a run that is to start from its own, unless it is there."""
+    if recipe.makes_grown and not Path(recipe.grown).is_dir():
         expand(recipe.base_name, recipe.grown, recipe.factor, recipe.layers, progress=progress)
 
 
