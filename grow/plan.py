@@ -28,7 +28,7 @@ class GrowthPlan:
     alphas: tuple[float, ...] = ()
 
     def own_alpha(self, layer: int) -> float:
-        """What the dial is multiplied by in a grown layer."""
+        """What α is multiplied by in a grown layer."""
         return self.alphas[self.layers.index(layer)] if self.alphas else 1.0
 
     @classmethod
@@ -72,7 +72,7 @@ def parse_factor(factor: int | str) -> int:
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
     "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". In the
-    file's place may be a checkpoint that layer-dial wrote: its layers by their α, the largest first.
+    file's place may be a checkpoint that learn-alphas wrote: its layers by their α, the largest first.
 
     Raises UserError for anything else, and for a layer that the model does not have.
     """
@@ -121,7 +121,7 @@ def _ranked(text: str) -> set[int]:
 def _by_alpha(checkpoint: Path) -> list[int]:
     plan = GrowthPlan.from_config(_read(checkpoint / "config.json"))
     if plan is None or not plan.alphas:
-        raise UserError(f"{checkpoint}: its layers have no α of their own; name what grow layer-dial wrote")
+        raise UserError(f"{checkpoint}: its layers have no α of their own; name what grow learn-alphas wrote")
     return sorted(plan.layers, key=plan.own_alpha, reverse=True)
 
 

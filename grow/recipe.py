@@ -75,7 +75,7 @@ class Recipe:
     # Rows that cannot be used (empty, too long, not UTF-8) are named and left out; more than this share ends the run.
     max_bad_rows: float = 0.01
 
-    # Rows of old knowledge, whose answers the trained model should still give.
+    # Rows of what the base knows (retention), whose answers the trained model should still give.
     retention: str | None = None
     retention_prompt: str = "{prompt}"
     retention_completion: str = "{completion}"

@@ -1,4 +1,4 @@
-"""The values of a recipe: read from YAML as they are typed, and held to what makes sense.
+"""The values of a recipe: read from YAML as they are typed, and checked.
 
 A value's type is its field's to say, not its spelling's: to YAML 5e-5 is text, `yes` a switch, 0123 a number in eights
 and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe makes them what

@@ -21,7 +21,7 @@ def gradient_norms(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
     """Frobenius norms of the mean loss's gradient, for each of so many batches of the recipe's training rows, in the
     order in which a run sees them, and of the weights; and how many layers the model has. Nothing is trained.
 
-    Raises UserError for rows that cannot be used, and for a number of batches that is none.
+    Raises UserError for rows that cannot be used, and for an invalid number of batches.
     """
     if batches < 1:
         raise UserError(f"--batches {batches}: at least 1 is needed")

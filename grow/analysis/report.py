@@ -12,8 +12,8 @@ from grow.errors import UserError
 COLUMNS = (
     ("task loss", "task", "loss", "{:.3f}"),
     ("token accuracy", "task", "token_accuracy", "{:.1%}"),
-    ("old knowledge, exact", "retention", "exact_match", "{:.1%}"),
-    ("old knowledge, log-likelihood", "retention", "log_likelihood", "{:.2f}"),
+    ("retention, exact", "retention", "exact_match", "{:.1%}"),
+    ("retention, log-likelihood", "retention", "log_likelihood", "{:.2f}"),
 )
 METRICS = (
     ("accuracy", "task", "accuracy", "{:.1%}"),
@@ -65,7 +65,7 @@ def table(scores: list[dict[str, Any]]) -> str:
         cells = [form.format(row[part][key]) if key in row.get(part, {}) else "–" for _, part, key, form in columns]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     first = scores[0]
-    old = f", {first['retention']['rows']} of old knowledge" if "retention" in first else ""
+    old = f", {first['retention']['rows']} of retention" if "retention" in first else ""
     held_out = f"Held-out rows: {first['task']['rows']} of the task{old}."
     lines += ["", f"{held_out} Loss in nats per token; computed in {first['dtype'].removeprefix('torch.')}."]
     return "\n".join(lines) + "\n"
@@ -97,9 +97,9 @@ def _plot(scores: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]
         line = offset[place] = offset.get(place, -1) + 1
         right.annotate(row["name"], place, xytext=(9, -4 - 12 * line), textcoords="offset points")
     right.set(
-        title="New task against old knowledge (better: up, left)",
+        title="New task against retention (better: up, left)",
         xlabel="task loss on held-out rows, nats per token",
-        ylabel="old knowledge, log-likelihood per item, nats",
+        ylabel="retention, log-likelihood per row, nats",
     )
     right.margins(x=0.4, y=0.25)  # room for the names
     for axes in (left, right):

@@ -49,8 +49,11 @@ def grown_card(growth: dict[str, Any]) -> str:
 def stock_card(
     base: dict[str, Any], growth: dict[str, Any] | None, about: dict[str, Any], scores: dict[str, Any], alpha: float
 ) -> str:
-    """The card of a stock checkpoint at a place of the dial. `base` as base_facts, `growth` the metadata if it grew,
-    `about` the training's facts, `scores` those of `eval`."""
+    """The card of a stock checkpoint at an interpolation coefficient.
+
+    `base` is as base_facts returns it, `growth` the metadata if it grew, `about` the training's facts, `scores` those
+    of `eval`.
+    """
     if growth:
         layers = growth["layers"]
         text = (
@@ -68,7 +71,7 @@ def _own_alphas(growth: dict[str, Any]) -> str:
     alphas = growth.get("alphas")
     if not alphas:
         return ""
-    return f"Each layer has an α of its own, its place between the base and what was trained: {alphas}. "
+    return f"Each layer has an α of its own, between the base (0) and what was trained (1): {alphas}. "
 
 
 def _training(about: dict[str, Any]) -> str:

@@ -45,10 +45,10 @@ def consolidate(
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
-    compute, so that one intermediate_size holds for all. `alpha`: the dial, folded into the weights: 0 is the base, 1
-    as trained; for a run without growth the weights are interpolated with the base's. `dtype`: another one than the
-    base's. `start`, `tag`, `average`, `export`: see load_trained.
-    `scores`: a file that `eval --out` wrote, for the model card.
+    compute, so that one intermediate_size holds for all. `alpha`: the interpolation coefficient, folded
+    into the weights: 0 is the base, 1 as trained; for a run without growth the weights are interpolated with the
+    base's. `dtype`: another one than the base's. `start`, `tag`, `average`, `export`: see load_trained. `scores`: a
+    file that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -57,7 +57,9 @@ def consolidate(
     if dtype and dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype}: there are {', '.join(_DTYPES)}")
     if format == "grown" and (alpha != 1 or dtype):
-        raise UserError("--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and has a dial")
+        raise UserError(
+            "--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and can be loaded at any α"
+        )
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     source = load_trained(path, start, tag, average, export)

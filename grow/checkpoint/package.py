@@ -182,8 +182,10 @@ def _as_of(own: Checkpoint, added: Checkpoint, facts: dict[str, Any]) -> dict[st
 
 
 def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, Any]:
-    """Writes OUT, the same grown checkpoint with another place of the dial in each grown layer at α = 1: every shard
-    linked. Raises UserError if PATH is no grown checkpoint, or if these are no α, one a layer."""
+    """Writes OUT, the same grown checkpoint, every shard linked, with an α of its own in each grown layer.
+
+    Raises UserError if PATH is not a grown checkpoint, or if these are not valid α, one a layer.
+    """
     refuse_existing(Path(out))
     source = _open_grown(path)
     grown, known = source.start, read_growth(source.start.path)

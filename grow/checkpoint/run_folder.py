@@ -130,7 +130,7 @@ def _settle(path: Path) -> Facts:
 
 
 def mark_complete(checkpoint: Path, files: dict[str, Facts]) -> None:
-    """Marks a checkpoint as complete: it holds these files (what settle returned, of all ranks)."""
+    """Marks a checkpoint as complete: it holds these files (what fsync_and_hash returned, of all ranks)."""
     write_marker(checkpoint / MARKER, json.dumps({"files": files}))
 
 

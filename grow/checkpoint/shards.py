@@ -100,7 +100,7 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
         sound = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
         # A zero among them does not make the others harmless: torch multiplies them.
         if not sound or prod(n or 1 for n in shape) > _MAX_ELEMENTS:
-            raise UserError(f"{path}: the shape of {name} is no shape (fetch the file again)")
+            raise UserError(f"{path}: {name} has an invalid shape (fetch the file again)")
         if begin != end_of_last or end - begin != prod(shape) * itemsize(dtype):
             raise UserError(f"{path}: the place of {name} in the file is wrong (fetch the file again)")
         end_of_last = int(end)

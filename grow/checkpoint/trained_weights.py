@@ -104,7 +104,7 @@ def load_trained(
         return _open_mean(folder, average, start, export)
     if average != 1 and folder.exists():
         raise UserError(
-            f"--average {average}: means are of a training run's checkpoints, and {folder} is no run's folder"
+            f"--average {average}: means are of a training run's checkpoints, and {folder} is not a run's folder"
         )
     if (folder.parent / "run.json").exists() and folder.name.startswith("checkpoint-"):
         if not (folder / MARKER).exists():
@@ -116,7 +116,7 @@ def load_trained(
         return _open_deepspeed(folder, Checkpoint(start), tag)
     checkpoint = Checkpoint(path)
     if tag:
-        raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, and {folder} is none")
+        raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, which {folder} is not")
     if start:
         return match_to_base(
             Checkpoint(start), Export({name: checkpoint.lazy(name) for name in checkpoint.tensors}), checkpoint

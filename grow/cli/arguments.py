@@ -1,4 +1,4 @@
-"""A command line, held against the signature of its command before anything is done.
+"""A command line, compared with the signature of its command before anything is done.
 
 Fire, which shows the help, would run a command before it meets a misspelt flag, would take the word after a switch for
 its value, would make a number of a file called 12, and takes as long to import as half of numpy.

@@ -1,4 +1,4 @@
-"""Held-out rows that training rows give away: rows that are the same, or that share 13 words in a row.
+"""Contaminated test rows: held-out rows that equal a training row, or share a 13-gram with one.
 
 Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
 in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
@@ -22,7 +22,7 @@ _HALF = regex.compile(rf"[{_UNSPACED}]")
 
 
 def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
-    """Of each set of held-out rows the indices of those that a training row gives away.
+    """Returns, of each set of held-out rows, the indices of those that training rows contaminate.
 
     Rows come with their template. Only what is held out is kept in memory, as hashes.
     """

@@ -69,7 +69,7 @@ class Encoder:
         return [self.tokenizer.bos_token_id]
 
     def final(self) -> list[int]:
-        """The token after a completion, likewise."""
+        """The token after a completion, where the tokenizer has one and the completion does not write it itself."""
         last = self.tokenizer.eos_token
         if self.template.messages or not self.end or not last or self.template.completion.endswith(last):
             return []

@@ -102,7 +102,7 @@ class Epochs(Dataset[dict[str, Tensor]]):
     """`length` items, epoch after epoch over packed sequences, each epoch in its own order.
 
     Item i is sequence number i % N of epoch i // N, whose order is a permutation drawn from (seed, epoch). So a run
-    that resumes at any step, on any number of ranks, goes on where it was by counting.
+    that resumes at any step, on any number of ranks, finds its place by counting.
     """
 
     def __init__(self, sequences: PackedDataset, length: int, seed: int):

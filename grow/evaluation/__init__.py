@@ -1,1 +1,1 @@
-"""What a checkpoint can do and what it still knows, over the dial."""
+"""What a checkpoint can do and what it still knows, at any interpolation coefficient α."""

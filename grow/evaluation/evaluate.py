@@ -1,7 +1,7 @@
-"""How well a checkpoint does the recipe's task, and what it still knows: held-out rows, over the dial.
+"""How well a checkpoint does the recipe's task, and what it still knows: held-out rows, at any α.
 
-Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Rows that training rows give
-away (grow.data.decontamination) are counted and left out.
+Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Contaminated rows
+(grow.data.decontamination) are counted and left out.
 """
 
 import sys
@@ -55,12 +55,12 @@ def evaluate(
     against: dict[str, Any] | None = None,
     harness: Callable[[Any, Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Scores one checkpoint, stock, grown or an adapter's folder, at each α of the dial.
+    """Scores one checkpoint, stock, grown or an adapter's folder, at each α.
 
-    Returns, under "task" (test rows), "retention" (rows of old knowledge) and "retention_sets" (more of these, by
+    Returns, under "task" (test rows), "retention" (rows of what the base knew) and "retention_sets" (more of these, by
     name): `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the likeliest;
     `exact_match`, the share of rows where all are, which is what greedy decoding would give; `log_likelihood`, nats per
-    row, the mean over rows; `rows`; `overlapping`, how many were left out; `intervals` of the figures; `items`, each
+    row, the mean over rows; `rows`; `contaminated`, how many were left out; `intervals` of the figures; `items`, each
     row's log-likelihood; `unusable`, how many rows could not be scored. What fails stands under "failed". The task
     also has what the recipe's `metric` asks for. Under "samples" what the model writes
     for the first test rows. Of several α, "by_alpha" has all that for each, and the rest is that of the largest.
@@ -77,16 +77,16 @@ def evaluate(
     if against:
         against = _base_of(against)
         _check_base(against, sets)
-    dial = Interpolation(path, start)
+    interpolation = Interpolation(path, start)
     points: list[dict[str, Any]] = []
     for alpha in sorted(set(alphas)):
-        dial.set(alpha)
-        point: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(dial.model.dtype)}
+        interpolation.set(alpha)
+        point: dict[str, Any] = {"checkpoint": path, "alpha": alpha, "dtype": str(interpolation.model.dtype)}
         parts = Parts(point)
         if recipe:
-            _scores(parts, dial, recipe, tokenizer, sets, samples)
+            _scores(parts, interpolation, recipe, tokenizer, sets, samples)
         if harness:
-            parts.add("lm_eval", lambda: harness(dial.model, tokenizer))
+            parts.add("lm_eval", lambda: harness(interpolation.model, tokenizer))
         points.append(point)
         base = points[0] if points[0]["alpha"] == 0 else against
         if base is not None:
@@ -112,21 +112,23 @@ class Parts:
         (self.point.setdefault(among, {}) if among else self.point)[name] = made
 
 
-def _scores(parts: Parts, dial: Interpolation, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int) -> None:
+def _scores(
+    parts: Parts, interpolation: Interpolation, recipe: Recipe, tokenizer: Any, sets: list[Items], samples: int
+) -> None:
     task, *known = sets
-    parts.add("task", lambda: _summary(dial, task, recipe, tokenizer))
+    parts.add("task", lambda: _summary(interpolation, task, recipe, tokenizer))
     if recipe.metric != "loss" and "task" in parts.point:
-        parts.add(recipe.metric, lambda: _add_metric(parts.point["task"], dial, task, recipe, tokenizer))
+        parts.add(recipe.metric, lambda: _add_metric(parts.point["task"], interpolation, task, recipe, tokenizer))
         parts.point.pop(recipe.metric, None)
     for items in known:
         among = "" if items.name == "retention" and recipe.retention else "retention_sets"
-        parts.add(items.name, partial(_summary, dial, items, recipe, tokenizer), among)
+        parts.add(items.name, partial(_summary, interpolation, items, recipe, tokenizer), among)
     first = task.rows.select(range(min(samples, len(task.rows))))
-    parts.add("samples", lambda: generate(dial.model, tokenizer, task.template, first))
+    parts.add("samples", lambda: generate(interpolation.model, tokenizer, task.template, first))
 
 
 def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:
-    """The task's rows first, then those of old knowledge."""
+    """The task's rows first, then those of each retention set."""
     sets = [("task", rows_of(recipe, recipe.test_split), template_of(recipe), limit)]
     if recipe.retention:
         sets.append(("retention", retention_rows(recipe), retention_template(recipe), retention_limit))
@@ -151,7 +153,7 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
             )
             given_away = set()
         kept = rows.select([i for i in range(len(rows)) if i not in given_away][:most])
-        # Of old knowledge no end token: the question is whether the answer comes, not whether the text ends there.
+        # Of retention rows no end token: the question is whether the answer comes, not whether the text ends there.
         encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
         bad = {row for some in encoded.bad.values() for row in some}
         if not encoded.examples:
@@ -166,8 +168,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     return found
 
 
-def _summary(dial: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
-    scores = score(dial.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
+def _summary(interpolation: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    scores = score(interpolation.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
     return scores | {
         "contaminated": items.contaminated,
         "unusable": items.unusable,
@@ -175,23 +177,25 @@ def _summary(dial: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) 
     }
 
 
-def _add_metric(scores: dict[str, Any], dial: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> None:
-    more = _metric(dial, task, recipe, tokenizer)
+def _add_metric(
+    scores: dict[str, Any], interpolation: Interpolation, task: Items, recipe: Recipe, tokenizer: Any
+) -> None:
+    more = _metric(interpolation, task, recipe, tokenizer)
     scores |= more | {"intervals": scores["intervals"] | more.get("intervals", {})}
 
 
-def _metric(dial: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+def _metric(interpolation: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     """What the recipe's metric asks for beyond the loss: figures, and their `intervals`."""
     if recipe.metric == "accuracy":
-        return choices(dial.model, task.rows, recipe, tokenizer)
+        return choices(interpolation.model, task.rows, recipe, tokenizer)
     if recipe.metric == "chrf":
-        written = generate(dial.model, tokenizer, template_of(recipe), task.rows)
+        written = generate(interpolation.model, tokenizer, template_of(recipe), task.rows)
         return translation_scores([row["output"] for row in written], [row["reference"] for row in written])
     return {}
 
 
 def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sets of old knowledge in a result, by name."""
+    """The retention sets in a result, by name."""
     first = {"retention": scores["retention"]} if "retention" in scores else {}
     return first | scores.get("retention_sets", {})
 
@@ -209,7 +213,7 @@ def _base_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
-    """Raises UserError, before anything is scored, if an earlier result is of other rows of old knowledge."""
+    """Raises UserError, before anything is scored, if an earlier result is of other retention rows."""
     known = _known(base)
     for items in sets[1:]:
         if items.name in known and known[items.name].get("fingerprint") != items.fingerprint:
@@ -219,7 +223,7 @@ def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
 
 
 def _compare(point: dict[str, Any], base: dict[str, Any]) -> None:
-    """Adds to each set of old knowledge how the log-likelihood of a row differs from the base's, row by row."""
+    """Adds to each retention set how the log-likelihood of a row differs from the base's, row by row."""
     before = _known(base)
     for name, own in _known(point).items():
         if name in before:

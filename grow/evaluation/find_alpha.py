@@ -55,15 +55,15 @@ def read_passages(path: str, tokenizer: Any, limit: int) -> Examples:
 
 
 @torch.no_grad()
-def kl_from_base(dial: Interpolation, passages: Examples) -> dict[str, Any]:
-    """At the dial's α, over all positions of the passages: `kl` from the base with its `interval`, 95 % over passages,
-    and `cross_entropy` of the text; nats per token."""
+def kl_from_base(interpolation: Interpolation, passages: Examples) -> dict[str, Any]:
+    """Returns, at the α that is set and over all positions of the passages, in nats per token: `kl` from the base with
+    its `interval`, 95 % over passages, and `cross_entropy` of the text."""
     sequences = PackedDataset(passages, max(_TOKENS, int(passages.lengths.max())), 0)
     divergence, loss = ([0.0] * len(passages) for _ in range(2))
-    for index in tqdm(range(len(sequences)), desc=f"α = {dial.alpha:g}", leave=False, disable=None):
-        batch = {name: tensor.to(dial.model.device) for name, tensor in collate([sequences[index]]).items()}
-        base = dial.base_logits(batch)
-        logits, labels = labelled_logits(dial.model, batch)
+    for index in tqdm(range(len(sequences)), desc=f"α = {interpolation.alpha:g}", leave=False, disable=None):
+        batch = {name: tensor.to(interpolation.model.device) for name, tensor in collate([sequences[index]]).items()}
+        base = interpolation.base_logits(batch)
+        logits, labels = labelled_logits(interpolation.model, batch)
         likelihoods, divergences = likelihood_and_kl(logits, base, labels)
         rows = batch["rows"][batch["rows"] >= 0]
         for row, value, apart in zip(rows.tolist(), likelihoods.tolist(), divergences.tolist(), strict=True):
@@ -71,7 +71,7 @@ def kl_from_base(dial: Interpolation, passages: Examples) -> dict[str, Any]:
             loss[row] -= value
     tokens = passages.lengths.tolist()
     return {
-        "alpha": dial.alpha,
+        "alpha": interpolation.alpha,
         "kl": sum(divergence) / sum(tokens),
         "interval": interval(divergence, tokens),
         "cross_entropy": sum(loss) / sum(tokens),
@@ -101,21 +101,22 @@ def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> 
 
 
 def find_alpha(path: str, start: str, text: str, passages: int, bound: float) -> dict[str, Any]:
-    """What `dial` says of a checkpoint; `next` is the command to go on with. Raises UserError for a checkpoint without
-    its base, and for a text that is none."""
+    """What `find-alpha` says of a checkpoint; `next` is the command to run next.
+
+    Raises UserError for a checkpoint without its base, and for a text that cannot be used."""
     text = text or os.path.join(os.environ.get("GROW_CACHE") or os.path.expanduser("~/.cache/grow"), PROSE)
     check_alphas(path, start, (0.0,))
     examples = read_passages(text, load_tokenizer(path), passages)
-    dial = Interpolation(path, start)
+    interpolation = Interpolation(path, start)
 
     def measured(alpha: float) -> dict[str, Any]:
-        dial.set(alpha)
-        return kl_from_base(dial, examples)
+        interpolation.set(alpha)
+        return kl_from_base(interpolation, examples)
 
     seen = largest_alpha(measured, bound)
     return {
         "checkpoint": path,
-        "next": f"grow {_next(dial, path, start)} --alpha {seen[-1]['alpha']:g}",
+        "next": f"grow {_next(interpolation, path, start)} --alpha {seen[-1]['alpha']:g}",
         **seen[-1],
         "max_kl": bound,
         "text": text,
@@ -125,8 +126,8 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
     }
 
 
-def _next(dial: Interpolation, path: str, start: str) -> str:
-    grown = [isinstance(mlp, GrownMLP) for mlp in gated_mlps(dial.model).values()]
+def _next(interpolation: Interpolation, path: str, start: str) -> str:
+    grown = [isinstance(mlp, GrownMLP) for mlp in gated_mlps(interpolation.model).values()]
     if not start and not any(grown):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
     options = (" --uniform" if any(grown) and not all(grown) else "") + (f" --start {start}" if start else "")

@@ -34,7 +34,7 @@ class Harness:
             self.manager = TaskManager(include_path=include_path or None)
         if self._unknown():
             where = f" nor of {include_path}" if include_path else "; tasks of your own: --include-path FOLDER"
-            raise UserError(f"--lm-eval: {self._unknown()[0]} is no task of lm_eval{where}")
+            raise UserError(f"--lm-eval: {self._unknown()[0]} is not a task of lm_eval{where}")
 
     def _unknown(self) -> list[str]:
         return [task for task in self.tasks if not self.manager.match_tasks([task])]

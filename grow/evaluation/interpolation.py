@@ -1,4 +1,4 @@
-"""A model with both ends of the dial: α = 0 is the base, exactly, 1 the trained model.
+"""A model and its base, and what lies between them: α = 0 is the base, exactly, 1 the trained model.
 
 A grown or adapted checkpoint has its base inside. A stock one needs the base that it was trained from; its weights
 are then interpolated with the base's, as `consolidate --alpha` does it, so that both are loaded once for a whole curve.
@@ -22,8 +22,10 @@ from grow.names import canonical
 
 
 def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
-    """Looks before anything is loaded. Raises UserError for an α that is none, and for a checkpoint whose dial can only
-    be at 1: one without its base, or with a `start` that it cannot have been trained from."""
+    """Raises UserError, before anything is loaded, for an invalid α, and for any but 1 where there is no base.
+
+    That is a checkpoint without its base inside or a `start`, or with one that it cannot have been trained from.
+    """
     folder = locate(path)
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
@@ -47,7 +49,7 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
 class Interpolation:
     """`model` is on the GPU if there is one, in the dtype that this machine computes in; at α = 1 at first.
 
-    What it is given has passed check_dial.
+    What it is given has passed check_alphas.
     """
 
     def __init__(self, path: str, start: str = ""):
@@ -64,7 +66,7 @@ class Interpolation:
             ]
 
     def set(self, alpha: float) -> None:
-        """Turns it."""
+        """Sets the interpolation coefficient."""
         if self._base is None:
             set_alpha(self.model, alpha)
         elif alpha != self.alpha:
@@ -76,5 +78,5 @@ class Interpolation:
         self.alpha = alpha
 
     def base_logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """The base's logits where there is a label, as grow.model.loss.labelled_logits has them; the dial stays."""
+        """The base's logits where there is a label, as grow.model.loss.labelled_logits has them; α stays."""
         return base_logits(self.model, batch, self._base)

@@ -1,4 +1,4 @@
-"""A place of the dial for each layer, learnt: the layers do not gain alike, and do not forget alike.
+"""An interpolation coefficient α for each layer, learnt: the layers do not gain alike, and do not forget alike.
 
 α is the only thing that trains, one number a grown layer, so a few steps on held-out rows will do.
 """
@@ -38,7 +38,7 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
     """
     refuse_existing(Path(out))
     if GrowthPlan.from_config(Checkpoint(path).config) is None:
-        raise UserError(f"{path}: was not grown, so its layers have no dial")
+        raise UserError(f"{path}: was not grown, so its layers have no interpolation coefficient")
     tokenizer = load_tokenizer(path)
     general = general_text(text, recipe.max_length, tokenizer, recipe.seed)
     task = read_sequences(recipe, tokenizer, recipe.validation_split)
@@ -62,7 +62,7 @@ def _learn(
     alphas = torch.full((len(mlps),), _START, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([alphas], lr=_RATE)
     tasks = Epochs(task, steps, seed)
-    for step in tqdm(range(steps), desc="layer dial", leave=False, disable=None):
+    for step in tqdm(range(steps), desc="learning α", leave=False, disable=None):
         rows, text = ({k: v.to(model.device) for k, v in collate([own[step]]).items()} for own in (tasks, general))
         for mlp, alpha in zip(mlps, alphas, strict=True):
             mlp.alpha = alpha

@@ -13,7 +13,7 @@ from grow.methods.peft_method import PeftMethod
 @dataclass
 class Lora(KlRegularized, PeftMethod):
     """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
-    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. It can be held near the base."""
+    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. KL regularisation can be added."""
 
     keeps_base: ClassVar[bool] = True
     part: ClassVar[str] = ".lora_"
@@ -22,7 +22,7 @@ class Lora(KlRegularized, PeftMethod):
     lora_alpha: int = 32
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError also for a rank that is none."""
+        """Raises UserError also for an invalid rank."""
         super().check(recipe)
         if self.lora_rank < 1:
             raise UserError("lora_rank must be at least 1")

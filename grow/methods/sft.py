@@ -15,8 +15,10 @@ _ANY = 10**6
 
 @dataclass
 class Sft(KlRegularized):
-    """Nothing more than every method has, but that it can be held near the base too, and can be told to train the MLPs
-    of some layers alone: `mlp_layers`, written as for `expand --layers`."""
+    """Trains everything, or the MLPs of some layers alone: `mlp_layers`, written as for `expand --layers`.
+
+    KL regularisation can be added.
+    """
 
     mlp_layers: str = ""
 

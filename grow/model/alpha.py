@@ -15,8 +15,11 @@ from grow.model.mlp import GrownMLP, gated_mlps
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
-    """Turns the dial of a grown or adapted model, from 0 (its base, exactly) to 1 (as trained, or where the checkpoint
-    says that each layer's own is); no effect on others."""
+    """Sets the interpolation coefficient of a grown or adapted model: 0 is its base, exactly, 1 as trained.
+
+    Where the checkpoint gives each layer a coefficient of its own, 1 means these. Other models are left as they are.
+    Raises UserError for a value outside of [0, 1].
+    """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
     for mlp in _with_alpha(model):
@@ -29,7 +32,7 @@ def _with_alpha(model: nn.Module) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def base_inside(model: nn.Module) -> Iterator[None]:
-    """The base of a grown or adapted model, or of one with LoRAs, for a while; then the dial is where it was."""
+    """Makes a grown or adapted model, or one with LoRAs, its base for a while; then each α is what it was."""
     before = {mlp: mlp.alpha for mlp in _with_alpha(model)}
     set_alpha(model, 0)
     try:

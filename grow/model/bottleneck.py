@@ -2,8 +2,8 @@
 
     y = m + α · U · gelu(D · m),   m = mlp(x)        D [size, h], U [h, size], with biases
 
-U and its bias are zero at first, so that the adapted model starts as the base exactly. α is the dial: 0 the base, 1 as
-trained. What trained stands in a folder of its own, beside no copy of the base:
+U and its bias are zero at first, so that the adapted model starts as the base exactly. α is the interpolation
+coefficient: 0 the base, 1 as trained. What trained stands in a folder of its own, beside no copy of the base:
 
     adapter.json           {"base": the base's folder, "adapter_size": size}
     adapter.safetensors    the adapters' parameters, by their names in the model

@@ -41,8 +41,8 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
     """Loads a stock or a grown checkpoint, from a folder or by its hub name; `dtype` "auto" is the checkpoint's own.
 
-    A folder of an adapter (grow.model.bottleneck) is loaded with its base. `alpha` is the dial of a grown or an adapted
-    model: 0 is the base, exactly; 1 the trained model (grow.model.mlp).
+    A folder of an adapter (grow.model.bottleneck) is loaded with its base. `alpha` is the interpolation
+    coefficient of a grown or an adapted model: 0 is the base, exactly; 1 the trained model (grow.model.mlp).
     Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
     """
     path = locate(path)

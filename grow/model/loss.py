@@ -101,7 +101,7 @@ def likelihood_and_kl(logits: Tensor, base: Tensor | None, labels: Tensor) -> tu
 @torch.no_grad()
 def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | None = None) -> Tensor:
     """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside
-    (grow.model.alpha.base_inside); the dial stays where it is."""
+    (grow.model.alpha.base_inside); its α stays what it is."""
     if base is not None:
         return labelled_logits(base, batch)[0]
     with base_inside(getattr(model, "module", model)):

@@ -1,4 +1,4 @@
-"""A recipe's DeepSpeed JSON: read, held against what a recipe decides, and completed.
+"""A recipe's DeepSpeed JSON: read, compared with what a recipe decides, and completed.
 
 The file says how the work is shared out over ranks. What is computed is the recipe's to say: the batch, the rates, the
 clipping, the precision. DeepSpeed passes over a misspelt name without a word, and some of its settings change how

@@ -1,5 +1,5 @@
 """RUN/run.json: what a run is. Its recipe with every default, the checksums of what it starts from and learns from,
-versions. A run that goes on must be the same run."""
+versions. A run that resumes must be the same run."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that began: by what its recipe says, not by how paths are typed.
+"""Whether a run that resumes is the run that began: by what its recipe says, not by how paths are typed.
 
 A folder may have moved, the run's own too: what is in it is compared, by checksums. A name on the hub is compared as
 text.
@@ -18,7 +18,7 @@ from grow.training.deepspeed_json import first_difference
 
 NAME = "run.json"
 
-# Fields that may differ when a run goes on: they change what is seen of it, not what it computes.
+# Fields that may differ when a run resumes: they change what is seen of it, not what it computes.
 _FREE = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
     "probe_rows", "metric", "options", "retention_sets",

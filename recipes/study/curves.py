@@ -1,4 +1,4 @@
-"""The pictures of a study: task against old knowledge, and how far each layer moved."""
+"""The pictures of a study: task against retention, and how far each layer moved."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -58,8 +58,8 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
-    """How far each layer's MLP moved, Frobenius norm: a line for each method, at the rate whose best place of
-    the dial has learnt the task best.
+    """How far each layer's MLP moved, Frobenius norm: a line for each method, at the rate that has learnt
+    the task best, at its best α.
 
     Means over seeds. `lines` are those of a results.jsonl.
     """
@@ -104,7 +104,7 @@ def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
 
 
 def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:
-    """Over the steps of training: left the task's validation loss, right what the probe says of old knowledge (the
+    """Over the steps of training: left the task's validation loss, right what the probe says of retention (the
     change of a row's log-likelihood). A line for each method and rate, means over seeds."""
     runs: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
     for line in lines:
@@ -118,7 +118,7 @@ def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:
             right.plot(steps, [now - known[0] for now in known], label=label)
     left.legend(fontsize=8)
     left.set(title="The task, as trained", ylabel="validation loss, nats per token")
-    right.set(title="Old knowledge, as trained", ylabel="log-likelihood of a row, change in nats")
+    right.set(title="Retention, as trained", ylabel="log-likelihood of a row, change in nats")
     right.axhline(0, color="grey", linewidth=0.8)
     for axes in (left, right):
         axes.set(xlabel="step")

@@ -46,7 +46,7 @@ _ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "lea
 
 
 def read_grid(path: Path) -> dict[str, Any]:
-    """Raises UserError, one line, if it is none, or has a row that makes no sense."""
+    """Reads and checks it. Raises UserError, one line, if it is not a grid or has a row that makes no sense."""
     try:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:

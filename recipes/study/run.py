@@ -1,4 +1,4 @@
-"""Runs a grid of training runs and scores, one after the other; goes on where it was stopped.
+"""Runs a grid of training runs and scores, one after the other; resumes where it was stopped.
 
     python recipes/study/run.py GRID [--only "sft" | --only "sft 5e-05 seed 0"] [--seeds 0,1,2] [--alphas 0.25,0.5,1]
                                      [--work FOLDER] [--keep]
@@ -7,8 +7,8 @@ GRID is a YAML file such as recipes/study/translation.yaml (grid.py says what st
 consolidated and scored at each α; then one line of JSON goes into `results.jsonl` beside GRID,
 and its checkpoints are removed (unless `--keep`: `rank` and `effective-rank` read them). `--only` names a row, or one
 cell of it. A cell that has a line there is run again only if `--only` names it, scored where it was and where the grid
-says, or at `--alphas`; its new line takes the place of the old. Stopped in the middle of a cell, it goes on from its
-last checkpoint; asked to leave (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may
+says, or at `--alphas`; its new line takes the place of the old. Stopped in the middle of a cell, it resumes from its
+last checkpoint; preempted (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may
 run side by side in one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): a cell that one runs,
 the others leave to it.
 """
@@ -143,7 +143,7 @@ class Study:
         """What stays of a cell."""
         facts, ranking = read_json(run / "run.json"), read_json(Path(f"{run}-ranking", "ranking.json"))
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
-        # By step: a run that goes on looks once more at where it goes on from.
+        # By step: a run that resumes validates once more where it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
         points = [self.point(scores) for scores in result.get("by_alpha", [result])]
         alphas = ",".join(f"{scores['alpha']:g}" for scores in points)
@@ -208,8 +208,8 @@ def arguments(values: dict[str, Any]) -> list[str]:
 
 
 def grow(*words: str | Path) -> None:
-    """Runs python -m grow; what it says stays on stderr. Its exit code ends the study if it is not 0. Asked to leave,
-    it is asked too; whatever it makes of that, the study ends with 75."""
+    """Runs a command of `grow`; what it says stays on stderr. Its exit code ends the study if it is not 0. A signal is
+    passed on; whatever the command makes of that, the study ends with 75."""
     # -P: the same `grow` as here, whatever is in the folder that the process starts in.
     command = [sys.executable, "-P", "-m", "grow", *map(os.path.expandvars, map(str, words))]
     environment = os.environ | {"TQDM_DISABLE": "1"}

@@ -26,7 +26,7 @@ class Adapter(KlRegularized):
     adapter_size: int = 64
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError also for a size that is none."""
+        """Raises UserError also for an invalid size."""
         super().check(recipe)
         if self.adapter_size < 1:
             raise UserError("adapter_size must be at least 1")

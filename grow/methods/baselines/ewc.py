@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: weights that old knowledge hangs on are held to where they were."""
+"""Elastic weight consolidation: weights on which retention depends are pulled back to where they were."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Ewc(Method):
     Fisher information (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", eq. 3).
 
     F is the empirical one: the mean of (∂ log p(completion) / ∂θ_i)² over the first `ewc_rows` rows of the recipe's
-    `retention` data, from its split `ewc_split`; `eval` scores the split test. F (fp32) and θ* are held on every rank,
+    `retention` data, from its split `ewc_split`; `eval` scores the split test. F (fp32) and θ* are kept on every rank,
     and parameters are compared in the dtype that they are computed with.
     """
 
@@ -34,16 +34,18 @@ class Ewc(Method):
         return (4 + width) * sum(prod(shape) for name, shape in shapes.items() if self.trains(name))
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError also where there is no text of old knowledge."""
+        """Raises UserError also where there are no retention rows."""
         super().check(recipe)
         if not recipe.retention:
-            raise UserError("ewc measures what old knowledge hangs on: name rows of it in the field retention")
+            raise UserError(
+                "ewc measures which weights the base's knowledge depends on: name rows of it in the field retention"
+            )
         if self.ewc_rows < 1 or self.ewc_lambda < 0:
             raise UserError("ewc_rows must be at least 1, and ewc_lambda not below 0")
         self._examples(recipe)
 
     def texts_read(self, recipe: Any) -> list[str]:
-        """The rows of old knowledge."""
+        """Names the retention rows."""
         return [recipe.retention]
 
     def _examples(self, recipe: Any) -> Any:
@@ -72,11 +74,11 @@ class Ewc(Method):
         if trainer.args.world_size > 1:
             for total in fisher:
                 torch.distributed.all_reduce(total)
-        self.held = [(p, p.detach().clone(), f) for p, f in zip(parameters, fisher, strict=True)]
+        self.anchors = [(p, p.detach().clone(), f) for p, f in zip(parameters, fisher, strict=True)]
 
     def penalty(self) -> Tensor | float:
         """The penalty at the present parameters."""
-        return self.ewc_lambda / 2 * sum(squared_distance(*held) for held in self.held)
+        return self.ewc_lambda / 2 * sum(squared_distance(*anchor) for anchor in self.anchors)
 
 
 def _row_loss(trainer: Any, example: Any) -> Tensor:

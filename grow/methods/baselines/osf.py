@@ -30,7 +30,7 @@ class Osf(PeftMethod):
     osf_kept: float = 0.5
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError also for a share that is none."""
+        """Raises UserError also for an invalid share."""
         super().check(recipe)
         if not 0 < self.osf_kept < 1:
             raise UserError(f"osf_kept {self.osf_kept:g}: a share of the singular values is needed, between 0 and 1")
