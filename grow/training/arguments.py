@@ -48,15 +48,20 @@ def compute_type(recipe: Recipe) -> Any:
     return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None) -> Any:
+def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None, universal: bool = False) -> Any:
     """The recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a torch.dtype.
 
+    `universal`: what the run resumes from is in DeepSpeed's universal layout (grow.training.resume).
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
+    settings = complete_deepspeed(recipe.deepspeed)
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
     return (kind or TrainingArguments)(
         **{name: getattr(recipe, name) for name in _SAME},
-        deepspeed=complete_deepspeed(recipe.deepspeed),
+        deepspeed=complete_deepspeed(recipe.deepspeed)
+        | ({"checkpoint": {"load_universal": True}} if universal else {}),
         max_steps=steps,
         gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.per_device_train_batch_size),
         bf16=dtype == torch.bfloat16,

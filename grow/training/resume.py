@@ -19,14 +19,19 @@ from grow.errors import Fault, UserError, one_line
 from grow.model.gather import gathered
 
 
+def needs_universal(zero: ZeroCheckpoint) -> bool:
+    """Whether ZeRO's files, which are cut for the ranks that wrote them, were cut for another number than there are."""
+    return zero.stage > 0 and zero.world_size != dist.get_world_size()
+
+
 def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
     """Loads what trained and its optimizer's state into a DeepSpeed engine that has not trained yet.
 
-    ZeRO's files are cut for the ranks that wrote them. For another number of ranks they are converted to DeepSpeed's
-    universal layout, in `RUN/checkpoint-N.universal`, which goes again when it is loaded. Every rank calls it.
-    Raises UserError if DeepSpeed cannot load it.
+    What `needs_universal` is converted to DeepSpeed's universal layout, in `RUN/checkpoint-N.universal`, which is
+    removed when it is loaded; the engine's configuration then says "load_universal" (grow.training.arguments). Every
+    rank calls it. Raises UserError if DeepSpeed cannot load it.
     """
-    if zero.stage and zero.world_size != dist.get_world_size():
+    if needs_universal(zero):
         _load_universal(engine, zero, folder.with_name(f"{folder.name}.universal"))
     elif engine.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
         raise UserError(f"{folder}: DeepSpeed cannot resume from it; remove it to go back one")
@@ -38,10 +43,7 @@ def _load_universal(engine: Any, zero: ZeroCheckpoint, out: Path) -> None:
         _convert(zero.path, out)
     dist.barrier()
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    # What "checkpoint": {"load_universal": true} in its JSON says; the JSON is the recipe's, and stays as it is.
-    engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(out), tag="step")
-    engine._config.load_universal_checkpoint = False
     # ZeRO-3 gives every group of parameters the settings of the first, and norms would decay like weights; and all of
     # them one tensor as their count of steps, which Adam would then advance once for each of them.
     for group, own in zip(engine.optimizer.param_groups, decay, strict=True):

@@ -24,6 +24,7 @@ from transformers import set_seed
 
 from grow.checkpoint.run_folder import MARKER, complete_checkpoints, find_corruption, set_aside, write_marker
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.of_recipe import read_sequences, retention_rows, retention_template, right_option, rows_of, tokenizer_of
 from grow.data.packing import Epochs, PackedDataset, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
@@ -41,8 +42,10 @@ from grow.training.arguments import (
     training_arguments,
 )
 from grow.training.callbacks import GracefulShutdown
+from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import quiet
+from grow.training.resume import needs_universal
 from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
@@ -62,8 +65,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     tune_malloc()
 
     watch = GracefulShutdown()
-    trainer = _trainer(recipe, run, start, watch)
+    compile_nothing()
+    deepspeed.init_distributed(verbose=False)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
+    trainer = _trainer(recipe, run, start, watch, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not watch.leaving:
         result = _finish(trainer, run, start)
@@ -78,12 +83,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return {"run": str(run), "status": "done", **result}
 
 
-def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
+def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any, checkpoint: Path | None) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
-    # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
-    # that is killed meanwhile leaves a lock file at which every later run waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
@@ -93,7 +94,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
-    args = training_arguments(recipe, steps, dtype)
+    universal = checkpoint is not None and needs_universal(ZeroCheckpoint(checkpoint))
+    args = training_arguments(recipe, steps, dtype, universal=universal)
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)

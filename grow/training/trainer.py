@@ -1,42 +1,32 @@
 """transformers.Trainer on DeepSpeed, with what it gets wrong for a mostly frozen model put right.
 
-Schedules, logging, TensorBoard and the loop are Trainer's. Here: the loss (labels only), checkpoints that hold what
-trains and no more and are marked when complete, resuming from them, and validation that ranks share out exactly.
+Schedules, logging, TensorBoard and the loop are Trainer's. Here: the loss (labels only), and validation that ranks
+share out exactly; checkpoints are grow.training.trainer_checkpoints.
 """
 
-import os
-import shutil
+import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from grow.checkpoint.run_folder import clear_place, fsync_and_hash, mark_complete, remove_old_checkpoints
-from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
-from grow.errors import Fault, UserError, one_line
 from grow.methods import Method
 from grow.model.gather import gathered
 from grow.model.loss import labelled_logits, loss_sum, token_scores
 from grow.names import canonical
 from grow.recipe import Recipe
-from grow.training.adam_step import step_by_blocks
 from grow.training.callbacks import GracefulShutdown, ThroughputMeter
-from grow.training.checkpoint_engine import StreamEngine
 from grow.training.flops import StepFlops
-from grow.training.gradient_norm import one_pass_norm
 from grow.training.probe import Probe
-from grow.training.resume import load_checkpoint
+from grow.training.trainer_checkpoints import CheckpointingTrainer
 
 
-class GrowTrainer(transformers.Trainer):
+class GrowTrainer(CheckpointingTrainer):
     """Trainer over packed sequences, by a recipe's method. `validation` is scored every `eval_steps`."""
 
     def __init__(
@@ -57,24 +47,20 @@ class GrowTrainer(transformers.Trainer):
         self.pace = ThroughputMeter(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
-        self.model.register_state_dict_post_hook(drop_frozen)
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        labels = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
-        tokens = sum((batch["rows"] >= 0).sum() for batch in batch_samples)
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and how many labels all ranks have in theirs: []."""
+        start = time.monotonic()
+        samples = list(itertools.islice(epoch_iterator, num_batches))
+        self.pace.waited += time.monotonic() - start
+        labels = sum((batch["labels"] != IGNORED).sum() for batch in samples)
+        tokens = sum((batch["rows"] >= 0).sum() for batch in samples)
         counts = self.accelerator.reduce(torch.as_tensor([labels, tokens], device=device), "sum")
         self.pace.step(counts)
         # A method may take labels away; a batch that has none left has no loss, not one of 0/0.
-        return counts[0].clamp(min=1)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with a watch held to it."""
-        start = time.monotonic()
-        samples = super().get_batch_samples(*args, **kwargs)
-        self.pace.waited += time.monotonic() - start
-        return samples
+        return samples, counts[0].clamp(min=1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -141,78 +127,12 @@ class GrowTrainer(transformers.Trainer):
         self.model_wrapped.eval()
         for start in range(0, len(sequences), size * world):
             places = [start + rank * size + i for i in range(size)]
-            batch = self._prepare_inputs(collate([sequences[i % len(sequences)] for i in places]))
+            whole = collate([sequences[i % len(sequences)] for i in places])
+            batch = {name: tensor.to(self.args.device) for name, tensor in whole.items()}
             for i, place in enumerate(places):
                 if place >= len(sequences):
                     batch["labels"][i] = IGNORED
             yield batch
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's, over ZeRO's optimizer too, which lacks the rates of the one inside that a schedule may ask for."""
-        zero = getattr(optimizer or self.optimizer, "optimizer", None)  # inside accelerate's own
-        if zero is not None and not hasattr(zero, "defaults"):
-            zero.defaults = zero.optimizer.defaults
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    # Checkpoints: what trains, nothing else.
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes nothing: the ZeRO checkpoint has what trained, and `python -m grow consolidate` makes models of it."""
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            clear_place(folder)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            parts = gather_object([fsync_and_hash(folder, self.args.process_index, self.files.written)])
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
-            free = shutil.disk_usage(self.args.output_dir).free / 1e6
-            raise Fault(
-                f"{folder}: cannot be written ({free:.0f} MB free; {one_line(error)[:200]}); mend that and run the same"
-                " command again: it goes on from the last complete checkpoint"
-            ) from error
-        if self.args.should_save:
-            mark_complete(folder, {name: facts for part in parts for name, facts in part.items()})
-            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Trainer would load strictly and fail on what a checkpoint leaves out; so we load, and check, ourselves."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.model_wrapped.checkpoint_engine = self.files = StreamEngine()
-        one_pass_norm(self.model_wrapped.optimizer)
-        step_by_blocks(self.model_wrapped.optimizer)
-        self.method.begin(self)
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            zero = ZeroCheckpoint(folder)
-            if set(zero.trained) != trained_names(self.model):
-                raise UserError(f"{folder}: holds other parameters than this recipe trains")
-            load_checkpoint(self.model_wrapped, zero, folder)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
-
-
-def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """A state dict hook that leaves what trains, each parameter under one name. DeepSpeed's own
-    exclude_frozen_parameters keeps the second name of tied embeddings, a head of their size."""
-    trained = trained_names(module)
-    for name in list(state):
-        if name.removeprefix(prefix) not in trained:
-            del state[name]
-
-
-def trained_names(module: nn.Module) -> set[str]:
-    """The names of the parameters that train."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:
