@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from tests.tiny import ROOT, file_checksum, free_ports, grow, make_data, make_recipe
+from tests.tiny import ROOT, file_checksum, free_ports, grow, make_data, make_recipe, step_lines
 
 STEPS, EPOCH = 16, 10  # the rows fill about ten steps, so that step 13 lies in the second epoch
 
@@ -56,9 +56,8 @@ def losses(process: subprocess.Popen[str], into: list[str]) -> Iterator[str]:
     assert process.stdout is not None
     for line in process.stdout:
         into.append(line)
-        found = re.search(r"'loss': '?([^',}]+)", line)
-        if found:
-            yield found[1]
+        if step_lines(line):
+            yield line.split()[3]
 
 
 def finish(path: Path, code: int = 0) -> tuple[list[str], str]:

@@ -53,7 +53,7 @@ def write_run_file(
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
         "dtype": dtype,
-        "device": _device(),
+        "device": device_name(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "git_commit": _commit(),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
@@ -110,7 +110,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _device() -> str:
+def device_name() -> str:
     """A GPU's name, or what a processor's vector units can do, as torch sees them."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

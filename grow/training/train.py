@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from grow.checkpoint.run_folder import MARKER, complete_checkpoints, find_corruption, set_aside, write_marker
 from grow.checkpoint.shards import Checkpoint, read_json
@@ -46,7 +47,7 @@ from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import quiet
 from grow.training.resume import needs_universal
-from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
+from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import starting_checkpoint
 from grow.training.trainer import GrowTrainer, changed_frozen
@@ -63,6 +64,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     _single_process_defaults()
     tune_malloc()
+    disable_progress_bar()  # of the weights that are loaded
 
     watch = GracefulShutdown()
     compile_nothing()
@@ -112,7 +114,20 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any, checkpoin
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
         watch=watch,
+        about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
+    )
+
+
+def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dtype: Any) -> str:
+    """A run in a line: method, parameters, ranks, device, data, steps."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
+    ranks = dist.get_world_size()
+    return (
+        f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
+        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}); {len(sequences):,} sequences, "
+        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size} sequences"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PrinterCallback
 
 from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
@@ -23,6 +24,7 @@ from grow.recipe import Recipe
 from grow.training.callbacks import GracefulShutdown, ThroughputMeter
 from grow.training.flops import StepFlops
 from grow.training.probe import Probe
+from grow.training.progress import ProgressLines
 from grow.training.trainer_checkpoints import CheckpointingTrainer
 
 
@@ -35,14 +37,17 @@ class GrowTrainer(CheckpointingTrainer):
         recipe: Recipe,
         method: Method,
         watch: GracefulShutdown,
+        about: str,
         probe: Probe | None,
         sequences: Epochs,
         validation: PackedDataset,
         **kwargs: Any,
     ):
+        callbacks = [watch, ProgressLines(about)]
         super().__init__(
-            train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=[watch], **kwargs
+            train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=callbacks, **kwargs
         )
+        self.remove_callback(PrinterCallback)
         self.watch, self.probe = watch, probe
         self.pace = ThroughputMeter(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
