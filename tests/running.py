@@ -1,4 +1,4 @@
-"""Training runs in tests: quickly, and twice, to see that one that goes on ends in the same bits."""
+"""Training runs in tests: quickly, and twice, to see that one that resumes ends in the same bits."""
 
 import json
 import multiprocessing

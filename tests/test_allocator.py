@@ -22,7 +22,7 @@ for step in range(8):
     middle = [torch.ones(2**20 + 2**18 * step) for _ in range(40)]
     del large, middle
     if bound:
-        trimmer.give_back()
+        trimmer.trim()
     taken.append((psutil.Process().memory_info().rss - start) / 2**20)
 print(json.dumps(taken))
 """

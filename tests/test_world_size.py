@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks: the same rows, the same curve, the same weights in the end."""
+"""A run resumes on another number of ranks: the same rows, the same curve, the same weights in the end."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""What one sees of a run: a line that says what runs, one a step interval, one for each validation.
+"""One sees of a run a line that says what runs, one a step interval, and one for each validation.
 
-Plain lines on a terminal and in a file alike, of rank 0 alone. TensorBoard and trainer_state.json have all figures.
+They are plain lines on a terminal and in a file alike, of rank 0 alone. TensorBoard and trainer_state.json have all
+figures.
 """
 
 import time
@@ -11,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressLines(TrainerCallback):
-    """Prints them, in place of transformers' own PrinterCallback and its bars. `about` is the first line."""
+    """Prints the lines, in place of transformers' own PrinterCallback and its bars. `about` is the first line."""
 
     def __init__(self, about: str):
         self.about, self.begun, self.first = about, 0.0, 0
@@ -48,7 +49,7 @@ class ProgressLines(TrainerCallback):
 
 
 def step_line(step: str, logs: dict[str, Any], left: float) -> str:
-    """The figures of the steps since the line before; `left` is the rest of the run in seconds, validations too."""
+    """Returns the line of the steps since the one before; `left` are the seconds that the rest of the run will take."""
     parts = [
         step,
         f"loss {logs['loss']:.4f}",
@@ -63,7 +64,7 @@ def step_line(step: str, logs: dict[str, Any], left: float) -> str:
 
 
 def validation_line(step: str, logs: dict[str, Any]) -> str:
-    """The figures of a validation. Retention and KL are there where the run probes them (grow.training.probe)."""
+    """Returns the line of a validation. Retention and KL are there where the run probes them (grow.training.probe)."""
     parts = [step, "validation", f"loss {logs['eval_loss']:.4f}", f"accuracy {logs['eval_accuracy']:.1%}"]
     if "retention" in logs:
         parts.append(f"retention {logs['retention']:.3f}")

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint, on as many ranks as wrote it or on another number of them."""
+"""A run resumes from a checkpoint, on as many ranks as wrote it or on another number of them."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from grow.model.gather import gathered
 
 
 def needs_universal(zero: ZeroCheckpoint) -> bool:
-    """Whether ZeRO's files, which are cut for the ranks that wrote them, were cut for another number than there are."""
+    """Returns whether ZeRO's files, cut for the ranks that wrote them, were cut for another number than there are."""
     return zero.stage > 0 and zero.world_size != dist.get_world_size()
 
 
@@ -39,7 +39,7 @@ def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
 
 def _load_universal(engine: Any, zero: ZeroCheckpoint, out: Path) -> None:
     if dist.get_rank() == 0:
-        print(f"{zero.path}: {zero.world_size} ranks wrote it, {dist.get_world_size()} go on", file=sys.stderr)
+        print(f"{zero.path}: {zero.world_size} ranks wrote it, {dist.get_world_size()} resume", file=sys.stderr)
         _convert(zero.path, out)
     dist.barrier()
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
@@ -79,8 +79,8 @@ def _convert(tag_folder: Path, out: Path) -> None:
 
 
 def check_loaded(model: nn.Module, zero: ZeroCheckpoint) -> None:
-    """Compares every trained parameter with its master weights, rounded: DeepSpeed has gone on from universal
-    checkpoints with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
+    """Compares every trained parameter with its master weights, rounded: DeepSpeed has resumed universal checkpoints
+    with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,4 +1,4 @@
-"""One training run, from a recipe to a folder that says by itself what ran.
+"""A training run goes from a recipe to a folder that says by itself what ran.
 
     RUN/run.json                     the resolved recipe, what it started from, versions
     RUN/checkpoint-N/                what trains, at step N, as DeepSpeed shards; COMPLETE in it when it is whole
@@ -6,7 +6,7 @@
     RUN/result/                      what the run ends in, where that is more than its last checkpoint
     RUN/COMPLETE                     written last: the run is done
 
-Started again, a run goes on from its last complete checkpoint; a run that is done says so and does nothing.
+Started again, a run resumes from its last complete checkpoint; a run that is done says so and does nothing.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ from grow.training.trainer import GrowTrainer, changed_frozen
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set).
 
-    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system asked it to leave.
+    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system preempted it.
     """
     run = Path(recipe.output_dir)
     start = check_run(recipe)
@@ -66,26 +66,26 @@ def train(recipe: Recipe) -> dict[str, Any]:
     tune_malloc()
     disable_progress_bar()  # of the weights that are loaded
 
-    watch = GracefulShutdown()
+    shutdown = GracefulShutdown()
     compile_nothing()
     deepspeed.init_distributed(verbose=False)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
-    trainer = _trainer(recipe, run, start, watch, checkpoint)
+    trainer = _trainer(recipe, run, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if not watch.leaving:
+    if not shutdown.preempted:
         result = _finish(trainer, run, start)
     dist.barrier()
     # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
     dist.destroy_process_group()
-    if watch.leaving:
+    if shutdown.preempted:
         raise Preempted(
-            f"{run}: left at step {trainer.state.global_step} of {trainer.state.max_steps}, as asked, with a "
-            "checkpoint; run the same command again to go on"
+            f"{run}: preempted at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; "
+            "run the same command again to resume"
         )
     return {"run": str(run), "status": "done", **result}
 
 
-def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any, checkpoint: Path | None) -> Any:
+def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
     tokenizer = tokenizer_of(recipe)
@@ -113,7 +113,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any, checkpoin
         method=method,
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
-        watch=watch,
+        shutdown=shutdown,
         about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
     )
@@ -156,7 +156,8 @@ def _result(trainer: Any) -> dict[str, Any]:
 
 
 def check_run(recipe: Recipe) -> Checkpoint:
-    """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
+    """Checks what can be checked before anything heavy is loaded. Raises UserError; returns the checkpoint to start
+    from."""
     run, world_size = Path(recipe.output_dir), planned_ranks()
     check_output(recipe.output_dir)
     start = starting_checkpoint(recipe)
@@ -175,8 +176,8 @@ def check_run(recipe: Recipe) -> Checkpoint:
 
 
 def check_all(recipe: Recipe) -> None:
-    """What `train` would find wrong before it trains, but for the machine. The rows are read into the cache, and what
-    they come to is said on stderr."""
+    """Finds what `train` would find wrong before it trains, but for the machine. It reads the rows into the cache, and
+    says on stderr what they come to."""
     start = check_run(recipe)
     if (Path(recipe.output_dir) / MARKER).exists():
         return
@@ -202,7 +203,7 @@ def _check_scores(recipe: Recipe) -> None:
 
 
 def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:
-    """The rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
+    """Returns the rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
 
     Raises UserError for rows, templates and tokenizers that cannot be used.
     """
@@ -224,7 +225,7 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
-    """Watches old knowledge while the run trains; None if the recipe names no rows of it."""
+    """What measures retention while the run trains; None if the recipe names no rows for it."""
     if not recipe.retention or not recipe.probe_rows:
         return None
     rows = retention_rows(recipe)

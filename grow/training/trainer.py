@@ -1,4 +1,4 @@
-"""transformers.Trainer on DeepSpeed, with what it gets wrong for a mostly frozen model put right.
+"""GrowTrainer is transformers.Trainer, with what it gets wrong for a mostly frozen model put right.
 
 Schedules, logging, TensorBoard and the loop are Trainer's. Here: the loss (labels only), and validation that ranks
 share out exactly; checkpoints are grow.training.trainer_checkpoints.
@@ -29,69 +29,70 @@ from grow.training.trainer_checkpoints import CheckpointingTrainer
 
 
 class GrowTrainer(CheckpointingTrainer):
-    """Trainer over packed sequences, by a recipe's method. `validation` is scored every `eval_steps`."""
+    """Trains on packed sequences by a recipe's method. `validation` is scored every `eval_steps`."""
 
     def __init__(
         self,
         *,
         recipe: Recipe,
         method: Method,
-        watch: GracefulShutdown,
+        shutdown: GracefulShutdown,
         about: str,
         probe: Probe | None,
         sequences: Epochs,
         validation: PackedDataset,
         **kwargs: Any,
     ):
-        callbacks = [watch, ProgressLines(about)]
+        callbacks = [shutdown, ProgressLines(about)]
         super().__init__(
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=callbacks, **kwargs
         )
         self.remove_callback(PrinterCallback)
-        self.watch, self.probe = watch, probe
-        self.pace = ThroughputMeter(StepFlops(self.model), self.args.world_size)
+        self.shutdown, self.probe = shutdown, probe
+        self.meter = ThroughputMeter(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step, and how many labels all ranks have in theirs: []."""
+        """Returns the micro-batches of a step, and how many labels all ranks have in theirs: []."""
         start = time.monotonic()
         samples = list(itertools.islice(epoch_iterator, num_batches))
-        self.pace.waited += time.monotonic() - start
+        self.meter.waited += time.monotonic() - start
         labels = sum((batch["labels"] != IGNORED).sum() for batch in samples)
         tokens = sum((batch["rows"] >= 0).sum() for batch in samples)
         counts = self.accelerator.reduce(torch.as_tensor([labels, tokens], device=device), "sum")
-        self.pace.step(counts)
+        self.meter.step(counts)
         # A method may take labels away; a batch that has none left has no loss, not one of 0/0.
         return samples, counts[0].clamp(min=1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The share of this micro-batch in the mean loss, times world_size, since DeepSpeed averages over ranks."""
+        """Returns the share of this micro-batch in the mean loss, times world_size, since DeepSpeed averages over
+        ranks."""
         logits, labels = labelled_logits(model, inputs)
         weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
         loss = loss_sum(logits, labels, weights) / num_items_in_batch * self.accelerator.num_processes
-        self.watch.saw(loss)
+        self.shutdown.check_loss(loss)
         return loss + self.method.penalty() / self.args.gradient_accumulation_steps
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer's own estimate walks through all parameters in every step; ours is grow.training.flops."""
+        """Returns 0: Trainer's estimate walks through all parameters in every step; ours is grow.training.flops."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer counts the whole run as one epoch; what is logged is the true one."""
+        """Adds the throughput, and the true epoch: Trainer counts the whole run as one."""
         step, batch = self.state.global_step, self.args.train_batch_size * self.args.gradient_accumulation_steps
         self.state.epoch = step * batch * self.args.world_size / len(self.train_dataset.sequences)
         if "loss" in logs:
-            logs |= self.pace.take()
+            logs |= self.meter.take()
         super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Over the validation rows' labels: the mean loss, and the share that are the likeliest token."""
+        """Measures, over the validation rows' labels, the mean loss and the share that are the likeliest token."""
         start = time.monotonic()
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
@@ -102,16 +103,16 @@ class GrowTrainer(CheckpointingTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss / count, f"{metric_key_prefix}_accuracy": right / count}
         if self.probe is not None:
             metrics |= self.probe.measure(self)
-        self.pace.aside(time.monotonic() - start)
+        self.meter.aside(time.monotonic() - start)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
     def start_losses(self) -> list[Tensor]:
-        """The loss in nats of every label of the training rows that the run comes to, in the model as it is: one tensor
-        an example, fp32, as long as its labels, NaN where there is none and for all other rows. The rows are shared out
-        to the ranks; each has all losses."""
+        """Returns the loss in nats of every label of the training rows that the run comes to, in the model as it is:
+        one tensor an example, fp32, as long as its labels, NaN where there is none and for all other rows. The rows are
+        shared out to the ranks; each has all losses."""
         sequences = self.train_dataset.sequences
         lengths = sequences.examples.lengths.tolist()
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
@@ -126,7 +127,7 @@ class GrowTrainer(CheckpointingTrainer):
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
 
     def own_batches(self, sequences: Any) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
+        """Yields this rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
         weights in each); sequences that fill the last ones up have no labels."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         self.model_wrapped.eval()
@@ -141,7 +142,8 @@ class GrowTrainer(CheckpointingTrainer):
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:
-    """Names of the frozen parameters that are not, bit for bit, what the starting checkpoint holds, on any rank.
+    """Returns the names of frozen parameters that are not, bit for bit, what the starting checkpoint holds, on any
+    rank.
 
     `on_disk` maps a parameter's canonical name to its name in the checkpoint, which `read` reads.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that hold what trains and no more, are marked when they are complete, and are resumed from.
+"""Checkpoints hold what trains and no more, and are marked when they are complete; runs resume from them.
 
 transformers.Trainer has no public way to either: it writes the whole model, and loads strictly, which fails on what a
 checkpoint leaves out (asked for in huggingface/transformers#26503 and #29015, given to PEFT's models alone). So three
@@ -43,7 +43,7 @@ def check_trainer() -> None:
 
 
 class CheckpointingTrainer(transformers.Trainer):
-    """Trainer whose checkpoints hold what trains. The class derived from it has the `recipe` and the `method`."""
+    """Writes checkpoints of what trains, and resumes from them. A class derived from it has `recipe` and `method`."""
 
     recipe: Any
     method: Any
@@ -81,7 +81,7 @@ class CheckpointingTrainer(transformers.Trainer):
             free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise Fault(
                 f"{folder}: cannot be written ({free:.0f} MB free; {one_line(error)[:200]}); mend that and run the same"
-                " command again: it goes on from the last complete checkpoint"
+                " command again: it resumes from the last complete checkpoint"
             ) from error
         if self.args.should_save:
             mark_complete(folder, {name: facts for part in parts for name, facts in part.items()})
@@ -89,8 +89,7 @@ class CheckpointingTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Trainer's, but for what is loaded, which it would load strictly."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # loads nothing
         patch_engine(self.model_wrapped)
         self.method.begin(self)
         if resume_from_checkpoint is not None:
@@ -104,7 +103,7 @@ class CheckpointingTrainer(transformers.Trainer):
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """A state dict hook that leaves what trains, each parameter under one name. DeepSpeed's own
+    """Leaves what trains in a state dict, as its hook, each parameter under one name. DeepSpeed's own
     exclude_frozen_parameters keeps the second name of tied embeddings, a head of their size."""
     trained = trained_names(module)
     for name in list(state):
@@ -113,5 +112,5 @@ def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """The names of the parameters that train."""
+    """Returns the names of the parameters that train."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}

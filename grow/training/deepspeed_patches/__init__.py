@@ -1,4 +1,4 @@
-"""Every replacement of DeepSpeed's private parts: one idea a file, each for the version that it was written for.
+"""Every replacement of DeepSpeed's private parts stands here, one idea a file, for the version it was written for.
 
 With any other version they step aside, and rank 0 says so: the run computes the same, slower. Whoever moves to a new
 version reads the files beside what they replace, runs tests/test_deepspeed_patches.py, and raises WRITTEN_FOR.

@@ -1,4 +1,4 @@
-"""The norm of the gradients in one pass over them.
+"""The norm of the gradients is taken in one pass over them.
 
 DeepSpeed 0.19.8 copies each gradient to fp64 for its norm (8 bytes a parameter of the largest tensor, on a GPU too),
 and with ZeRO-1 and 2 looks for what is not finite in two passes of its own before. On a processor that is half of a
@@ -30,7 +30,7 @@ def one_pass_norm(optimizer: Any) -> None:
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of the values of tensors of any shapes and of one float type, in fp32: []."""
+    """Returns the 2-norm of the values of tensors of any shapes and of one float type, in fp32: []."""
     blocks = [
         block
         for tensor in tensors
