@@ -36,7 +36,7 @@ def leave(recipe: Path, out: Path) -> tuple[float, float, int, list[float]]:
     assert process.stdout is not None
     steps = []
     for line in process.stdout:
-        if found := re.search(r"'seconds_per_step': '?([\d.]+)", line):
+        if found := re.search(r"([\d.]+) s/step", line):
             steps.append(float(found[1]))
         if len(steps) == STEPS:
             break

@@ -50,7 +50,7 @@ PARTS = {"all": (0, 1), "first": (0, 1 / 3), "last": (2 / 3, 1)}
 """The layers that grow, from and to, as shares of the depth."""
 RIVALS = {
     "trainer": "transformers.Trainer, SFT",
-    "trainer_kept": "the same, with memory kept as ours keeps it (grow/allocator.py)",
+    "trainer_kept": "the same, with memory kept as ours keeps it (grow/model/memory.py)",
     "trl_sft": "TRL SFTTrainer, its defaults",
     "trl_sft_fast": "TRL SFTTrainer, no activation checkpoints",
     "trl_lora": "TRL LoRA r16, all linear layers",
@@ -131,7 +131,7 @@ def prepare(work: Path, size: str, scale: int = 1) -> Path:
     data = work / "data"
     data.mkdir(exist_ok=True)
     for split, part in {"train": rows, "validation": rows.select(range(4)), "test": rows.select(range(4))}.items():
-        part.to_json(data / f"{split}.jsonl")
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return base
 
 

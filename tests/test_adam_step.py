@@ -14,7 +14,7 @@ from tests.tiny import make_recipe
 
 def small_blocks(*arguments: Any) -> None:
     """A rank whose blocks are smaller than its matrices, and no divisor of them."""
-    from grow.training import adam_step
+    from grow.training.deepspeed_patches import adam_step
 
     adam_step.BLOCK = 1000
     rank_here(*arguments)
@@ -22,9 +22,9 @@ def small_blocks(*arguments: Any) -> None:
 
 def deepspeeds_own(*arguments: Any) -> None:
     """A rank that steps as DeepSpeed does."""
-    from grow.training import trainer
+    from grow.training import deepspeed_patches
 
-    trainer.step_by_blocks = lambda optimizer: None
+    deepspeed_patches.step_by_blocks = lambda optimizer: None
     rank_here(*arguments)
 
 

@@ -11,10 +11,10 @@ from tests.tiny import ROOT
 
 STEPS = """
 import json, psutil, torch
-from grow.model.memory import Holes, keep_memory
+from grow.model.memory import MallocTrimmer, tune_malloc
 
-keep_memory()
-holes, taken, small = Holes(), [], []
+tune_malloc()
+trimmer, taken, small = MallocTrimmer(), [], []
 start = psutil.Process().memory_info().rss
 for step in range(8):
     large = [torch.ones(2**20 + 2**18 * step) for _ in range(40)]  # each step's do not fit into the last one's holes
@@ -22,7 +22,7 @@ for step in range(8):
     middle = [torch.ones(2**20 + 2**18 * step) for _ in range(40)]
     del large, middle
     if bound:
-        holes.give_back()
+        trimmer.trim()
     taken.append((psutil.Process().memory_info().rss - start) / 2**20)
 print(json.dumps(taken))
 """

@@ -1,4 +1,4 @@
-"""No step is lost: killed, asked to leave, a broken checkpoint, a full disk; what goes on ends in the same bits."""
+"""No step is lost: killed, preempted, a broken checkpoint, a full disk; what resumes ends in the same bits."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grow.checkpoint.expand import expand
-from tests.tiny import ROOT, file_checksum, free_ports, grow, make_data, make_recipe
+from tests.tiny import ROOT, file_checksum, free_ports, grow, make_data, make_recipe, step_lines
 
 STEPS, EPOCH = 16, 10  # the rows fill about ten steps, so that step 13 lies in the second epoch
 
@@ -56,9 +56,8 @@ def losses(process: subprocess.Popen[str], into: list[str]) -> Iterator[str]:
     assert process.stdout is not None
     for line in process.stdout:
         into.append(line)
-        found = re.search(r"'loss': '?([^',}]+)", line)
-        if found:
-            yield found[1]
+        if step_lines(line):
+            yield line.split()[3]
 
 
 def finish(path: Path, code: int = 0) -> tuple[list[str], str]:
@@ -98,7 +97,7 @@ def test_killed_in_the_first_epoch_and_in_the_second(
                 process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     rest, _ = finish(path)
-    assert len(rest) == STEPS - 12, "it went on after the last complete checkpoint"
+    assert len(rest) == STEPS - 12, "it resumed after the last complete checkpoint"
     for step, loss in enumerate(rest, 13):
         assert seen.setdefault(step, loss) == loss
     expected, bits = undisturbed
@@ -118,7 +117,7 @@ def test_a_signal_to_one_rank_makes_all_leave_together(setting: dict[str, Path],
     assert first.wait(60) == second.wait(60) == 75
     assert time.monotonic() - asked < 30
     assert second.stdout is not None and not second.stdout.read().count("grow:"), "one line, from rank 0"
-    assert re.fullmatch(r"grow: .*: left at step \d+ of 16, as asked, .*\n", said[-1])
+    assert re.fullmatch(r"grow: .*: preempted at step \d+ of 16, with a checkpoint; .*\n", said[-1])
     (newest,) = [folder.name for folder in (tmp_path / "run").glob("checkpoint-*") if folder.name != "checkpoint-4"]
     assert (tmp_path / "run" / newest / "COMPLETE").exists() and not (tmp_path / "run" / "COMPLETE").exists()
     ranks = start(path, ranks=2)

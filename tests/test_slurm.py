@@ -15,7 +15,7 @@ import transformers
 
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster, wait_for
-from tests.tiny import clone, environment, file_checksum, grow, make_base, make_data, make_recipe
+from tests.tiny import clone, environment, file_checksum, grow, make_base, make_data, make_recipe, step_lines
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}")
 
@@ -70,7 +70,7 @@ class Site:
 
     def steps(self, job: str) -> int:
         """How many steps are in the log of a job: those done again count again."""
-        return len(re.findall(r"'loss'", self.log(job))) if list(self.clone.glob(f"*-{job}.out")) else 0
+        return len(step_lines(self.log(job))) if list(self.clone.glob(f"*-{job}.out")) else 0
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from report import over_seeds, point, read_lines, study_report, verdict
 
 from grow.checkpoint.run_folder import last_checkpoint
 from tests.slurm_cluster import wait_for
-from tests.tiny import ROOT, grow, make_recipe, run
+from tests.tiny import ROOT, grow, make_recipe, run, step_lines
 
 ALPHAS = (0.5, 1)
 FIELDS = {"adam_beta1": 0.5}
@@ -159,7 +159,7 @@ def test_asked_to_leave_it_leaves_a_checkpoint(text_base: Path, sums: Path, tmp_
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, ROOT / "recipes/study/run.py", grid, "--work", tmp_path / "work"]
         process = subprocess.Popen(command, stderr=log)
-    wait_for(lambda: "'loss'" in (tmp_path / "log").read_text() or process.poll() is not None, 300, "a step")
+    wait_for(lambda: step_lines((tmp_path / "log").read_text()) or process.poll() is not None, 300, "a step")
     process.terminate()
     assert process.wait(120) == 75
     assert (last_checkpoint(tmp_path / "work" / "sft-0.001-seed-0") / "COMPLETE").exists()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -113,6 +114,11 @@ def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.C
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def step_lines(said: str) -> list[str]:
+    """The lines of a training log that tell of steps."""
+    return re.findall(r"^step +\d+/\d+ +loss .*$", said, re.MULTILINE)
 
 
 def repository_files() -> list[str]:

@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
             # After "--" Fire itself takes it, else a command with **fields would take it for a field.
             fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
         else:
-            print(COMMANDS[name](*positional, **flags))
+            said = COMMANDS[name](*positional, **flags)
+            if said:  # nothing, of ranks other than 0
+                print(said)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and name == "train":
             raise  # elsewhere it is the disk, or the network before it; here it could be anything

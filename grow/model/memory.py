@@ -1,4 +1,4 @@
-"""Memory on a CPU: glibc told to keep what is freed, within bounds.
+"""On a CPU, glibc is told to keep memory that is freed, within bounds.
 
 By default it gives every large block back to the system, and the next one of the same size (the logits of a step, say)
 comes as fresh pages, each zeroed at its first touch: a fifth of a training step. And every thread's own arena grows
@@ -16,7 +16,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def tune_malloc() -> None:
-    """From now on in this process; nothing where there is a GPU, whose memory torch keeps by itself, or no glibc."""
+    """Tells glibc to keep freed memory, from now on in this process, by mallopt(3). Does nothing where there is a GPU,
+    whose memory torch keeps by itself, or no glibc."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_M_ARENA_MAX, 1)
@@ -25,18 +26,19 @@ def tune_malloc() -> None:
 
 
 class MallocTrimmer:
-    """What small blocks leave unused between large ones, in memory that is kept. They add up: fine-tuning a 270M held
-    near its base, whose sequences are of many lengths, takes 0.3 GB more with every step."""
+    """Gives the holes in kept memory back to the system, which small blocks leave between large ones. They add up:
+    fine-tuning a 270M with KL regularisation towards the frozen base, whose sequences are of many lengths, takes 0.3 GB
+    more with every step."""
 
     GROWN = 1.4
-    """Times what the process took after its first step, or after the first since holes were given back."""
+    """The process may take so many times what it took after its first step, or after the first since it was trimmed."""
 
     def __init__(self) -> None:
         self.libc, self.process, self.settled = _glibc(), psutil.Process(), 0
 
-    def give_back(self) -> None:
-        """To be called after every step. If they have grown to much, the system gets their pages; the next step takes
-        some seconds more for as many gigabytes."""
+    def trim(self) -> None:
+        """Trims once the holes have grown to much, and is called after every step; the step after a trim takes some
+        seconds more for as many gigabytes."""
         if self.libc is None:
             return
         taken = self.process.memory_info().rss

@@ -1,1 +1,1 @@
-"""One training run: from a recipe to what trained, and everything that watches over it."""
+"""One training run, from a recipe to a folder (README.md)."""

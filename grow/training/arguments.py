@@ -1,4 +1,4 @@
-"""What transformers and DeepSpeed are told of a recipe, and what they would say to it.
+"""A recipe is put into transformers' and DeepSpeed's terms, and they are asked what they would refuse.
 
 `--check` builds the same arguments as a run does, DeepSpeed's configuration and the schedule too, on no device and for
 as many ranks as are planned: so whatever the libraries refuse is one line before anything is loaded.
@@ -36,7 +36,8 @@ _UNKNOWN_STEPS = 1000
 
 
 def planned_ranks() -> int:
-    """How many ranks there are, or will be where a run is only checked. Raises UserError if WORLD_SIZE is no number."""
+    """Returns how many ranks there are, or will be where a run is only checked. Raises UserError if WORLD_SIZE is no
+    number."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if not ranks.isdecimal() or not int(ranks):
         raise UserError(f"WORLD_SIZE is {ranks!r}; it is the number of ranks")
@@ -44,19 +45,25 @@ def planned_ranks() -> int:
 
 
 def compute_type(recipe: Recipe) -> Any:
-    """The torch.dtype that a run computes in: the recipe's, or what this machine is fast in."""
+    """Returns the torch.dtype that a run computes in: the recipe's, or what this machine is fast in."""
     return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None) -> Any:
-    """The recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a torch.dtype.
+def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None, universal: bool = False) -> Any:
+    """Returns the recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a
+    torch.dtype.
 
+    `universal`: what the run resumes from is in DeepSpeed's universal layout (grow.training.resume).
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
+    settings = complete_deepspeed(recipe.deepspeed)
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
     return (kind or TrainingArguments)(
         **{name: getattr(recipe, name) for name in _SAME},
-        deepspeed=complete_deepspeed(recipe.deepspeed),
+        deepspeed=complete_deepspeed(recipe.deepspeed)
+        | ({"checkpoint": {"load_universal": True}} if universal else {}),
         max_steps=steps,
         gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.per_device_train_batch_size),
         bf16=dtype == torch.bfloat16,
@@ -67,6 +74,7 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None)
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
+        disable_tqdm=True,  # lines instead of a bar (grow.training.progress)
     )
 
 

@@ -1,4 +1,4 @@
-"""What watches a run from step to step: the system's signals to leave, a loss that has gone, memory, its pace."""
+"""Callbacks follow a run from step to step: preemption, a loss that is not finite, memory, throughput."""
 
 import signal
 import time
@@ -16,56 +16,56 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class GracefulShutdown(TrainerCallback):
-    """Makes all ranks leave together, at the end of a step: with a checkpoint when the system asks any of them to go
-    (SIGTERM, SIGUSR1), without one when the loss is no number on any of them.
+    """Makes all ranks stop together at the end of a step: with a checkpoint when the system preempts any of them
+    (SIGTERM, SIGUSR1), without one when the loss of any is not finite.
 
-    Signals reach ranks at different steps, and a rank that left alone would leave the others waiting for it: so both
-    flags are reduced over all ranks after every step. Made before the model is loaded, so that a signal that comes
-    early is not lost, and does not kill.
+    Signals reach ranks at different steps, and a rank that stopped alone would leave the others waiting for it: so both
+    flags are reduced over all ranks after every step. It is made before the model is loaded, so that an early signal
+    is not lost, and does not kill.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.leaving = False
-        self.lost: torch.Tensor | None = None
-        self.holes = MallocTrimmer()
+        self.signalled = False
+        self.preempted = False
+        self.not_finite: torch.Tensor | None = None
+        self.trimmer = MallocTrimmer()
         for number in SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._note)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _note(self, *_: Any) -> None:
+        self.signalled = True
 
-    def saw(self, loss: torch.Tensor) -> None:
-        """Of every micro-batch; it stays on the device until the step's end."""
-        lost = ~torch.isfinite(loss.detach())
-        self.lost = lost if self.lost is None else self.lost | lost
+    def check_loss(self, loss: torch.Tensor) -> None:
+        """Notes whether a micro-batch's loss is finite; the answer stays on the device until the step's end."""
+        bad = ~torch.isfinite(loss.detach())
+        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Raises Fault on every rank if the loss of any is NaN or infinite."""
         flags = torch.zeros(2, dtype=torch.int32, device=args.device)
-        flags[0] = int(self.asked)
-        if self.lost is not None:
-            flags[1] = self.lost.to(torch.int32)
+        flags[0] = int(self.signalled)
+        if self.not_finite is not None:
+            flags[1] = self.not_finite.to(torch.int32)
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        asked, lost = flags.tolist()
-        if lost:
+        signalled, not_finite = flags.tolist()
+        if not_finite:
             raise Fault(
                 f"step {state.global_step}: the loss is not a number any more; a smaller learning_rate may help "
-                "(run the same command again to go on from the last checkpoint)"
+                "(run the same command again to resume from the last checkpoint)"
             )
-        if asked and state.global_step < state.max_steps:
-            self.leaving = control.should_save = control.should_training_stop = True
-        self.holes.give_back()
+        if signalled and state.global_step < state.max_steps:
+            self.preempted = control.should_save = control.should_training_stop = True
+        self.trimmer.trim()
         return control
 
 
 class ThroughputMeter:
-    """How fast a run goes, since it was last asked: tokens of text and labels a second over all ranks, and the share of
-    the time in which rank 0 waited for data; and of what its devices could do, if that is known (grow.training.flops).
-    """
+    """Measures a run's throughput between two calls of `take`: tokens of text and labels a second over all ranks, the
+    share of the time in which rank 0 waited for data, and model FLOPs utilisation where the device's peak is known
+    (grow.training.flops)."""
 
     def __init__(self, flops: StepFlops, devices: int) -> None:
         self.flops, self.devices, self.peak = flops, devices, peak()
@@ -73,16 +73,16 @@ class ThroughputMeter:
         self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
 
     def step(self, counts: torch.Tensor) -> None:
-        """Of every step: labels and tokens, [2], which stay on the device until asked for."""
+        """Counts a step: its labels and tokens, [2], which stay on the device until `take`."""
         self.counts = counts if self.counts is None else self.counts + counts
         self.steps += 1
 
     def aside(self, seconds: float) -> None:
-        """Time that was spent on something other than training."""
+        """Leaves out seconds that were spent on something other than training."""
         self.since += seconds
 
     def take(self) -> dict[str, float]:
-        """The figures, to be logged."""
+        """Returns the figures since the last call, to be logged, and starts anew."""
         labels, tokens = (0, 0) if self.counts is None else self.counts.tolist()
         now = time.monotonic()
         passed = now - self.since

@@ -1,4 +1,4 @@
-"""How much arithmetic a step takes, and how much of it a device could do: model FLOPs utilisation (MFU).
+"""Model FLOPs utilisation (MFU) is the arithmetic that a step takes, as a share of what the devices could do meanwhile.
 
 Counted is what the method asks for, whether or not a run does more of it (activation checkpoints compute again). The
 attention's products of queries and keys are left out: a few percent at the lengths of packed rows.
@@ -21,7 +21,8 @@ _PEAK = {
 
 
 def peak() -> float | None:
-    """bf16 FLOP/s of this process's GPU at most; None for a device that is not in the table, such as a CPU."""
+    """Returns the bf16 FLOP/s of this process's GPU at most; None for a device that is not in the table, such as a
+    CPU."""
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
@@ -29,7 +30,8 @@ def peak() -> float | None:
 
 
 class StepFlops:
-    """FLOPs of a training step, from the shapes of the model's linear layers, before ZeRO partitions them or after.
+    """Knows the FLOPs of a training step, from the shapes of the model's linear layers, before ZeRO partitions them or
+    after.
 
     A product of [N, in] and [in, out] is 2·N·in·out. A layer's forward pass is one; its weight's gradient, if that
     trains, another; and the gradient of its input one more, if anything below it trains (Kaplan et al. 2020, arXiv
@@ -55,5 +57,5 @@ class StepFlops:
             reached = reached or trains
 
     def of(self, tokens: float, labels: float) -> float:
-        """FLOPs for so many tokens of text, among them so many with a label."""
+        """Returns the FLOPs for so many tokens of text, among them so many with a label."""
         return tokens * self.per_token + labels * self.per_label

@@ -1,7 +1,7 @@
-"""What a run watches besides its loss, every `eval_steps`: is the old knowledge still there, and how far has it moved?
+"""A run measures, besides its loss, every `eval_steps` its retention and how far it has moved from its base.
 
-Where the base is inside the model, the distance from it needs no second one: the same forward pass with the dial at 0.
-A method that does not keep its base has its retention alone.
+Where the base is inside the model, the distance from it needs no second one: it is the same forward pass at α = 0. A
+method that does not keep its base has its retention alone.
 """
 
 import json
@@ -19,7 +19,7 @@ from grow.model.mlp import grown_mlps
 
 
 class Probe:
-    """Measures on rows of old knowledge (`sequences`; their labels are the answers), on all ranks together."""
+    """Measures retention on its rows (`sequences`; their labels are the answers), on all ranks together."""
 
     def __init__(self, sequences: PackedDataset, out: Path):
         self.sequences, self.out = sequences, out
@@ -88,7 +88,7 @@ def _moved(mlp: Any) -> dict[str, float]:
 
 
 def _weight(layer: Any) -> Tensor:
-    """Of a linear layer, in fp32; with what PEFT's LoRA adds to it, if there is one (g_lora)."""
+    """A linear layer's weight in fp32, with what PEFT's LoRA adds to it, if there is one (g_lora)."""
     weight = layer.weight.detach().float()
     if hasattr(layer, "get_delta_weight"):
         weight = weight + sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)

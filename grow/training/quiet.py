@@ -1,4 +1,4 @@
-"""Libraries that are imported, or only asked, without what they log of it."""
+"""Libraries are imported, or asked, without what they log of it."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint, on as many ranks as wrote it or on another number of them."""
+"""A run resumes from a checkpoint, on as many ranks as wrote it or on another number of them."""
 
 import argparse
 import contextlib
@@ -19,14 +19,19 @@ from grow.errors import Fault, UserError, one_line
 from grow.model.gather import gathered
 
 
+def needs_universal(zero: ZeroCheckpoint) -> bool:
+    """Returns whether ZeRO's files, cut for the ranks that wrote them, were cut for another number than there are."""
+    return zero.stage > 0 and zero.world_size != dist.get_world_size()
+
+
 def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
     """Loads what trained and its optimizer's state into a DeepSpeed engine that has not trained yet.
 
-    ZeRO's files are cut for the ranks that wrote them. For another number of ranks they are converted to DeepSpeed's
-    universal layout, in `RUN/checkpoint-N.universal`, which goes again when it is loaded. Every rank calls it.
-    Raises UserError if DeepSpeed cannot load it.
+    What `needs_universal` is converted to DeepSpeed's universal layout, in `RUN/checkpoint-N.universal`, which is
+    removed when it is loaded; the engine's configuration then says "load_universal" (grow.training.arguments). Every
+    rank calls it. Raises UserError if DeepSpeed cannot load it.
     """
-    if zero.stage and zero.world_size != dist.get_world_size():
+    if needs_universal(zero):
         _load_universal(engine, zero, folder.with_name(f"{folder.name}.universal"))
     elif engine.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
         raise UserError(f"{folder}: DeepSpeed cannot resume from it; remove it to go back one")
@@ -34,14 +39,11 @@ def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
 
 def _load_universal(engine: Any, zero: ZeroCheckpoint, out: Path) -> None:
     if dist.get_rank() == 0:
-        print(f"{zero.path}: {zero.world_size} ranks wrote it, {dist.get_world_size()} go on", file=sys.stderr)
+        print(f"{zero.path}: {zero.world_size} ranks wrote it, {dist.get_world_size()} resume", file=sys.stderr)
         _convert(zero.path, out)
     dist.barrier()
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    # What "checkpoint": {"load_universal": true} in its JSON says; the JSON is the recipe's, and stays as it is.
-    engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(out), tag="step")
-    engine._config.load_universal_checkpoint = False
     # ZeRO-3 gives every group of parameters the settings of the first, and norms would decay like weights; and all of
     # them one tensor as their count of steps, which Adam would then advance once for each of them.
     for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
@@ -77,8 +79,8 @@ def _convert(tag_folder: Path, out: Path) -> None:
 
 
 def check_loaded(model: nn.Module, zero: ZeroCheckpoint) -> None:
-    """Compares every trained parameter with its master weights, rounded: DeepSpeed has gone on from universal
-    checkpoints with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
+    """Compares every trained parameter with its master weights, rounded: DeepSpeed has resumed universal checkpoints
+    with the weights of the start (deepspeedai/DeepSpeed#6691). Raises RuntimeError on every rank."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

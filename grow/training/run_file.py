@@ -1,4 +1,4 @@
-"""RUN/run.json: what a run is. Its recipe with every default, the checksums of what it starts from and learns from,
+"""RUN/run.json says what a run is: its recipe with every default, the checksums of what it starts from and learns from,
 versions. A run that resumes must be the same run."""
 
 import json
@@ -28,7 +28,7 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "p
 
 
 def first_day(run: Path) -> str:
-    """The day of the run's first start, 2026-11-28: today, unless it has begun."""
+    """Returns the day of the run's first start, such as 2026-11-28: today, unless it has begun."""
     begun = read_json(run / NAME).get("day") if (run / NAME).exists() else None
     return begun or date.today().isoformat()
 
@@ -36,7 +36,7 @@ def first_day(run: Path) -> str:
 def write_run_file(
     run: Path, recipe: Recipe, start: Checkpoint, data: dict[str, PackedDataset], dtype: str, model: nn.Module
 ) -> None:
-    """Writes it, on rank 0; every rank calls it. `data` are the sequences of each split.
+    """Writes run.json on rank 0; every rank calls it. `data` are the sequences of each split.
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
@@ -53,7 +53,7 @@ def write_run_file(
         "growth": recipe.make_method().grows,
         "world_size": dist.get_world_size(),
         "dtype": dtype,
-        "device": _device(),
+        "device": device_name(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "git_commit": _commit(),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
@@ -88,13 +88,13 @@ def _check_contents(run: Path, before: dict[str, Any], now: dict[str, Any], what
 
 
 def data_facts(data: dict[str, PackedDataset], version: int) -> dict[str, Any]:
-    """What tells the rows of each split from others."""
+    """Returns what tells the rows of each split from others."""
     sums = {split: rows_checksum(sequences, version) for split, sequences in data.items()}
     return {"data_checksums": sums, "data_checksums_version": version}
 
 
 def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
-    """XXH3-128 of the tokens and labels of all rows, in their order; version 1 is that of runs begun before 2."""
+    """Returns XXH3-128 of the tokens and labels of all rows, in their order; runs begun before version 2 have 1."""
     if version > 1:
         return sequences.examples.checksum()
     digest = xxh3_128()
@@ -104,14 +104,14 @@ def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, where alone it is called, on every rank: all of them call this."""
+    """Returns on every rank what `make` returns on rank 0, where alone it is called; all ranks call this."""
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def _device() -> str:
-    """A GPU's name, or what a processor's vector units can do, as torch sees them."""
+def device_name() -> str:
+    """Returns a GPU's name, or what a processor's vector units can do, as torch sees them."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""One training run, from a recipe to a folder that says by itself what ran.
+"""A training run goes from a recipe to a folder that says by itself what ran.
 
     RUN/run.json                     the resolved recipe, what it started from, versions
     RUN/checkpoint-N/                what trains, at step N, as DeepSpeed shards; COMPLETE in it when it is whole
@@ -6,7 +6,7 @@
     RUN/result/                      what the run ends in, where that is more than its last checkpoint
     RUN/COMPLETE                     written last: the run is done
 
-Started again, a run goes on from its last complete checkpoint; a run that is done says so and does nothing.
+Started again, a run resumes from its last complete checkpoint; a run that is done says so and does nothing.
 """
 
 import contextlib
@@ -22,9 +22,11 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from grow.checkpoint.run_folder import MARKER, complete_checkpoints, find_corruption, set_aside, write_marker
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.of_recipe import read_sequences, retention_rows, retention_template, right_option, rows_of, tokenizer_of
 from grow.data.packing import Epochs, PackedDataset, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
@@ -42,9 +44,11 @@ from grow.training.arguments import (
     training_arguments,
 )
 from grow.training.callbacks import GracefulShutdown
+from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import quiet
-from grow.training.run_file import check_rows, first_day, from_rank_0, write_run_file
+from grow.training.resume import needs_universal
+from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import planned_start, starting_checkpoint, with_learning_rate
 from grow.training.trainer import GrowTrainer, changed_frozen
@@ -53,7 +57,7 @@ from grow.training.trainer import GrowTrainer, changed_frozen
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set).
 
-    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system asked it to leave.
+    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system preempted it.
     """
     run = Path(recipe.output_dir)
     recipe = with_learning_rate(recipe)
@@ -62,30 +66,29 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     _single_process_defaults()
     tune_malloc()
+    disable_progress_bar()  # of the weights that are loaded
 
-    watch = GracefulShutdown()
-    trainer = _trainer(recipe, run, start, watch)
+    shutdown = GracefulShutdown()
+    compile_nothing()
+    deepspeed.init_distributed(verbose=False)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
+    trainer = _trainer(recipe, run, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if not watch.leaving:
+    if not shutdown.preempted:
         result = _finish(trainer, run, start)
     dist.barrier()
     # Left to the interpreter's exit, ZeRO-3 processes abort in the destructors of the process group.
     dist.destroy_process_group()
-    if watch.leaving:
+    if shutdown.preempted:
         raise Preempted(
-            f"{run}: left at step {trainer.state.global_step} of {trainer.state.max_steps}, as asked, with a "
-            "checkpoint; run the same command again to go on"
+            f"{run}: preempted at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; "
+            "run the same command again to resume"
         )
     return {"run": str(run), "status": "done", **result}
 
 
-def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
+def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
     """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
-    # DeepSpeed would compile an operation for inference on CPUs. It is of no use here, it needs a compiler, and a run
-    # that is killed meanwhile leaves a lock file at which every later run waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
@@ -95,7 +98,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
-    args = training_arguments(recipe, steps, dtype)
+    universal = checkpoint is not None and needs_universal(ZeroCheckpoint(checkpoint))
+    args = training_arguments(recipe, steps, dtype, universal=universal)
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
@@ -111,8 +115,21 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, watch: Any) -> Any:
         method=method,
         sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
         validation=validation,
-        watch=watch,
+        shutdown=shutdown,
+        about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
+    )
+
+
+def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dtype: Any) -> str:
+    """A run in a line: method, parameters, ranks, device, data, steps."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
+    ranks = dist.get_world_size()
+    return (
+        f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
+        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}); {len(sequences):,} sequences, "
+        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size} sequences"
     )
 
 
@@ -141,7 +158,8 @@ def _result(trainer: Any) -> dict[str, Any]:
 
 
 def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = starting_checkpoint) -> Checkpoint:
-    """What can be said before anything heavy is loaded. Raises UserError; returns the checkpoint to start from."""
+    """Checks what can be checked before anything heavy is loaded. Raises UserError; returns the checkpoint to start
+    from."""
     run, world_size = Path(recipe.output_dir), planned_ranks()
     check_output(recipe.output_dir)
     start = find_start(recipe)
@@ -160,8 +178,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
 
 
 def check_all(recipe: Recipe) -> None:
-    """What `train` would find wrong before it trains, but for the machine. The rows are read into the cache, and what
-    they come to is said on stderr."""
+    """Finds what `train` would find wrong before it trains, but for the machine. It reads the rows into the cache, and
+    says on stderr what they come to."""
     recipe = with_learning_rate(recipe)
     start = check_run(recipe, planned_start)
     if (Path(recipe.output_dir) / MARKER).exists():
@@ -188,7 +206,7 @@ def _check_scores(recipe: Recipe) -> None:
 
 
 def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:
-    """The rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
+    """Returns the rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
 
     Raises UserError for rows, templates and tokenizers that cannot be used.
     """
@@ -210,7 +228,7 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
-    """Watches old knowledge while the run trains; None if the recipe names no rows of it."""
+    """What measures retention while the run trains; None if the recipe names no rows for it."""
     if not recipe.retention or not recipe.probe_rows:
         return None
     rows = retention_rows(recipe)

@@ -1,4 +1,4 @@
-"""Adam's step over ZeRO's share of the weights, some values at a time.
+"""Adam steps over ZeRO's share of the weights, some values at a time.
 
 DeepSpeed 0.19.8 (stage_1_and_2.py, step) lays all gradients end to end, copies them to fp32, scales them, updates the
 master weights and copies those to the model's: five passes over memory and, with gradients in bf16, 6 bytes a value
@@ -22,9 +22,9 @@ GPU_BLOCK = 2**26
 
 
 def step_by_blocks(optimizer: Any) -> None:
-    """Lets a ZeRO-1 or 2 optimizer step so, in place. Does nothing to others, nor where the optimizer is on the host
-    or none of torch's AdamW, nor with master weights in bf16 or a GradScaler. What
-    ZeRO keeps and saves is the same as ever."""
+    """Lets a ZeRO-1 or 2 optimizer step by blocks, in place. Others are left as they are, and so is one that is on the
+    host, is not torch's AdamW, or has master weights in bf16 or a GradScaler. What ZeRO keeps and saves is the same as
+    ever."""
     if (
         type(optimizer) is not DeepSpeedZeroOptimizer
         or optimizer.cpu_offload

@@ -1,4 +1,4 @@
-"""The norm of the gradients in one pass over them.
+"""The norm of the gradients is taken in one pass over them.
 
 DeepSpeed 0.19.8 copies each gradient to fp64 for its norm (8 bytes a parameter of the largest tensor, on a GPU too),
 and with ZeRO-1 and 2 looks for what is not finite in two passes of its own before. On a processor that is half of a
@@ -15,8 +15,8 @@ _BLOCK = 2**18
 
 
 def one_pass_norm(optimizer: Any) -> None:
-    """Lets a ZeRO optimizer take its norms so, in place. What is not finite still makes it leave the step out: it shows
-    in the norm, by which ZeRO-3 finds it in any case."""
+    """Lets a ZeRO optimizer take its norms in one pass, in place. What is not finite shows in the norm, by which ZeRO
+    leaves the step out as ever."""
     if not hasattr(optimizer, "get_grad_norm_direct"):
         return  # ZeRO-0
     combine = optimizer.get_grad_norm_direct
@@ -27,13 +27,10 @@ def one_pass_norm(optimizer: Any) -> None:
         return combine([norm(own)[None]] if own else [], params[:1], norm_type)
 
     optimizer.get_grad_norm_direct = get_grad_norm_direct
-    # Only ZeRO-1 and 2 have the first of these; with the optimizer on the host the norm is another function's.
-    if getattr(optimizer, "compute_grad_norm", False) and not optimizer.cpu_offload:
-        optimizer._has_inf_or_nan = lambda gradient, j=None: False
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of the values of tensors of any shapes and of one float type, in fp32: []."""
+    """Returns the 2-norm of the values of tensors of any shapes and of one float type, in fp32: []."""
     blocks = [
         block
         for tensor in tensors

@@ -1,6 +1,8 @@
-"""How DeepSpeed's files get to the disk: written and summed at once, so that nothing of them is read back."""
+"""DeepSpeed's files are written and summed at once, so that nothing of them is read back."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,20 @@ _BLOCK = 2**20
 
 
 class StreamEngine(TorchCheckpointEngine):
-    """DeepSpeed's own engine but for `save`, which leaves a file durable, its bytes and checksum in `written` by path
-    since `create`. The file is one of torch.save, which torch.load reads as any other, mapped too."""
+    """Saves a file durably, and keeps its bytes and checksum in `written`, by path since `create`; otherwise it is
+    DeepSpeed's own engine. The file is one of torch.save, which torch.load reads as any other, mapped too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: dict[Path, Facts] = {}
 
     def create(self, info: Any) -> None:
-        """A checkpoint begins."""
+        """Begins a checkpoint."""
         self.written = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Raises OSError or RuntimeError if the disk does not take it."""
-        # The zip format's own checksums take a third of what writing takes; these here are better.
-        torch.serialization.set_crc32_options(False)
-        with Path(path).open("wb", buffering=0) as file:
+        """Writes a file. Raises OSError or RuntimeError if the disk does not take it."""
+        with Path(path).open("wb", buffering=0) as file, _no_crc32():
             stream: Any = _Summed(file.fileno())
             try:
                 torch.save(state_dict, stream)
@@ -38,6 +38,17 @@ class StreamEngine(TorchCheckpointEngine):
                 raise (error.__context__ or error) from None
             os.fsync(file.fileno())
         self.written[Path(path)] = [stream.file.written, stream.digest.hexdigest()]
+
+
+@contextlib.contextmanager
+def _no_crc32() -> Iterator[None]:
+    """The zip format's own checksums take a third of what writing takes; ours are better."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Summed:
@@ -55,4 +66,4 @@ class _Summed:
         return len(data)
 
     def flush(self) -> None:
-        """torch.save asks for it."""
+        """Does nothing; torch.save asks for it."""

@@ -1,0 +1,50 @@
+"""Every replacement of DeepSpeed's private parts stands here, one idea a file, for the version it was written for.
+
+With any other version they step aside, and rank 0 says so: the run computes the same, slower. Whoever moves to a new
+version reads the files beside what they replace, runs tests/test_deepspeed_patches.py, and raises WRITTEN_FOR.
+"""
+
+import sys
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from grow.training.deepspeed_patches.adam_step import step_by_blocks
+from grow.training.deepspeed_patches.checkpoint_engine import StreamEngine
+from grow.training.deepspeed_patches.gradient_norm import one_pass_norm
+
+WRITTEN_FOR = "0.19.8"
+
+
+def patch_engine(engine: Any) -> None:
+    """Applies all of them to an engine that has not trained yet, in place; none to an engine of another version."""
+    version = deepspeed.__version__.partition("+")[0]
+    if version != WRITTEN_FOR:
+        if dist.get_rank() == 0:
+            print(f"DeepSpeed {version}: what speeds up {WRITTEN_FOR} is left out; the run is slower", file=sys.stderr)
+        return
+    one_pass_norm(engine.optimizer)
+    step_by_blocks(engine.optimizer)
+    engine.checkpoint_engine = StreamEngine()
+
+
+# These two replace nothing that works, so they look at what is there, not at the version.
+
+
+def compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory operation for CPUs, before the process group is made.
+
+    It serves inference, and takes a compiler. Of a run that is killed meanwhile torch leaves a lock file behind, for
+    which every later run waits for ever (pytorch/pytorch#189245).
+    """
+    operations = getattr(deepspeed.ops, "__compatible_ops__", {})
+    operations["deepspeed_shm_comm"] = False
+
+
+def add_defaults(optimizer: Any) -> None:
+    """Gives ZeRO's optimizer the `defaults` of the one inside, which some schedules ask for and it lacks
+    (huggingface/accelerate#208)."""
+    zero = getattr(optimizer, "optimizer", None)  # inside accelerate's own
+    if zero is not None and not hasattr(zero, "defaults"):
+        zero.defaults = zero.optimizer.defaults
