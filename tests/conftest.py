@@ -57,21 +57,21 @@ def real_base() -> Path:
 
 @pytest.fixture(scope="session", params=["text", "multimodal"])
 def tiny_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import make_base
+    from tests.helpers.tiny import make_base
 
     return make_base(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 
 @pytest.fixture(scope="session")
 def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import make_base
+    from tests.helpers.tiny import make_base
 
     return make_base(tmp_path_factory.mktemp("base") / "text", "text")
 
 
 @pytest.fixture(scope="session")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import make_data
+    from tests.helpers.tiny import make_data
 
     return make_data(tmp_path_factory.mktemp("data") / "sums")
 

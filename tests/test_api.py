@@ -18,8 +18,8 @@ from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.verify import verify
 from grow.model.loading import load
-from tests.running import consolidate, train
-from tests.tiny import ROOT, folder_checksums, logits, make_base, make_recipe, tokens
+from tests.helpers.running import consolidate, train
+from tests.helpers.tiny import ROOT, folder_checksums, logits, make_base, make_recipe, tokens
 
 
 def base_model(path: Path, dtype: Any = torch.float32) -> Any:

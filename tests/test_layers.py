@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 # What a package may import; each may also import itself.
 FOUNDATION = {"errors", "names", "plan", "recipe", "recipe_values"}

@@ -13,8 +13,8 @@ from grow.errors import UserError
 from grow.methods import METHODS, read_recipe
 from grow.methods.rates import default_rate
 from grow.training.start import with_learning_rate
-from tests.running import Toy, here, train
-from tests.tiny import run
+from tests.helpers.running import Toy, here, train
+from tests.helpers.tiny import run
 
 QUICK = {"max_steps": 2, "max_length": 32, "train_batch_size": 2, "dtype": "float32", "logging_steps": 1}
 

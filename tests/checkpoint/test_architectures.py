@@ -1,0 +1,186 @@
+"""Every checkpoint people have: classes, dtypes, layouts; and those that cannot be grown, refused by name."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.checkpoint.package import extract_base
+from grow.checkpoint.verify import verify
+from grow.errors import UserError
+from grow.model.loading import load
+from tests.helpers import tiny
+from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, make_base, tokens
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {}),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "llama-biases": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"mlp_bias": True}),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, {}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
+}
+
+
+def make(path: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """A small random model of a class, as stock transformers saves it."""
+    cls, config_cls, more = CLASSES[kind]
+    torch.manual_seed(0)
+    model = cls(config_cls(**(SMALL | more | config)))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.15)
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def logits(path: Path, dtype: torch.dtype = torch.float32, **inputs: Any) -> torch.Tensor:
+    return tiny.logits(load(path, dtype), **inputs)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None:
+    source, grown, stock = make(tmp_path / "source", kind), tmp_path / "grown", tmp_path / "stock"
+    before = folder_checksums(source)
+    expand(str(source), str(grown))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(logits(grown, dtype), logits(source, dtype))
+    assert verify(str(grown), str(source))["problems"] == []
+    consolidate(str(grown), str(stock))
+    model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.intermediate_size == 96
+    assert (logits(stock) - logits(source)).abs().max() < 1e-4
+    extract_base(str(grown), str(tmp_path / "again"))
+    assert folder_checksums(tmp_path / "again") == before == folder_checksums(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, grown = make(tmp_path / "source", "llama", dtype), tmp_path / "grown"
+    expand(str(source), str(grown))
+    result = verify(str(grown), str(source))
+    assert result["problems"] == [] and result["exact"] == (dtype == torch.float32)
+    difference = (logits(grown) - logits(source)).abs().max()
+    assert difference == 0 if dtype == torch.float32 else difference < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["hub", "newer"])
+def test_images_go_through_the_multimodal_class(layout: str, tmp_path: Path) -> None:
+    source, grown, stock = make_base(tmp_path / "source", "multimodal"), tmp_path / "grown", tmp_path / "stock"
+    if layout == "newer":
+        model = transformers.Gemma3ForConditionalGeneration.from_pretrained(source)
+        shutil.rmtree(source)
+        model.save_pretrained(source)
+    before = folder_checksums(source)
+    expand(str(source), str(grown))
+    consolidate(str(grown), str(stock))
+    image = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([tokens(8), torch.tensor([[301, 300, 300, 300, 300, 302]]), tokens(8, 2)], dim=1)
+    types = (ids == 300).long()
+    seen = {"input_ids": ids, "pixel_values": image, "token_type_ids": types}
+    expected = logits(source, **seen)
+    assert torch.equal(logits(grown, **seen), expected)
+    assert (logits(stock, **seen) - expected).abs().max() < 1e-4
+    assert not torch.equal(logits(source, **(seen | {"pixel_values": -image})), expected), "the image counts"
+    extract_base(str(grown), str(tmp_path / "again"))
+    assert folder_checksums(tmp_path / "again") == before
+
+
+def test_a_hub_cache_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot is a folder of links; a name on the hub stands for the one in the cache."""
+    cache = tmp_path / "hub" / "models--some--model"
+    source, snapshot = make(tmp_path / "source", "llama"), cache / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    (source / "README.md").write_text("---\nlicense: gemma\n---\nA model.\n")
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copy(file, cache / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(os.path.relpath(cache / "blobs" / str(number), snapshot))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for number, name in enumerate((str(snapshot), "some/model")):
+        grown = tmp_path / f"grown{number}"
+        expand(name, str(grown))
+        assert not any(file.is_symlink() for file in grown.rglob("*"))
+        assert torch.equal(logits(grown), logits(source))
+        card = (grown / "README.md").read_text()
+        assert "base_model: some/model" in card and "license: gemma" in card
+        extract_base(str(grown), str(tmp_path / f"again{number}"))
+        assert folder_checksums(tmp_path / f"again{number}") == folder_checksums(source)
+    with pytest.raises(UserError, match="hf download some/other"):
+        expand("some/other", str(tmp_path / "nothing"))
+
+
+def rename(path: Path, *pairs: tuple[str, str]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    for old, new in pairs:
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+REFUSED = {
+    "fused": ([(".gate_proj.", ".gate_up_proj."), (".up_proj.", ".other.")], {}, "fused gate_up_proj"),
+    "experts": ([(".mlp.", ".mlp.experts.0.")], {}, "mixture of experts"),
+    "adapter": ([(".mlp.gate_proj.", ".mlp.gate_proj.lora_A.")], {}, "adapter"),
+    "no gate": ([(".gate_proj.", ".fc1.")], {}, "lacks one of gate_proj"),
+    "no layers": ([("model.layers", "model.blocks")], {}, "no gated MLP"),
+    "quantized": ([], {"quantization_config": {"bits": 4}}, "quantized"),
+    "a layer too few": ([("layers.1.mlp", "layers.1.other")], {}, r"layers \[0, 2\], its config speaks of 3"),
+    "another width": ([], {"intermediate_size": 64}, "intermediate_size 64"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_grown_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    pairs, config, message = REFUSED[kind]
+    source = make(tmp_path / "source", "llama")
+    rename(source, *pairs)
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | config))
+    with pytest.raises(UserError, match=message):
+        expand(str(source), str(tmp_path / "grown"))
+    assert [child.name for child in tmp_path.iterdir()] == ["source"]
+
+
+def test_real_phi3_mixtral_and_adapter(tmp_path: Path) -> None:
+    phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, pad_token_id=0))
+    phi.save_pretrained(tmp_path / "phi")
+    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
+    mixtral.save_pretrained(tmp_path / "mixtral")
+    for name, message in (("phi", "fused gate_up_proj"), ("mixtral", "mixture of experts")):
+        with pytest.raises(UserError, match=message):
+            expand(str(tmp_path / name), str(tmp_path / "grown"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter"):
+        expand(str(tmp_path / "adapter"), str(tmp_path / "grown"))
+
+
+def test_the_best_layers_of_a_ranking(text_base: Path, tmp_path: Path) -> None:
+    ranking = tmp_path / "ranking.json"
+    ranking.write_text(json.dumps({"layers": [3, 1, 0, 2]}))
+    assert expand(str(text_base), str(tmp_path / "grown"), layers=f"top:2:{ranking}")["layers"] == [1, 3]
+    assert expand(str(text_base), str(tmp_path / "rest"), layers=f"bottom:2:{ranking}")["layers"] == [0, 2]
+    for layers, message in ((f"top:5:{ranking}", "ranks only 4"), ("top:2:none.json", "none.json"), ("top:2", "top:N")):
+        with pytest.raises(UserError, match=message):
+            expand(str(text_base), str(tmp_path / "other"), layers=layers)
+
+
+@pytest.mark.parametrize("factor", [3, 4])
+def test_stock_of_larger_factors(text_base: Path, factor: int, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), factor=factor)
+    consolidate(str(tmp_path / "grown"), str(tmp_path / "stock"), dtype="float32")
+    assert (logits(tmp_path / "stock") - logits(tmp_path / "grown")).abs().max() < 1e-3
+    width = json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"]
+    assert width == factor * TEXT_CONFIG["intermediate_size"]

@@ -1,0 +1,193 @@
+"""Scores: against what they are by hand, over the dial, with what training rows give away left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from grow.analysis.report import report
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.data.decontamination import contaminated
+from grow.data.template import Template
+from grow.errors import UserError
+from grow.evaluation.evaluate import evaluate
+from grow.evaluation.generation import translation_scores
+from grow.methods import read_recipe
+from grow.model.loading import compute_dtype, load
+from tests.evaluation.test_find_alpha import shaken
+from tests.helpers.running import alone, here, rows_of
+from tests.helpers.tiny import make_data, make_recipe
+
+
+@pytest.fixture(scope="module")
+def trained(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "grown"
+    expand(str(text_base), str(path))
+    return shaken(path, 0.02)
+
+
+@pytest.fixture(scope="module")
+def recipe(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With old knowledge in two more folders, one with a text a row."""
+    folder = tmp_path_factory.mktemp("recipe")
+    data = make_data(folder / "data")
+    rows = {
+        "facts": [{"prompt": f"{n} is", "completion": " odd" if n % 2 else " even"} for n in range(30)],
+        "prose": [{"text": f"Once upon a time there were {n} hens."} for n in range(20)],
+    }
+    for name, part in rows.items():
+        (folder / name).mkdir()
+        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return make_recipe(
+        folder / "recipe.yaml", text_base, folder / "grown", data, 2, retention=str(data), max_length=64,
+        retention_prompt="{question}", retention_completion="{answer}", test_split="test",
+        retention_sets=[f"{folder}/facts", f"{folder}/prose"],
+    )  # fmt: skip
+
+
+def test_the_figures_are_those_of_each_row_alone(trained: Path, recipe: Path) -> None:
+    settings = read_recipe(str(recipe))
+    found = evaluate(str(trained), settings, limit=12)["task"]
+    model = load(trained, compute_dtype())
+    losses = [alone(model, example) for example in rows_of(trained, Path(settings.data), "test")[:12]]
+    assert found["rows"] == len(found["items"]) == 12
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=0.02)
+    assert found["items"] == pytest.approx([-loss.sum().item() for loss in losses], abs=0.1)
+    assert found["log_likelihood"] == pytest.approx(sum(found["items"]) / 12, abs=1e-3)
+    for key in ("loss", "token_accuracy", "exact_match", "log_likelihood"):
+        low, high = found["intervals"][key]
+        assert low <= found[key] <= high and (low < high or found[key] in (0, 1))
+
+
+def test_over_the_dial_and_against_the_base(
+    text_base: Path, trained: Path, recipe: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "scores.json"
+    said = here(capsys, "eval", trained, "--recipe", recipe, "--alpha", "1,0,0.5", "--limit", "5", "--out", out)
+    found = json.loads(out.read_text())
+    assert [point["alpha"] for point in found["by_alpha"]] == [0, 0.5, 1] and found["alpha"] == 1
+    assert said.count("α = ") == 3 and said.count("from the base") == 9
+    # α = 0 is the base; the ends are what each scores by itself; each row is compared with itself.
+    settings = read_recipe(str(recipe))
+    base = evaluate(str(text_base), settings, limit=5)
+    for part in ("task", "retention"):
+        assert found["by_alpha"][0][part]["items"] == base[part]["items"]
+    assert found["by_alpha"][0]["retention_sets"]["prose"]["from_base"]["interval"] == [0, 0]
+    ends = json.loads(json.dumps(evaluate(str(trained), settings, limit=5, against=base)))
+    for name in ("facts", "prose"):
+        own = ends["retention_sets"][name]
+        assert own == found["retention_sets"][name]
+        means = own["log_likelihood"] - base["retention_sets"][name]["log_likelihood"]
+        assert own["from_base"]["log_likelihood"] == pytest.approx(means, abs=1e-3)
+    assert report((str(out),), str(tmp_path / "report"))["text"].count("α = ") == 3
+    # The same of a stock model and its base, whose weights are interpolated.
+    consolidate(str(trained), str(tmp_path / "half"), alpha=0.5)
+    wide = here(capsys, "eval", tmp_path / "half", "--start", text_base, "--alpha", "0,1", "--recipe", recipe, code=2)
+    assert "of different shapes" in wide
+    assert "no base is inside" in here(capsys, "eval", text_base, "--alpha", "0.5", "--recipe", recipe, code=2)
+    with pytest.raises(UserError, match="without α = 0"):
+        evaluate(str(trained), settings, limit=5, against={"by_alpha": found["by_alpha"][1:]})
+    fewer = ("--against", out, "--limit", "5", "--retention-limit", "3")
+    assert "other rows" in here(capsys, "eval", trained, "--recipe", recipe, *fewer, code=2)
+
+
+def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, tmp_path: Path) -> None:
+    long = "the quick brown fox jumps over the lazy dog and then it sleeps for a week in its den"
+    shared = "jumps over the lazy dog and then it sleeps for a week in"  # thirteen words
+    training = [{"q": long, "a": "x"}, {"q": "short", "a": "row"}]
+    held_out = [
+        {"q": f"Yes: {shared}!", "a": "other"}, {"q": f"It {shared.replace('dog', 'cat')}.", "a": "y"},
+        {"q": "Short.", "a": "row"}, {"q": "short", "a": "other"}, {"q": shared.rpartition(" ")[0], "a": "in"},
+    ]  # fmt: skip
+    template = Template("Q: {q}\nA:", " {a}")
+    assert contaminated([(held_out, template), (held_out[3:], template)], (training, template)) == [{0, 2}, set()]
+    # In an evaluation: five of the training rows among the test rows.
+    settings = read_recipe(str(recipe))
+    data = make_data(tmp_path / "data")
+    taken = (data / "train.jsonl").read_text().splitlines(keepends=True)[:5]
+    with (data / "test.jsonl").open("a") as file:
+        file.writelines(taken)
+    clean = evaluate(str(trained), settings)["task"]
+    found = evaluate(str(trained), read_recipe(str(recipe), {"data": str(data)}))["task"]
+    assert (clean["contaminated"], found["contaminated"]) == (0, 5)
+    assert found["items"] == clean["items"]
+
+
+def last_logits(model: Any, tokenizer: Any, text: str) -> torch.Tensor:
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(input_ids=ids).logits[0, -1]
+
+
+def test_accuracy_among_the_options(trained: Path, recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    """Three of four rows have the digit that the model likes best for their answer, the fourth that it likes least."""
+    tokenizer, model = AutoTokenizer.from_pretrained(trained), load(trained, compute_dtype())
+    rows = []
+    for index in range(20):
+        logits = last_logits(model, tokenizer, f"<bos>No. {index * index}:")
+        liked = sorted("123456789", key=lambda digit: logits[tokenizer.convert_tokens_to_ids(digit)])
+        rows.append({"question": f"No. {index * index}:", "answer": liked[-1] if index % 4 else liked[0]})
+    data = make_data(tmp_path / "data")
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"data": str(data), "metric": "accuracy", "options": "1,2,3,4,5,6,7,8,9"}
+    found = evaluate(str(trained), read_recipe(str(recipe), asked))["task"]
+    # A tie within bf16's rounding may fall differently in a packed row.
+    assert found["accuracy"] == pytest.approx(0.75, abs=0.06) and found["accuracy_rows"] == 20
+    assert 0.4 < found["intervals"]["accuracy"][0] < found["accuracy"] < found["intervals"]["accuracy"][1]
+    options = ("--metric", "accuracy", "--options", "1,2")
+    assert "is not among" in here(capsys, "eval", trained, "--recipe", recipe, *options, code=2)
+
+
+def test_translations_are_written_and_scored(trained: Path, recipe: Path) -> None:
+    french = ["Le chat est sur la table.", "Il fait beau aujourd'hui.", "Je ne sais pas."]
+    same = translation_scores(french, french)
+    assert (same["chrf"], same["bleu"]) == (pytest.approx(100), pytest.approx(100))
+    assert "nrefs:1" in same["bleu_signature"]
+    other = translation_scores(["Le chien est sur la chaise.", "Il fait froid.", "Je sais."], french)
+    assert 10 < other["chrf"] < 90 and other["intervals"]["chrf"][0] < other["chrf"] < other["intervals"]["chrf"][1]
+    settings = read_recipe(str(recipe), {"metric": "chrf"})
+    found = json.loads(json.dumps(evaluate(str(trained), settings, limit=20, samples=2)))
+    assert 0 <= found["task"]["chrf"] <= 100 and len(found["samples"]) == 2
+
+
+TASK: dict[str, Any] = {
+    "task": "local_sums", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+    "target_delimiter": "",
+    "doc_to_text": "{{question}}", "doc_to_choice": ["1", "2", "3"], "doc_to_target": "{{answer[0]|int % 3}}",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["trained", "text_base"])
+def test_lm_eval_with_a_local_task(
+    which: str, recipe: Path, request: pytest.FixtureRequest, tmp_path: Path, capsys: Any
+) -> None:
+    path = request.getfixturevalue(which)
+    data = Path(read_recipe(str(recipe)).data) / "test.jsonl"
+    task = TASK | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text(json.dumps(task))
+    group = {"group": "sums", "task": ["local_sums"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "group.yaml").write_text(json.dumps(group))
+    options = ("--lm-eval", "sums", "--include-path", tmp_path / "tasks")
+    found = json.loads(here(capsys, "eval", path, *options, "--json").splitlines()[-1])["lm_eval"]
+    (accuracy,), (of_group,) = found["local_sums"].values(), found["sums"].values()
+    assert (of_group["value"], of_group["rows"]) == (pytest.approx(accuracy["value"]), accuracy["rows"])
+    model, tokenizer, right = load(path, compute_dtype()), AutoTokenizer.from_pretrained(path), 0
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        logits = last_logits(model, tokenizer, row["question"])
+        tokens = tokenizer.convert_tokens_to_ids(["1", "2", "3"])
+        right += int(logits[tokens].argmax()) == int(row["answer"][0]) % 3
+    # A tie within bf16's rounding may fall differently in a batch.
+    assert accuracy["rows"] == len(rows) and accuracy["value"] == pytest.approx(right / len(rows), abs=0.05)
+    assert accuracy["interval"][0] <= accuracy["value"] <= accuracy["interval"][1]
+
+
+@pytest.mark.full
+def test_a_task_that_is_not_known(text_base: Path, capsys: Any) -> None:
+    assert "is no task" in here(capsys, "eval", text_base, "--lm-eval", "nonsense_task", code=2)

@@ -1,0 +1,45 @@
+"""The first hour of somebody else on a cluster: prepare.sh, then sbatch, by a recipe's own names of model and data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.data.test_hub import stand_ins
+from tests.helpers import slurm_cluster
+from tests.helpers.hub import TOKEN, Hub, serving
+from tests.helpers.slurm_cluster import Cluster
+from tests.helpers.tiny import clone, environment, run
+from tests.launch.test_slurm import NODES
+from tests.launch.test_slurm import cluster as cluster
+
+pytestmark = [
+    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}"),
+    pytest.mark.full,
+]
+
+
+def test_from_the_hub_to_a_scored_stock_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    stand_ins(tmp_path / "hub")
+    ours = clone(tmp_path / "clone")
+    places = {"HF_HOME": str(tmp_path / "hf"), "GROW_CACHE": str(tmp_path / "cache"), "VENV": str(environment(ours))}
+    recipe = "recipes/gemma3_1b/translation.yaml"
+    with serving(Hub(tmp_path / "hub", gated=("google/gemma-3-1b-pt",))) as hub:
+        run(ours / "launch/prepare.sh", ours / recipe, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, **places)
+    # There is no network from here on: nobody answers under the hub's address any more.
+    job = cluster.ask(
+        "sbatch", "--parsable", f"--chdir={ours}", *NODES, "slurm/grow_gemma1b.sh", "--max_steps", "3",
+        cwd=ours, HF_ENDPOINT=hub.url, MIN_FREE_GB="0.01", RANK_WAIT="5", **places,
+    ).strip()  # fmt: skip
+    state = cluster.finish(job)
+    (log,) = ours.glob(f"*-{job}.out")
+    assert state == "COMPLETED", log.read_text()
+    model, info = transformers.Gemma3ForCausalLM.from_pretrained(
+        ours / "runs/gemma3_1b-translation-g_freeze-stock", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    base = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "hub/models/google/gemma-3-1b-pt/main")
+    assert model.config.intermediate_size == 2 * base.config.intermediate_size
+    scores = json.loads((ours / "runs/gemma3_1b-translation-g_freeze-scores.json").read_text())
+    assert scores["task"]["rows"] == 10 and "chrf" in scores["task"]

@@ -1,0 +1,219 @@
+"""Each method: exactly what it names trains, it learns, it resumes in the same bits, and it comes out again."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from grow.checkpoint.zero import ZeroCheckpoint
+from grow.data.examples import IGNORED
+from grow.errors import UserError
+from grow.evaluation.evaluate import evaluate
+from grow.methods import METHODS, read_recipe
+from grow.methods.baselines.adapter import Adapter
+from grow.model.loading import load
+from tests.helpers.running import Deeper, Toy, alone, consolidate, rows_of, train, train_and_resume
+from tests.helpers.tiny import logits, make_base, make_recipe
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_new_method_is_one_class_and_a_line(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="toy", toy_layer=2)
+    with pytest.raises(UserError, match="toy_layer is not a field"):
+        read_recipe(str(recipe))
+    train(recipe, 1)
+    assert (tmp_path / "run" / "result" / "toy.txt").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["toy_layer"] == 2
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+    before, after = load_file(text_base / "model.safetensors"), load_file(tmp_path / "stock" / "model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.2.self_attn.q_proj.weight"]
+
+    # And what it is told of the base's losses is so, row by row.
+    examples = rows_of(text_base, sums, "train")
+    losses = torch.load(tmp_path / "run" / "losses.pt", map_location="cpu")
+    # 16 sequences of at most 32 tokens: no other row has been scored.
+    seen = [row for row, found in enumerate(losses) if not found.isnan().all()]
+    assert 16 <= len(seen) < len(examples) and sum(len(examples[row].labels) for row in seen) <= 16 * 32
+    for example, found in [(examples[row], losses[row]) for row in seen[::5]]:
+        expected = alone(load(text_base, torch.bfloat16), example)
+        assert torch.equal(found.isnan(), torch.tensor(example.labels) == IGNORED)
+        assert found[~found.isnan()].tolist() == pytest.approx(expected.tolist(), abs=0.15)
+
+
+def test_a_method_may_change_the_shape_of_the_model(
+    text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "deeper", Deeper)
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="deeper", dtype="float32")
+    trained = train_and_resume(recipe, 1)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    before, after = load(text_base, torch.float32), load(tmp_path / "stock")
+    assert after.config.num_hidden_layers == 5 and len(after.model.layers) == 5
+    assert not torch.equal(logits(before), logits(after))
+    parameters = dict(after.named_parameters())
+    assert all(torch.equal(parameters[name], trained[name]) for name in trained)
+    del after.model.layers[4]
+    assert torch.equal(logits(before), logits(after)), "all else is the base's"
+    with pytest.raises(UserError, match="the base has no"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "half"), alpha=0.5)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.full)])
+def test_sft_of_some_mlps(sums: Path, stage: int, ranks: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "multimodal")
+    fields = {"method": "sft", "dtype": "float32", "mlp_layers": "1,3"}
+    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path, sums, stage, **fields)
+    train_and_resume(recipe, ranks)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    before, after = (dict(load(path, torch.float32).named_parameters()) for path in (base, tmp_path / "stock"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = itertools.product((1, 3), ("gate_proj", "up_proj", "down_proj"))
+    assert changed == {f"model.language_model.layers.{layer}.mlp.{part}.weight" for layer, part in parts}
+    for layers, message in (("1,4", "layer 4 does not exist"), ("x", "neither a layer")):
+        with pytest.raises(UserError, match=message):
+            METHODS["sft"](mlp_layers=layers).prepare(load(base))
+
+
+@pytest.fixture(scope="module")
+def plain(text_base: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What plain fine-tuning makes of the same, on one rank."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(make_recipe(folder / "r.yaml", text_base, folder, sums, 2, method="sft", dtype="float32"), 1)
+    return {name: value.load() for name, value in ZeroCheckpoint(folder / "run" / "checkpoint-4").trained.items()}
+
+
+FIELDS: dict[str, dict[str, Any]] = {"sft": {}, "flow": {}, "stm": {"stm_threshold": 300}, "ewc": {"ewc_rows": 20}}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks"),
+    [
+        ("flow", 2, 1),
+        ("stm", 2, 1),
+        ("ewc", 2, 1),
+        pytest.param("sft", 2, 1, marks=pytest.mark.full),
+        pytest.param("flow", 3, 2, marks=pytest.mark.full),
+        pytest.param("stm", 3, 2, marks=pytest.mark.full),
+        pytest.param("ewc", 1, 2, marks=pytest.mark.full),
+    ],
+)
+def test_kin_of_plain_fine_tuning(
+    text_base: Path,
+    sums: Path,
+    plain: dict[str, torch.Tensor],
+    method: str,
+    stage: int,
+    ranks: int,
+    tmp_path: Path,
+) -> None:
+    fields = {"retention": str(sums), "retention_prompt": "{question}", "retention_completion": "{answer}"}
+    recipe = make_recipe(
+        tmp_path / "r.yaml",
+        text_base,
+        tmp_path,
+        sums,
+        stage,
+        method=method,
+        dtype="float32",
+        **fields,
+        **FIELDS[method],
+    )
+    trained = train_and_resume(recipe, ranks)
+    assert not (tmp_path / "run" / "result").exists()
+    before = load_file(text_base / "model.safetensors")
+    assert {name: torch.equal(trained[name], before[name].float()) for name in before} == dict.fromkeys(before, False)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"), dtype="float32")
+    model = load(text_base, torch.float32)
+    model.load_state_dict(trained, strict=False)
+    assert (logits(load(tmp_path / "stock")) - logits(model)).abs().max() < 1e-4
+    if method != "sft" and ranks == 1:
+        assert any(not torch.equal(trained[name], plain[name]) for name in plain), "not plain by another name"
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "stage", "ranks", "dtype"),
+    [
+        ("lora", "text", 2, 1, "float32"),
+        ("osf", "text", 2, 1, "float32"),
+        pytest.param("osf", "multimodal", 1, 2, "float32", marks=pytest.mark.full),
+        pytest.param("lora", "multimodal", 2, 2, "bfloat16", marks=pytest.mark.full),
+        pytest.param("lora", "multimodal", 3, 2, "float32", marks=pytest.mark.full),
+    ],
+)
+def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype: str, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": method, "dtype": dtype, "lora_rank": 4, "lora_alpha": 6}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    base: Any = load(tiny_base, torch.float32)
+    layers = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
+    }
+    assert len(layers) == 4 * 7
+    part = METHODS[method].part  # type: ignore[attr-defined]
+    assert {name.partition(part)[0] for name in trained} == layers
+
+    # What is merged offline is what PEFT makes of the folder, and what it computes without merging.
+    expected_base = logits(base)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "result")
+    expected = logits(adapted)
+    stock = {alpha: tmp_path / f"stock {alpha}" for alpha in (1, 0.5, 0)}
+    for alpha, path in stock.items():
+        consolidate(str(tmp_path / "run"), str(path), alpha=alpha, dtype="float32")
+    assert (logits(load(stock[1])) - expected).abs().max() < 1e-4
+    assert (expected_base - expected).abs().max() > 1e-2
+    merged = adapted.merge_and_unload().state_dict()
+    own = load(tiny_base, torch.float32).state_dict()
+    half, none = load(stock[0.5]).state_dict(), load(stock[0]).state_dict()
+    for name, tensor in load(stock[1]).state_dict().items():
+        assert torch.equal(tensor, own[name]) != (name.removesuffix(".weight") in layers)
+        assert torch.allclose(tensor, merged[name], atol=1e-5)
+        assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
+        assert torch.equal(none[name], own[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "ranks"),
+    [
+        ("text", 1, 1),
+        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
+    ],
+)
+def test_adapter(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": "adapter", "adapter_size": 8, "dtype": "float32"}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    assert len(trained) == 4 * 4 and all(".mlp.adapter." in name for name in trained)
+
+    expected = logits(load(tiny_base, torch.float32))
+    model: Any = load(tiny_base, torch.float32)
+    Adapter(adapter_size=8).prepare(model)
+    assert torch.equal(logits(model), expected), "exact at step 0"
+    model.load_state_dict(trained, strict=False)
+    result = tmp_path / "run" / "result"
+    assert torch.equal(logits(load(result, torch.float32)), logits(model))
+    assert torch.equal(logits(load(result, torch.float32, alpha=0)), expected)
+    assert (logits(model) - expected).abs().max() > 1e-2
+    with pytest.raises(UserError, match="adapter: a bottleneck is not linear"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+
+    # The run's own validation loss, from the folder, by the command.
+    seen = json.loads((tmp_path / "run" / "COMPLETE").read_text())["validation_loss"]
+    on_validation = read_recipe(str(recipe), {"test_split": "validation"})
+    assert evaluate(str(result), on_validation, samples=1)["task"]["loss"] == pytest.approx(seen, abs=0.05)
+    (result / "adapter.json").write_text((result / "adapter.json").read_text().replace(": 8", ": 9"))
+    with pytest.raises(UserError, match="does not fit"):
+        load(result)

@@ -1,0 +1,114 @@
+"""What `plan RECIPE` says of memory and disk is what a run takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grow.checkpoint.expand import expand
+from grow.methods import read_recipe
+from grow.training.footprint import describe_run
+from tests.helpers.running import rank_here, start
+from tests.helpers.tiny import grow, make_recipe
+
+
+def bytes_of(tensors: Any) -> int:
+    """What storages take, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def measure(engine: Any) -> dict[str, int]:
+    """Bytes of an engine."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    if engine.zero_optimization_stage() == 3:
+        weights = [*(p.data for p in parameters), *(p.ds_tensor for p in parameters)]
+        gradients = [optimizer.grad_partitions_flat_buffer]
+        masters = optimizer.fp32_partitioned_groups_flat
+    else:
+        weights = [*(p.data for p in parameters), *optimizer.bit16_groups_flat]
+        gradients = [g for p in parameters for g in (p.grad, getattr(p, "grad_accum", None))]
+        gradients += [g for group in optimizer.averaged_gradients.values() for g in group or ()]
+        masters = optimizer.single_partition_of_fp32_groups
+    moments = [v for state in optimizer.optimizer.state.values() for v in state.values() if v.dim()]
+    return {"weights": bytes_of(weights), "gradients": bytes_of(gradients), "optimizer": bytes_of([*masters, *moments])}
+
+
+def measured_rank(recipe: Path, *rank: Any) -> None:
+    """A rank that notes the most of each that it has had after a micro-batch."""
+    import deepspeed
+
+    backward, most = deepspeed.DeepSpeedEngine.backward, dict[str, int]()
+
+    def measured(engine: Any, *arguments: Any, **more: Any) -> Any:
+        loss = backward(engine, *arguments, **more)
+        for name, size in measure(engine).items():
+            most[name] = max(size, most.get(name, 0))
+        recipe.with_suffix(".json").write_text(json.dumps(most))
+        return loss
+
+    deepspeed.DeepSpeedEngine.backward = measured
+    rank_here(recipe, *rank)
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "dtype"),
+    [
+        (1, "sft", "float32"),
+        (2, "g_freeze", "bfloat16"),
+        (3, "g_train", "bfloat16"),
+        pytest.param(1, "adapter", "bfloat16", marks=pytest.mark.full),
+        pytest.param(2, "lora", "float32", marks=pytest.mark.full),
+        pytest.param(3, "lora", "bfloat16", marks=pytest.mark.full),
+        pytest.param(2, "g_lora", "bfloat16", marks=pytest.mark.full),
+    ],
+)
+def test_a_run_takes_what_the_plan_says(
+    text_base: Path, sums: Path, stage: int, method: str, dtype: str, tmp_path: Path
+) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
+    fields = {"method": method, "dtype": dtype, "max_steps": 2}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, **fields)
+    planned = describe_run(read_recipe(str(recipe)), 2)
+    start(recipe, 2, measured_rank)
+    found = json.loads(recipe.with_suffix(".json").read_text())
+    assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1)
+    files = list((tmp_path / "run" / "checkpoint-2").rglob("*_states.pt"))
+    assert sum(file.stat().st_size for file in files) == pytest.approx(
+        planned["checkpoint_bytes"], rel=0.1, abs=45_000 * len(files)
+    ), "and tens of kB of names in each file"
+    assert (
+        planned["trained_parameters"] == json.loads((tmp_path / "run" / "run.json").read_text())["trained_parameters"]
+    )
+
+
+def test_what_methods_hold_beside_is_counted(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, dtype="bfloat16"))
+    plain, held, ewc = (
+        describe_run(read_recipe(recipe, fields), 2)
+        for fields in ({"method": "sft"}, {"method": "sft", "kl_weight": 1.0, "kl_text": "x"}, {"method": "ewc"})
+    )
+    more = [there["stages"]["2"]["weights"] - plain["stages"]["2"]["weights"] for there in (held, ewc)]
+    assert more == [2 * plain["parameters"], 6 * plain["parameters"]], (
+        "the base; EWC's Fisher information in fp32 and it"
+    )
+
+
+def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method="sft")
+    said = grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3").stdout
+    assert "2, the recipe's" in said and "estimated" in said and "--signal" in said
+    planned = json.loads(grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3", "--json").stdout)
+    assert planned["disk_bytes"] == 4 * planned["checkpoint_bytes"]
+    assert planned["stages"]["3 with CPU offload"]["optimizer"] == 0
+    for words, message in (
+        (["--world-size", "0"], "at least 1"),
+        (["--world-size", "x"], "a number is needed"),
+        (["--method", "g_freeze"], "grow expand"),
+        (["--base", str(tmp_path / "none")], "no such folder"),
+        (["--methud", "sft"], "did you mean --method"),
+    ):
+        error = grow("plan", recipe, *words, code=2).stderr
+        assert error.count("\n") == 1 and message in error
+    assert "is for a recipe" in grow("plan", text_base, "--method", "sft", code=2).stderr
