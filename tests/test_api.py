@@ -194,6 +194,21 @@ def test_mistakes(text_base: Path, tmp_path: Path) -> None:
         grow.attach(base_model(text_base), tmp_path / "of-another")
 
 
+def test_the_readmes_example(text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for the name of the base and the number of steps."""
+    code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code = code.replace("google/gemma-3-1b-pt", str(text_base)).replace("max_steps=100", "max_steps=2")
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_list([{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(32)])
+    names: dict[str, Any] = {"rows": rows}
+    exec(compile(code, "README.md", "exec"), names)
+    trained, base = names["model"].cpu().eval(), names["base"].eval()
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma-mine")
+    assert torch.allclose(logits(stock.eval()), logits(base), atol=1e-4)
+    grow.set_alpha(base, 1)
+    assert torch.equal(logits(base), logits(trained))
+
+
 def test_the_import_is_fast() -> None:
     code = "import sys, grow; dir(grow); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

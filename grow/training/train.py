@@ -191,6 +191,13 @@ def check_all(recipe: Recipe) -> None:
     _probe(recipe, tokenizer, Path(recipe.output_dir))
     for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
+    train_rows, validation_rows = (sequences.examples.checksum() for sequences in data.values())
+    if train_rows == validation_rows:
+        print(
+            "validation: these are the training rows; cut them, such as --train_split 'train[:90%]' "
+            "--validation_split 'train[90%:]'",
+            file=sys.stderr,
+        )
 
 
 def _check_scores(recipe: Recipe) -> None:

@@ -184,7 +184,7 @@ def _leading(points: list[Point]) -> str:
     seeds = "one seed" if most == 1 else f"means of {most} seeds"
     return (
         f"Task loss at the rise of general text ± half its 95 % interval over rows, nats per token, {seeds}; in bold "
-        "what no other here beats in both.\n\n"
+        "the Pareto-optimal points.\n\n"
         + markdown(["method", "rate", *(f"α = {alpha:g}" for alpha in alphas)], [[*k, *r] for k, r in rows.items()])
     )
 

@@ -213,7 +213,8 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
     known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}") for own in grids.values() for p in [*own, *over_seeds(own)]}
     for name, heading, least in (
         ("recipes/study/README.md", "What it says", 30),
-        ("README.md", "Who forgets least", 10),
+        ("recipes/study/README.md", "In short", 10),
+        ("README.md", "Which method", 4),
     ):
         page = (ROOT / name).read_text().replace("−", "-")
         section = page.partition(f"\n## {heading}")[2].partition("\n## ")[0]
@@ -221,10 +222,11 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
         assert len(shown) >= least and shown <= known, shown - known
 
 
-def test_the_first_pages_numbers_are_those_of_the_results() -> None:
+def test_the_short_answers_numbers_are_those_of_the_results() -> None:
     lines = [line for line in read_lines(ROOT / "recipes/study/results.jsonl") if line["grid"] == "translation.yaml"]
     points = over_seeds([point(line, place) for line in lines for place in line["by_alpha"]])
     known = {(f"{p['loss']:.3f}", f"{p['text']:+.3f}", f"{p['sets']['winowhy']:+.2f}") for p in points}
-    section = (ROOT / "README.md").read_text().partition("## Who forgets least")[2].partition("\n## ")[0]
+    section = (ROOT / "recipes/study/README.md").read_text().partition("## In short")[2].partition("\n## ")[0]
     shown = re.findall(r"(\d\.\d{3}) at (.\d\.\d{3}),(?: winowhy)? (.\d\.\d\d)", section.replace("−", "-"))
     assert len(shown) >= 10 and set(shown) <= known and f"**{len(lines)} runs" in section
+    assert f"From {len(lines)} runs" in (ROOT / "README.md").read_text()
