@@ -78,7 +78,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of general text, to stay near the base on."""
+    """A folder of general text, for KL regularisation."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{"text": f"{n} and {n + 1} are {2 * n + 1}."} for n in range(40)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

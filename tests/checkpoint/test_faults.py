@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the way, OUT is whole or not there, one line says why, and the same command goes on."""
+"""Whatever goes wrong on the way, OUT is whole or not there, one line says why, and the same command resumes."""
 
 import os
 import shlex
@@ -62,7 +62,7 @@ needs_mounts = pytest.mark.skipif(not may_mount(), reason="no mounts here, not e
 
 @needs_mounts
 def test_the_disk_fills(tmp_path: Path) -> None:
-    """A full disk is one line; with more room the same command goes on, and what it copied and finished stays."""
+    """A full disk is one line; with more room the same command resumes, and what it copied and finished stays."""
     base, disk = write_base(tmp_path / "base", layers=6, hidden=64, width=256), tmp_path / "disk"
     disk.mkdir()
     script = """

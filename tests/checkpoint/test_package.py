@@ -1,4 +1,4 @@
-"""Taken apart and put together: the growth alone, the base alone, the dial folded in, and the cards that say so."""
+"""Taken apart and put together: the growth alone, the base alone, α folded in, and the cards that say so."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Scores: against what they are by hand, over the dial, with what training rows give away left out."""
+"""Scores: against what they are by hand, at any α, with contaminated rows left out."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def trained(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With old knowledge in two more folders, one with a text a row."""
+    """With two more retention sets, one with a text a row."""
     folder = tmp_path_factory.mktemp("recipe")
     data = make_data(folder / "data")
     rows = {

@@ -1,4 +1,4 @@
-"""The dial: how far a model is from its base, and how far it may be turned; figures with their intervals."""
+"""The interpolation coefficient: how far a model is from its base, and the largest α within a bound; figures with their intervals."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A place of the dial for each layer: learnt, it does better than one for all; and every command knows it."""
+"""An α for each layer: learnt, it does better than one for all; and every command knows it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_every_command_knows_it(trained: tuple[Path, Path], text_base: Path, tmp
     set_alpha(model, 0)
     assert torch.equal(logits(model), logits(load(text_base, torch.float32))), "and at 0 it is the base, exactly"
 
-    # Folded into a stock checkpoint, together with the dial over all.
+    # Folded into a stock checkpoint, together with an α for all.
     set_alpha(model, 0.5)
     assert [mlp.alpha for mlp in grown_mlps(model)] == [alpha / 2 for alpha in alphas]
     consolidate(str(out), str(tmp_path / "stock"), uniform=True, alpha=0.5, dtype="float32")

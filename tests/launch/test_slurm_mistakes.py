@@ -143,7 +143,7 @@ def test_a_trial_and_then_the_run(site: Site, cluster: Cluster, tmp_path: Path) 
 
 
 def test_sweep_of_a_study(site: Site, cluster: Cluster, tmp_path: Path) -> None:
-    """Two jobs share its cells; asked to leave, they are requeued and go on."""
+    """Two jobs share its cells; preempted, they are requeued and resume."""
     grid = make_grid(tmp_path, site.bases["text"], site.data)
     variables = site.variables | {
         "STUDY": str(grid), "SWEEP": str(tmp_path / "a sweep"), "PARALLEL": "2",

@@ -57,7 +57,7 @@ def test_g_train(text_base: Path, sums: Path, stage: int, ranks: int, dtype: str
     for name, tensor in trained.items():
         assert torch.equal(model.get_parameter(name), tensor.bfloat16().float())
 
-    # Stock, as trained and along the dial.
+    # Stock, as trained and at other α.
     for alpha in (1, 0.4):
         stock = tmp_path / f"{alpha}"
         consolidate(str(folder), str(stock), uniform=True, alpha=alpha, dtype="float32")

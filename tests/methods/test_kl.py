@@ -1,4 +1,4 @@
-"""A model that is held near its base: it learns, stays nearer, and goes on in the same bits."""
+"""KL regularisation towards the frozen base: a model learns, stays nearer to it, and resumes in the same bits."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_the_base_is_inside(method: str, text_base: Path, text: Path, tmp_path: 
     with torch.no_grad():
         moved, expected = (labelled_logits(one, batch)[0] for one in (model, load(text_base, torch.bfloat16)))
         assert torch.equal(base_logits(model, batch), expected) and not torch.equal(moved, expected)
-        assert torch.equal(labelled_logits(model, batch)[0], moved), "the dial is where it was"
+        assert torch.equal(labelled_logits(model, batch)[0], moved), "α is what it was"
 
 
 def test_folders_of_general_text_take_turns(text_base: Path, text: Path, tmp_path: Path) -> None:

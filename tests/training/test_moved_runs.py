@@ -1,4 +1,4 @@
-"""A run goes on wherever it and what it reads have moved to, by what is in them; and touches nothing but its own."""
+"""A run resumes wherever it and what it reads have moved to, by what is in them; and touches nothing but its own."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What a run watches while it trains: old knowledge, the distance from the base inside, its pace."""
+"""What a run watches while it trains: retention, KL from the base inside, its throughput."""
 
 import json
 from pathlib import Path
