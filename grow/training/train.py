@@ -129,7 +129,7 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}); {len(sequences):,} sequences, "
-        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size} sequences"
+        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size}"
     )
 
 

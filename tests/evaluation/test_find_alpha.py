@@ -1,4 +1,4 @@
-"""The interpolation coefficient: how far a model is from its base, and the largest α within a bound; figures with their intervals."""
+"""The interpolation coefficient: how far a model is from its base, the largest α within a bound; with intervals."""
 
 import json
 import math

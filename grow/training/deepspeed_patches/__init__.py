@@ -1,7 +1,18 @@
 """Every replacement of DeepSpeed's private parts stands here, one idea a file, for the version it was written for.
 
 With any other version they step aside, and rank 0 says so: the run computes the same, slower. Whoever moves to a new
-version reads the files beside what they replace, runs tests/test_deepspeed_patches.py, and raises WRITTEN_FOR.
+version reads the files beside what they replace, runs tests/training/test_deepspeed_patches.py, and raises WRITTEN_FOR.
+
+What a step takes without, over what it takes with (tests/benchmarks/patches.py: real 270M, two cores, ZeRO-1; in
+brackets the same of processor time, which other processes do not disturb), and what each waits for:
+
+| | SFT, all trains | G-Freeze | spares | upstream |
+|---|---|---|---|---|
+| adam_step | 1.25 to 1.33 (1.10 to 1.12) | 1.08 (1.03) | 6 bytes a value that trains | no issue found |
+| gradient_norm | 1.07 to 1.08 (1.03 to 1.04) | 1.00 (1.00) | 8 bytes a value of the largest gradient | no issue found |
+| checkpoint_engine, of a save | 4.1 to 6.3 (5.8) | 1.8 to 3.1 (3.1) | reading a checkpoint back | no issue found |
+
+deepspeedai/DeepSpeed#8331 lets the norm be left out altogether where nothing is clipped; these recipes clip.
 """
 
 import sys

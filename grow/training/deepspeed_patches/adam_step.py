@@ -2,8 +2,9 @@
 
 DeepSpeed 0.19.8 (stage_1_and_2.py, step) lays all gradients end to end, copies them to fp32, scales them, updates the
 master weights and copies those to the model's: five passes over memory and, with gradients in bf16, 6 bytes a value
-for the two copies. Here each piece goes all that way while it is in the cache, through one buffer. On a processor that
-is more than twice as fast; on any device those bytes are spared.
+for the two copies. With gradients in bf16 it looks for what is not finite before, in two passes more (the default since
+deepspeedai/DeepSpeed#8035). Here each piece goes all that way while it is in the cache, through one buffer, and what is
+not finite shows in the norm.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
 """The norm of the gradients is taken in one pass over them.
 
-DeepSpeed 0.19.8 copies each gradient to fp64 for its norm (8 bytes a parameter of the largest tensor, on a GPU too),
-and with ZeRO-1 and 2 looks for what is not finite in two passes of its own before. On a processor that is half of a
-step in which everything trains.
+DeepSpeed 0.19.8 copies each gradient to fp64 for its norm: 8 bytes a value of the largest tensor, on a GPU too, which
+for an embedding of 262,144 rows of 2,560 is 5.4 GB.
 """
 
 from typing import Any
