@@ -165,7 +165,7 @@ check_image() {
     ((${#missing[@]} == 0)) || die 2 "the image has not what ${missing[-1]} asks for; build it again (docker/README.md)"
     its=$(its_grow)
     [[ -n $its ]] || die 2 "the image has no grow; build it again (docker/README.md)"
-    [[ ! -d $ROOT/grow ]] || diff -rq --exclude=__pycache__ "$ROOT/grow" "${its%/*}" >/dev/null ||
+    [[ ! -d $ROOT/grow ]] || diff -rq --exclude=__pycache__ --exclude='*.md' "$ROOT/grow" "${its%/*}" >/dev/null ||
         say "the image's grow is used, and it is not the same as $ROOT/grow (docker/README.md)"
 }
 

@@ -4,9 +4,10 @@
 #     ./launch/demo.sh
 #
 # Sets up what it needs. Run again, it does not do twice what is done. Two CPU cores are enough; GPUs are used if there.
+# It says a line a step; what the steps say themselves is in OUT/demo.log.
 #
 # Variables:
-#   OUT          folder for runs, models and the report (default: runs/demo)
+#   OUT          folder for runs, models, the report and the log (default: runs/demo)
 #   STEPS        training steps (default: the recipe's)
 #   LIMIT        held-out rows of the task that are scored (default: 200)
 #   NPROC        ranks (default: the number of visible GPUs, or 2 without)
@@ -31,31 +32,62 @@ if [[ -z ${HOSTFILE:-} ]]; then
     found=$(gpus)
     export NPROC=${NPROC:-$((found > 0 ? found : 2))}
 fi
+export TQDM_DISABLE=${TQDM_DISABLE:-1} # a log has no use for progress bars
 recipe=$ROOT/recipes/gemma3_270m/translation.yaml
 base=$GROW_CACHE/gemma3_270m/model
 grown=$GROW_CACHE/gemma3_270m/grown
-
-say "1/6 a real Gemma 3 270M, English and French sentences, the world's capitals"
-install "$ROOT/requirements.txt"
+log=$OUT/demo.log
 mkdir -p "$OUT/scores"
-"$VENV/bin/python" "$ROOT/recipes/gemma3_270m/fetch.py" model translation capitals
+printf '%s: %s\n' "$(date +%FT%T)" "$0" >>"$log"
 
-say "2/6 growing it, offline"
-[[ -d $grown ]] || grow expand "$base" "$grown"
-grow plan "$base"
+# doing TEXT COMMAND…: runs a step whose output goes to the log. Says what is done, how a training is getting on, and how
+# long it took; of a step that fails, the last lines.
+doing() {
+    local text=$1 start=$SECONDS status=0
+    shift
+    printf '\n== %s\n' "$text" >>"$log"
+    said_before=$(wc -c <"$log")
+    [[ ! -t 2 ]] || printf '%s …' "$text" >&2
+    { [[ $text != *training* ]] || show_progress "$text"; } &
+    progress=$!
+    trap stop_progress EXIT
+    "$@" >>"$log" 2>&1 || status=$?
+    stop_progress
+    [[ ! -t 2 ]] || printf '\r\e[K' >&2
+    if ((status > 0)); then
+        of_this_step | tail -n 20 >&2
+        die "$status" "$text: failed (exit $status); all of its output is in $log"
+    fi
+    printf '%-70s %4d s\n' "$text" $((SECONDS - start)) >&2
+}
 
-say "3/6 the grown model computes what the base does: all logits, torch.equal"
-grow verify "$grown" --base "$base" --forward
+# show_progress TEXT: the latest line with a loss in it; on a terminal it takes the place of the one before.
+show_progress() {
+    local line='' latest
+    while sleep 1; do
+        latest=$(of_this_step | sed -n '/loss/ { /train_loss\|done,/ !h }; ${ x; p }' | tr -d "{}'")
+        [[ -n $latest && $latest != "$line" ]] || continue
+        line=$latest
+        if [[ -t 2 ]]; then
+            printf '\r\e[K%.*s' "$(($(tput cols 2>/dev/null || echo 80) - 1))" "$1 … $line" >&2
+        else
+            printf '     %s\n' "$line" >&2
+        fi
+    done
+}
+stop_progress() {
+    kill "$progress" 2>/dev/null || return 0
+    wait "$progress" 2>/dev/null || true
+}
 
-say "4/6 training: G-Freeze on the grown model, then plain fine-tuning on the same rows"
-for method in g_freeze sft; do
-    "$ROOT/launch/train.sh" "$recipe" --method "$method" --output_dir "$OUT/$method" ${STEPS:+--max_steps "$STEPS"}
-done
+# of_this_step: what the step has said so far, a line each.
+of_this_step() { tail -c +"$((said_before + 1))" "$log" | tr '\r' '\n'; }
 
-say "5/6 stock checkpoints of both, loaded with nothing but transformers"
-for method in g_freeze sft; do
-    [[ -d $OUT/$method-stock ]] || grow consolidate "$OUT/$method" "$OUT/$method-stock"
-    (cd / && "$VENV/bin/python" -I - "$OUT/$method-stock" <<'END'
+# result TEXT: the lines of the step that has just ended with this text in them.
+result() { of_this_step | sed -n "/$1/s/^/     /p" >&2; }
+
+load_with_transformers() { # load_with_transformers CHECKPOINT
+    "$VENV/bin/python" -I - "$1" <<'END'
 import sys
 
 import transformers
@@ -68,17 +100,39 @@ ours = sorted(name for name in sys.modules if name.partition(".")[0] == "grow")
 assert not ours, f"this code was needed: {ours}"
 print(f"{type(model).__name__}, intermediate_size {model.config.intermediate_size}: every key found its place")
 END
-    )
-done
+}
 
-say "6/6 the new task and the old knowledge"
 score() { # score NAME CHECKPOINT
     local file="$OUT/scores/${1// /_}.json"
-    [[ -f $file ]] || grow eval "$2" --recipe "$recipe" --limit "$LIMIT" --samples 3 --name "$1" --out "$file" >/dev/null
+    [[ -f $file ]] ||
+        doing "6/6 scoring: $1" grow eval "$2" --recipe "$recipe" --limit "$LIMIT" --samples 3 --name "$1" --out "$file"
 }
+
+printf 'The output of all steps goes to %s\n' "$log" >&2
+install "$ROOT/requirements.txt"
+doing "1/6 fetching a real Gemma 3 270M, rows to learn and rows to retain" \
+    "$VENV/bin/python" "$ROOT/recipes/gemma3_270m/fetch.py" model translation capitals
+[[ -d $grown ]] || doing "2/6 growing it, offline" grow expand "$base" "$grown"
+doing "2/6 what has been added" grow plan "$base"
+result added:
+doing "3/6 comparing every logit of the grown model with the base's" \
+    grow verify "$grown" --base "$base" --forward
+result "bit for bit"
+for method in g_freeze sft; do
+    doing "4/6 training: $method" \
+        "$ROOT/launch/train.sh" "$recipe" --method "$method" --output_dir "$OUT/$method" ${STEPS:+--max_steps "$STEPS"}
+done
+for method in g_freeze sft; do
+    [[ -d $OUT/$method-stock ]] ||
+        doing "5/6 making a stock checkpoint: $method" grow consolidate "$OUT/$method" "$OUT/$method-stock"
+    doing "5/6 loading it with nothing but transformers: $method" load_with_transformers "$OUT/$method-stock"
+    result "found its place"
+done
 score base "$base"
 score "grown, step 0" "$grown"
 score G-Freeze "$OUT/g_freeze-stock"
 score SFT "$OUT/sft-stock"
+printf '6/6 the new task and retention\n\n' >&2
 grow report "$OUT/scores/base.json" "$OUT/scores/grown,_step_0.json" "$OUT/scores/G-Freeze.json" \
     "$OUT/scores/SFT.json" "$OUT/g_freeze" "$OUT/sft" --out "$OUT"
+printf '\nDone in %d min %d s. Models, runs and the report are in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUT" >&2

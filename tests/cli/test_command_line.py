@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -166,3 +167,16 @@ def test_one_table_has_every_variable() -> None:
     assert len(named) > 30 and named <= set(listed), named - set(listed)
     text = "".join(path.read_text() for path in ROOT.glob("*/*.sh"))
     assert not [name for name in listed if not re.search(rf"\b{name}\b", text)]
+
+
+def test_a_step_of_the_demo_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
+    """And where the others are; the fetching is a stand-in."""
+    (bin_ := tmp_path / "bin").mkdir()
+    fetch = f'*fetch.py*) for n in {{1..30}}; do echo line $n; done; exit 3 ;; *) exec {sys.executable} "$@" ;;'
+    (bin_ / "python").write_text(f'#!/bin/bash\ncase "$*" in {fetch} esac\n')
+    (bin_ / "grow").symlink_to("python")
+    (bin_ / "python").chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "installed-requirements.txt")
+    said = run("launch/demo.sh", code=3, VENV=str(tmp_path), OUT=str(tmp_path / "out")).stderr.splitlines()
+    assert said[1:-1] == [f"line {n}" for n in range(11, 31)]
+    assert said[-1].endswith(f"failed (exit 3); all of its output is in {tmp_path}/out/demo.log")

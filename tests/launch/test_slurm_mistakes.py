@@ -29,7 +29,7 @@ TWO_NODES = " ".join(("--nodes=2", *NODES[:2]))
     ("fields", "environment", "says"),
     [
         ({"base": "/nowhere/model", "grown": "/nowhere/grown"}, {}, [r"grow: /nowhere/model: no such folder"]),
-        ({"base": "google/gemma-3-4b-pt", "method": "sft"}, {}, [r"grow: google/gemma-3-4b-pt: .*fetch it: .*"]),
+        ({"base": "google/gemma-3-4b-pt", "method": "sft"}, {}, [r"grow: google/gemma-3-4b-pt: .*fetch it with .*"]),
         ({"learning_rat": 1}, {}, [r"grow: .*: learning_rat is not a field; did you mean learning_rate\?"]),
         ({"data": "${NOT_SET_ANYWHERE}/x"}, {}, [r"grow: .*: an environment variable in it is not set"]),
         ({}, {"MIN_FREE_GB": "1e9"}, [rf"node{n}: .* GB free in .*, 1e\+09 are wanted \(MIN_FREE_GB\)" for n in "12"]),
