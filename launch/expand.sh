@@ -6,8 +6,8 @@
 #     launch/expand.sh RECIPE [--field value …]
 #
 # Variables:
-#   FACTOR   how many times as wide a grown MLP becomes (default: 2)
-#   LAYERS   which layers grow (default: all)
+#   FACTOR   how many times as wide a grown MLP becomes (default: the recipe's, 2)
+#   LAYERS   which layers grow (default: the recipe's, all)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -16,13 +16,13 @@ help_if_asked "$@"
 check_numbers FACTOR
 enter "$@"
 install "$ROOT/requirements.txt"
-shown=$(grow show "$1" grows base grown "${@:2}")
-{ read -r grows && read -r base && read -r grown; } <<<"$shown"
+shown=$(grow show "$1" grows base grown factor layers "${@:2}")
+{ read -r grows && read -r base && read -r grown && read -r factor && read -r layers; } <<<"$shown"
 [[ $grows == True ]] || exit 0
 [[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.
 exec 9>"$grown.lock"
 flock 9 2>/dev/null || say "$grown.lock: this file system has no locks; see that no other job expands"
-grow expand "$base" "$grown" --keep --factor "${FACTOR:-2}" --layers "${LAYERS:-all}"
+grow expand "$base" "$grown" --keep --factor "${FACTOR:-$factor}" --layers "${LAYERS:-$layers}"
 rm -f "$grown.lock"

@@ -50,7 +50,7 @@ on_this_machine() {
     # The launcher knows devices by number alone, and takes the first NPROC of all. So it is not told which are visible,
     # but each rank is.
     [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || words=("CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
-    env --unset=CUDA_VISIBLE_DEVICES deepspeed --no_local_rank --hostfile /dev/null --num_accelerators "$NPROC" \
+    env --unset=CUDA_VISIBLE_DEVICES deepspeed --quiet --no_local_rank --hostfile /dev/null --num_accelerators "$NPROC" \
         --master_port "$port" --no_python env "${words[@]}" "$@"
 }
 

@@ -67,6 +67,18 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
     assert "--check" in here(capsys, "train", recipe, "--expand", code=2)
 
 
+def test_expanded_by_the_script_of_a_job(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """launch/expand.sh goes by the recipe, or by LAYERS, which a pilot's ranking is handed in by."""
+    recipe = write(tmp_path / "r.yaml", text_base, sums, layers="1-2")
+    run("launch/expand.sh", recipe)
+    assert json.loads((tmp_path / "run" / "grown" / "config.json").read_text())["growth"]["layers"] == [1, 2]
+    here(capsys, "train", recipe, "--check")
+    other = write(tmp_path / "s.yaml", text_base, sums, output_dir=str(tmp_path / "other"))
+    run("launch/expand.sh", other, LAYERS="0")
+    assert json.loads((tmp_path / "other" / "grown" / "config.json").read_text())["growth"]["layers"] == [0]
+    here(capsys, "train", other, "--check")
+
+
 def test_a_run_keeps_what_it_began_with(text_base: Path, sums: Path, tmp_path: Path) -> None:
     """Defaults may become others; a run that named neither rate nor stage resumes with those it began with."""
     recipe = write(tmp_path / "r.yaml", text_base, sums, method="sft", **QUICK | {"max_steps": 1})

@@ -55,7 +55,13 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 
 
 def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
-    """Raises UserError if a run's own grown checkpoint is not the one that its recipe asks for."""
+    """Raises UserError if a run's own grown checkpoint is not the one that its recipe asks for.
+
+    A recipe that leaves layers and factor to their defaults takes what is there: LAYERS and FACTOR may have told
+    launch/expand.sh others, as slurm/pipeline.sh --pilot does.
+    """
+    if (recipe.layers, recipe.factor) == ("all", 2):
+        return
     there = GrowthPlan.from_config(grown.config)
     wanted = (recipe.factor, parse_layers(recipe.layers, len(mlp_prefixes(grown.tensors))))
     if there is None or (there.factor, there.layers) != wanted:

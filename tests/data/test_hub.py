@@ -12,7 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grow.checkpoint.expand import expand
 from grow.checkpoint.hub import Choose, Repository
+from grow.checkpoint.package import extract_growth
+from grow.checkpoint.verify import verify
 from grow.data.files import split_files
 from tests.helpers.hub import TOKEN, Hub, serving
 from tests.helpers.tiny import ROOT, make_base, make_recipe
@@ -208,3 +211,21 @@ def test_all_parts_of_a_split_have_to_be_there(hub: Hub, tmp_path: Path) -> None
     recipe = make_recipe(tmp_path / "r.yaml", base, Path(), tmp_path, 2, method="sft", prompt="{q}", completion="{a}")
     ((code, said),) = commands([["train", recipe, "--check"]], tmp_path)
     assert code == 2 and "2 of the 00003 parts" in said
+
+
+def test_a_growth_package_from_a_hub(hub: Hub, home: Path, text_base: Path, tmp_path: Path) -> None:
+    """Attached by its name: fetched where it is not in the cache, found there without network afterwards."""
+    package = hub.root / "models" / "someone" / "sums-growth" / "main"
+    (hub.root / "models" / "someone" / "nothing" / "main").mkdir(parents=True)
+    (hub.root / "models" / "someone" / "nothing" / "main" / "README.md").write_text("Nothing.\n")
+    expand(str(text_base), str(tmp_path / "grown"))
+    extract_growth(str(tmp_path / "grown"), str(package))
+    online, offline = {"HF_ENDPOINT": hub.url}, {"HF_HUB_OFFLINE": "1"}
+    line: list[str | Path] = ["attach", text_base, "someone/sums-growth"]
+    ((code, said),) = commands([[*line, tmp_path / "first"]], tmp_path, **offline)
+    assert code == 2 and "someone/sums-growth" in said and said.count("\n") == 1
+    assert [code for code, _ in commands([[*line, tmp_path / "first"]], tmp_path, **online)] == [0]
+    assert [code for code, _ in commands([[*line, tmp_path / "second"]], tmp_path, **offline)] == [0]
+    assert not verify(str(tmp_path / "second"), str(text_base))["problems"]
+    ((code, said),) = commands([["attach", text_base, "someone/nothing", tmp_path / "third"]], tmp_path, **online)
+    assert code == 2 and "has no growth.json" in said
