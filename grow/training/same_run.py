@@ -13,7 +13,7 @@ from grow.checkpoint.hub import HUB_NAME
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 from grow.recipe import Recipe
-from grow.recipe_values import read_deepspeed
+from grow.recipe_values import find_deepspeed, read_deepspeed
 from grow.training.deepspeed_json import first_difference
 
 NAME = "run.json"
@@ -84,9 +84,12 @@ def _check_deepspeed(run: Path, recipe: Recipe, before: dict[str, Any]) -> None:
     if not isinstance(said, dict):  # written before it was kept
         if old_path == recipe.deepspeed:
             return
-        if not Path(old_path).is_file():
-            raise UserError(f"{run}: holds a run with the DeepSpeed JSON {old_path}, which is gone; put it back")
-        said = read_deepspeed(old_path)
+        try:
+            said = read_deepspeed(find_deepspeed(str(run), old_path))
+        except UserError:
+            raise UserError(
+                f"{run}: holds a run with the DeepSpeed JSON {old_path}, which is gone; put it back"
+            ) from None
     differs = first_difference(said, read_deepspeed(recipe.deepspeed))
     if differs:
         raise UserError(

@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line(
     [
         ({"learning_rate": 1e-3}, "learning_rate is a list"),
         ({"learning_rates": [1e-3]}, "did you mean learning_rate?"),
-        ({"learning_rate": [1e-3], "method": "adapter"}, "none that ends in a checkpoint to be scored"),
+        ({"learning_rate": [1e-3], "method": "adapter"}, "does not end in a checkpoint to be scored"),
         ({"learning_rate": [1e-3], "layers": "all"}, "of no other"),
         ({"learning_rate": [1e-3], "method": "g_train"}, "say which grow"),
     ],
@@ -87,7 +87,7 @@ def test_a_row_that_makes_no_sense_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("methods: [", "is no YAML"), ("recipe: x.yaml", "does not say fields"), ("", "is no grid")]
+    ("text", "message"), [("methods: [", "is not YAML"), ("recipe: x.yaml", "does not say fields"), ("", "is not a grid")]
 )
 def test_what_is_no_grid_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(text)
