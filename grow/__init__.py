@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What a name is, is looked up when it is used: `import grow` itself loads neither torch nor transformers.
+# Names are resolved when they are used: `import grow` itself loads neither torch nor transformers.
 _PLACES = dict.fromkeys(
     ("attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable"), "grow.api"
 ) | {"UserError": "grow.errors"}

@@ -1,4 +1,4 @@
-"""What `grow` and `python -m grow` run."""
+"""The entry point of `grow` and `python -m grow`."""
 
 import atexit
 import os
@@ -13,13 +13,13 @@ def run() -> None:
     code = 0
 
     def end_at_once() -> None:
-        """After preemption all is on the disk: to take an interpreter with a model apart would take another second."""
+        """Ends a preempted process without taking down the interpreter, which takes a second: all is on the disk."""
         if code == LEFT:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    # Before all others, so that it comes after them: a tracker may have its last lines to send.
+    # Registered before all others, so that it runs after them: a tracker may have its last lines to send.
     atexit.register(end_at_once)
     code = main()
     sys.exit(code)

@@ -1,7 +1,7 @@
 """Growth for models that are loaded already, and for a training loop of one's own: what `import grow` offers.
 
-Formats are those of the commands: `grow attach` puts on files what `save_growth` wrote, and `attach` on a loaded model
-what `grow growth` or a run wrote.
+The formats are those of the commands: `grow attach` reads packages that `save_growth` wrote, and `attach` reads
+packages that `grow growth` or a run wrote.
 """
 
 import shutil
@@ -40,11 +40,11 @@ __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock
 
 
 def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2) -> PreTrainedModel:
-    """Grows a loaded model's MLPs in place, and returns it: with factor 2 it computes exactly what it did.
+    """Grows a loaded model's MLPs in place, and returns it: with factor 2 its outputs stay exactly the same.
 
     Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
-    and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9";
-    each of these MLPs becomes `factor` times as wide. Raises UserError for a model that cannot be grown.
+    and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
+    of these MLPs becomes `factor` times as wide. Raises UserError for a model that cannot be grown.
     """
     base = InMemoryCheckpoint(model)
     text = layers if isinstance(layers, str) else ",".join(map(str, layers))
@@ -62,7 +62,7 @@ def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", fact
 
 
 def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Parameter]:
-    """Freezes a grown model but for what a method trains, which it returns, for an optimizer.
+    """Freezes a grown model except for the parameters that a method trains, and returns these, for an optimizer.
 
     "g_freeze" trains the added copies; "g_train" also the original gate and up projections of the grown layers, as
     copies beside the base's own, which stay. Raises UserError for another method, or a model that has not grown.
@@ -77,10 +77,10 @@ def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Param
 
 
 def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
-    """Writes what growth has added as a growth package: the tensors, in the dtype that they have, and growth.json.
+    """Writes what growth has added as a growth package: the tensors, in their dtype, and growth.json.
 
-    growth.json knows the base by checksums of its tensors, and of its files where the model was loaded from some that
-    are here. Raises UserError if the model has not grown, or if the folder is there already.
+    growth.json identifies the base by checksums of its tensors, and of its files if the model was loaded from local
+    ones. Raises UserError if the model has not grown, or if the folder is there already.
     """
     plan = _plan_of(model)
     own = InMemoryCheckpoint(model)
@@ -102,9 +102,9 @@ def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
 def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     """Puts a growth package on the loaded base that it grew from, in place, and returns it, as trained (α = 1).
 
-    `package` is a folder, or a name on the Hugging Face hub, which is fetched where it is not in the cache. The base
-    may be in another float type than the one that grew, where one comes from the other by rounding. Raises UserError
-    for another base: growth is a difference from that base's every value.
+    `package` is a folder, or a name on the Hugging Face hub, which is fetched if it is not in the cache. The base may
+    be in another float type than the one that grew, if one is the other rounded. Raises UserError for another base:
+    growth is a difference from that base's every value.
     """
     folder = package_folder(str(package))
     facts = read_growth(folder)
@@ -134,8 +134,8 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0
     """Opens a checkpoint, grown or stock, or a finished run by any method, as a model.
 
     `dtype` "auto" is the checkpoint's own. `alpha` is the interpolation coefficient of a model with its base inside: 0
-    is the base, 1 as trained. `start` is what a run started from, where that has moved. Raises UserError for anything
-    that is neither.
+    is the base, 1 as trained. `start` is the checkpoint that a run started from, if that has moved. Raises UserError
+    for anything else.
     """
     folder = Path(path)
     if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
@@ -160,9 +160,9 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0
 def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) -> None:
     """Writes a grown model as a stock checkpoint, which loads anywhere: one MLP a layer, `factor` times as wide.
 
-    The interpolation coefficient that the model is at is folded into the weights. Stock models have one width, so where
-    only some layers have grown `uniform` pads the others with neurons that are zero. The tokenizer is yours to save
-    beside it. Raises UserError without `uniform` there, or if the folder is there already.
+    The model's interpolation coefficient is folded into the weights. Stock models have one width, so where only some
+    layers have grown `uniform` pads the others with neurons that are zero. The tokenizer is not saved: save it beside
+    the checkpoint. Raises UserError where `uniform` is needed and not given, or if the folder is there already.
     """
     out = Path(folder)
     refuse_existing(out)
@@ -216,14 +216,14 @@ def _fill(model: nn.Module, tensors: dict[str, LazyTensor]) -> None:
 
 
 def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str]:
-    """The name in the base's files of every tensor in memory that is the base's; empty if one of them is not there."""
+    """Maps the base's tensors in memory to their names in its files; empty if one of them is not there."""
     on_disk = {canonical(name): name for name in files.tensors}
     names = {name: on_disk.get(canonical(name), "") for name in own.tensors if not is_growth(name)}
     return names if all(names.values()) else {}
 
 
 def _named_beside(name: str, names: dict[str, str]) -> str:
-    """What an added tensor is called beside the base's own in its files."""
+    """Returns the name of an added tensor that goes with the base's own names in its files."""
     kind = ".mlp.grown." if ".mlp.grown." in name else ".mlp.trained."
     own = name.replace(kind, ".mlp.")
     return names.get(own, own).replace(".mlp.", kind)
@@ -232,7 +232,7 @@ def _named_beside(name: str, names: dict[str, str]) -> str:
 def _base_identity(
     own: InMemoryCheckpoint, files: Checkpoint | None, names: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the base in memory is known by: "base" and "base_tensors" of growth.json."""
+    """Returns what identifies the base in memory: "base" and "base_tensors" of growth.json."""
     in_memory = {name: checksum(own.lazy(name)) for name in own.tensors if not is_growth(name)}
     if files is None:
         return {"name": str(own.path), "files": {}}, in_memory

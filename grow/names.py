@@ -1,4 +1,4 @@
-"""What tensors and layers are called: on disk, in memory, and in every layout of a checkpoint."""
+"""The names of tensors and layers: on disk, in memory, and in every layout of a checkpoint."""
 
 import re
 from collections.abc import Iterable
@@ -46,12 +46,13 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
 
 def is_growth(key: str) -> bool:
-    """Whether a tensor of a grown checkpoint was added by growth: a copy, or an up-projection that g_train trained."""
+    """Says whether a tensor of a grown checkpoint was added by growth: a copy, or an up-projection that g_train
+    trained."""
     return ".mlp.grown." in key or ".mlp.trained." in key
 
 
 def canonical(key: str) -> str:
-    """The part of a tensor's name that all layouts of a model share.
+    """Returns the part of a tensor's name that all layouts of a model share.
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
     memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`. PEFT calls what it wraps
@@ -61,5 +62,6 @@ def canonical(key: str) -> str:
 
 
 def of_language_model(name: str) -> bool:
-    """Whether a parameter or module is not of a vision tower or its projector, which text has no gradient for."""
+    """Says whether a parameter or module is outside the vision tower and its projector, which text gives no
+    gradient."""
     return "vision_tower." not in name and "multi_modal_projector." not in name

@@ -9,17 +9,17 @@ from typing import Any
 from grow.errors import UserError
 
 FORMAT_VERSION = 1
-MAX_FACTOR = 64  # beyond it is a slip of the hand, or someone's trap
+MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Which MLPs of a model hold added copies.
+    """Says which MLPs of a model hold added copies.
 
-    `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies.
-    `layers` are the indices of the grown decoder layers, ascending.
-    `trained_up` says that beside their own up-projections they hold trained ones, which g_train made.
-    `alphas`: where α = 1 is in each of these layers, as a share of what was trained; empty: everywhere at 1.
+    `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
+    the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
+    made by g_train, beside their own. `alphas` has the coefficient that each of these layers has at α = 1; if it is
+    empty, that is 1.
     """
 
     factor: int
@@ -28,7 +28,7 @@ class GrowthPlan:
     alphas: tuple[float, ...] = ()
 
     def own_alpha(self, layer: int) -> float:
-        """What α is multiplied by in a grown layer."""
+        """Returns the factor that α is multiplied by in a grown layer."""
         return self.alphas[self.layers.index(layer)] if self.alphas else 1.0
 
     @classmethod
@@ -71,8 +71,8 @@ def parse_factor(factor: int | str) -> int:
 
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
-    "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". In the
-    file's place may be a checkpoint that learn-alphas wrote: its layers by their α, the largest first.
+    "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". A
+    checkpoint that learn-alphas wrote may take the file's place: it ranks its layers by their α, the largest first.
 
     Raises UserError for anything else, and for a layer that the model does not have.
     """
@@ -130,7 +130,7 @@ def _read(file: Path) -> Any:
 
 
 def ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] → "0-2, 5"."""
+    """Writes layers as ranges: [0, 1, 2, 5] becomes "0-2, 5"."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and parts[-1][-1] == layer - 1:
@@ -141,6 +141,6 @@ def ranges(layers: list[int]) -> str:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a config: multimodal configs keep it under "text_config"."""
+    """Returns the language model's part of a config: multimodal configs keep it under "text_config"."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config

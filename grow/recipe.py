@@ -1,8 +1,8 @@
 """A recipe: one YAML file with every setting of one run, read and checked.
 
 Names are those of transformers.TrainingArguments; `train_batch_size` is DeepSpeed's, over all ranks. Environment
-variables (`${GROW_CACHE}`) are expanded where a folder or a file is named. On the command line any
-field can be given another value.
+variables (`${GROW_CACHE}`) are expanded in fields that name a folder or a file. On the command line any field can be
+given another value.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 _NO_FIELDS = ("method_class", "method_fields", "day")
-# In these, and in no text of a prompt or an option, ~ and environment variables are what a shell makes of them.
+# ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
 _PLACES = {
     "base", "grown", "data", "data_dir", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
     "output_dir", "mlp_layers",
@@ -40,7 +40,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every field of a recipe but those of its method. Those without a default must be in the file."""
+    """Holds all fields of a recipe except those of its method. Those without a default must be in the file."""
 
     # What is trained: a folder, or a name on the hub, of which `base_revision` is a branch, a tag or a commit.
     base: str
@@ -61,7 +61,7 @@ class Recipe:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
-    # Without any of these, columns of the names prompt and completion, or messages, are taken as they are.
+    # Without any of these, the columns called prompt and completion, or messages, are used as they are.
     prompt: str = ""
     completion: str = ""
     # Instead of the two templates: a column of chat messages, put into text by the tokenizer's chat template, or by one
@@ -110,7 +110,7 @@ class Recipe:
     # given, which sends least where the model fits; a run that has begun keeps its own.
     deepspeed: str = ""
 
-    # What is seen and kept of it. "{method}" in output_dir is the method's name.
+    # What a run logs and keeps. "{method}" in output_dir is the method's name.
     output_dir: str = field(kw_only=True)
     logging_steps: int = 5
     eval_steps: int = 20
@@ -118,58 +118,58 @@ class Recipe:
     save_total_limit: int = 2
     report_to: str = "tensorboard"
 
-    # Not lines of the file: the class of the method (grow.methods.METHODS), those fields in the file that are its own,
-    # and the day that a chat template which writes one is given (today, unless the run has begun).
+    # Not lines of the file: the class of the method (grow.methods.METHODS), the method's own fields in the file, and
+    # the day that is given to a chat template which writes the date (today, unless the run has begun).
     method_class: Any = None
     method_fields: dict[str, Any] = field(default_factory=dict)
     day: str = ""
 
     @property
     def zero(self) -> dict[str, Any]:
-        """What its DeepSpeed JSON says of ZeRO. Raises UserError if it is not readable."""
+        """Returns the ZeRO settings of the DeepSpeed JSON. Raises UserError if they are not readable."""
         return zero_settings(self.deepspeed)
 
     @property
     def makes_grown(self) -> bool:
-        """Whether the run starts from a grown checkpoint that is made for it, in its folder."""
+        """Says whether the run starts from a grown checkpoint that is made for it, in its folder."""
         return bool(self.method_class.grows) and self.grown == own_grown(self.output_dir)
 
     @property
     def start(self) -> str:
-        """The checkpoint that training starts from."""
+        """Returns the checkpoint that training starts from."""
         return self.grown if self.method_class.grows else self.base_name
 
     @property
     def base_name(self) -> str:
-        """The base as commands take it: a folder, or "organisation/model@revision"."""
+        """Returns the base as commands take it: a folder, or "organisation/model@revision"."""
         here = not self.base_revision or os.path.isdir(self.base)
         return self.base if here else f"{self.base}@{self.base_revision}"
 
     def on(self, day: str) -> "Recipe":
-        """The same on a day of its own."""
+        """Returns the same recipe with another day."""
         return dataclasses.replace(self, day=day)
 
     def make_method(self) -> Any:
-        """The method (grow.methods.method.Method), with its fields set."""
+        """Returns the method (grow.methods.method.Method), with its fields set."""
         return self.method_class(**self.method_fields)
 
     def values(self) -> dict[str, Any]:
-        """Every field by name, the method's among them."""
+        """Returns every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS} | own
 
 
 def field_types(methods: Methods) -> dict[str, Any]:
-    """The type of every field that a recipe may have: one recipe serves several methods."""
+    """Returns the types of all fields that a recipe may have: one recipe serves several methods."""
     classes = (*methods.values(), Recipe)
     types_ = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
     return {name: kind for name, kind in types_.items() if name not in _NO_FIELDS}
 
 
 def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
-    """Reads a recipe, whose method is one of these, and puts the overrides in place.
+    """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
 
-    Raises UserError for whatever is wrong with either. grow.methods.read_recipe knows all methods.
+    Raises UserError for any mistake in either. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     values = read_values(path)
@@ -197,7 +197,7 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
 
 
 def _coerce(name: str, value: Any, wanted: Any) -> Any:
-    """Makes a value from YAML or from the command line into one of its field's type, or raises UserError."""
+    """Converts a value from YAML or from the command line to its field's type, or raises UserError."""
     kinds = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None or (value in ("null", "none") and type(None) in kinds):
         if type(None) in kinds:
@@ -226,7 +226,7 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
 
 
 def own_grown(output_dir: str) -> str:
-    """Where a run's own grown checkpoint is."""
+    """Returns the folder of a run's own grown checkpoint."""
     return os.path.join(output_dir, "grown")
 
 

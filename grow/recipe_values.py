@@ -1,8 +1,8 @@
 """The values of a recipe: read from YAML as they are typed, and checked.
 
-A value's type is its field's to say, not its spelling's: to YAML 5e-5 is text, `yes` a switch, 0123 a number in eights
-and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe makes them what
-their fields take.
+The type of a value depends on its field, not on its spelling: to YAML 5e-5 is text, `yes` a switch, 0123 an octal
+number and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe converts them to
+the types of their fields.
 """
 
 import json
@@ -23,7 +23,7 @@ _COUNTS = (
     "max_length", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
     "eval_steps", "save_steps", "save_total_limit", "adapter_size", "lora_rank", "ewc_rows",
 )  # fmt: skip
-# The least of a number; whatever is not here has only to be finite.
+# The least value of each number; one that is not here must only be finite.
 _LEAST = dict.fromkeys(_COUNTS, 1) | {"max_steps": -1} | dict.fromkeys(
     ("seed", "warmup_steps", "probe_rows", "max_bad_rows", "learning_rate", "weight_decay", "max_grad_norm",
      "adam_beta1", "adam_beta2"), 0
@@ -34,10 +34,10 @@ _BELOW_1 = ("adam_beta1", "adam_beta2")
 
 
 class _AsTyped(yaml.SafeLoader):
-    """Reads every plain value as text, but for null. Raises ConstructorError for a name that stands twice."""
+    """Reads every plain value as text, except null. Raises ConstructorError for a name that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, which takes the last of several values of one name."""
+        """Refuses a name that stands twice, of which SafeLoader would take the last value."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _TAGS[1]:
@@ -56,9 +56,9 @@ _AsTyped.yaml_implicit_resolvers = {
 
 
 def read_values(path: str) -> dict[str, Any]:
-    """The fields that a recipe's file has, their values as text, null, a list or a mapping of these.
+    """Returns the fields of a recipe's file, their values as text, null, a list or a mapping of these.
 
-    Raises UserError if the file is not there, is not YAML, or is something else than fields and their values.
+    Raises UserError if the file is not there, is not YAML, or holds anything but fields and their values.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _AsTyped)
@@ -72,7 +72,7 @@ def read_values(path: str) -> dict[str, Any]:
 
 
 def whole_number(text: str) -> int:
-    """A whole number, also one that is written 1e3 or 8.0. Raises ValueError or OverflowError for anything else."""
+    """Reads a whole number, also one written 1e3 or 8.0. Raises ValueError or OverflowError for anything else."""
     try:
         return int(text)
     except ValueError:
@@ -83,7 +83,7 @@ def whole_number(text: str) -> int:
 
 
 def check_numbers(values: Mapping[str, Any], path: str) -> None:
-    """Raises UserError for a number that no run could have, or that would do nothing of what its name says."""
+    """Raises UserError for a number outside the range of its field."""
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             problem = _problem(name, value)
@@ -106,7 +106,8 @@ def _problem(name: str, value: float) -> str | None:
 
 
 def find_file(recipe: str, name: str, value: str) -> str:
-    """The path of a file that a recipe names, from here or from its folder. Raises UserError if none is there."""
+    """Returns the path of a file that a recipe names, relative to the working folder or to the recipe's. Raises
+    UserError if there is none."""
     if not value:
         return ""
     file = Path(value)
@@ -118,7 +119,7 @@ def find_file(recipe: str, name: str, value: str) -> str:
 
 
 def find_deepspeed(recipe: str, value: str) -> str:
-    """The path of a recipe's DeepSpeed JSON: one of ours by its name, such as zero1, or a file.
+    """Returns the path of a recipe's DeepSpeed JSON: one of ours by its name, such as zero1, or a file.
 
     Raises UserError if there is no such file.
     """
@@ -128,21 +129,21 @@ def find_deepspeed(recipe: str, value: str) -> str:
     place, stem = Path(value), Path(value).stem
     there = place.exists() or (Path(recipe).parent / place).exists()
     if stem in ours and place.parent.name == "deepspeed" and not there:
-        return str(ours[stem])  # as recipes named them once, by their place in the repository
+        return str(ours[stem])  # older recipes named ours by their path in the repository
     return find_file(recipe, "deepspeed", value)
 
 
 def begun_with(output_dir: str) -> dict[str, Any]:
-    """The recipe of the run that has begun in a folder, as its run.json has it; nothing if none has."""
+    """Returns the recipe in the run.json of the run that has begun in a folder; an empty one if none has."""
     try:
         begun = json.loads(Path(output_dir, "run.json").read_text(encoding="utf-8")).get("recipe")
     except (OSError, ValueError, AttributeError):
-        return {}  # whether it can be read is asked when the run resumes
+        return {}  # that run.json cannot be read is reported when the run resumes
     return begun if isinstance(begun, dict) else {}
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:
-    """The file's settings as they stand in it. Raises UserError if it is not a JSON object, or holds a name twice."""
+    """Returns the settings in a DeepSpeed JSON. Raises UserError if it is not a JSON object, or holds a name twice."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_name_twice)
     except OSError as error:
@@ -164,7 +165,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def zero_settings(path: str | Path) -> dict[str, Any]:
-    """What the file says of ZeRO, with a stage from 0 to 3. Raises UserError if it does not say it so."""
+    """Returns the file's ZeRO settings. Raises UserError if they are not an object with a stage from 0 to 3."""
     zero = read_deepspeed(path).get("zero_optimization") or {}
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization is {zero!r}; it is an object, such as {{"stage": 2}}')

@@ -1,1 +1,1 @@
-"""Which layers move in training, and in how many directions."""
+"""Analysis of weight updates: which layers training moves, and in how many directions."""

@@ -1,10 +1,10 @@
-"""How many directions a weight update has: its effective rank, against what noise has.
+"""The effective rank of a weight update, the number of its directions, compared with that of noise.
 
-Of the singular values σ_1 ≥ σ_2 ≥ … of each update:
+The figures of each update, with its singular values σ_1 ≥ σ_2 ≥ …:
 - effective rank: exp(H(p)) with p_i = σ_i / Σσ and H Shannon's entropy in nats (Roy & Vetterli 2007, "The effective
   rank: a measure of effective dimensionality", definition 1);
 - stable rank: ‖·‖_F² / ‖·‖_2² = Σσ² / σ_1²;
-- how many of the largest hold 90 % and 99 % of the energy Σσ².
+- the number of the largest that hold 90 % and 99 % of the energy Σσ².
 
 The noise floor is twofold. A random Gaussian matrix of the same shape and Frobenius norm (none of the figures depends
 on the norm) says what an update without any structure has. And storing a weight w in bf16 moves it by up to half a unit
@@ -33,7 +33,7 @@ _MANTISSA = 7
 
 
 def effective_ranks(path: str, start: str = "", tag: str = "") -> list[dict[str, Any]]:
-    """The figures of every update of a run (grow.checkpoint.updates), one matrix in memory at a time.
+    """Returns the figures of every update of a run (grow.checkpoint.updates), with one matrix in memory at a time.
 
     Raises UserError as read_updates does, and if nothing has changed.
     """
@@ -65,14 +65,15 @@ def _measure(update: Update) -> dict[str, Any] | None:
 
 
 def singular_values(matrix: Rows) -> Rows:
-    """Of a matrix [m, n] in fp32, the largest first, fp64: roots of the eigenvalues of the smaller Gram matrix, formed
-    in fp64; those below 1e-8 of the largest are lost, which no figure here feels."""
+    """Returns the singular values of a matrix [m, n] in fp32, the largest first, in fp64: the square roots of the
+    eigenvalues of the smaller Gram matrix, formed in fp64. Those below 1e-8 of the largest are lost, which changes none
+    of the figures."""
     wide = matrix.astype(np.float64) if matrix.shape[0] <= matrix.shape[1] else matrix.T.astype(np.float64)
     return np.sqrt(np.linalg.eigvalsh(wide @ wide.T).clip(min=0))[::-1]
 
 
 def spectrum(values: Rows) -> dict[str, float]:
-    """The figures of singular values, the largest first, of which one at least is not zero."""
+    """Returns the figures of singular values, given the largest first; at least one must not be zero."""
     energy = np.square(values)
     shares = values[values > 0] / values.sum()
     held = np.cumsum(energy) / energy.sum()
@@ -91,7 +92,7 @@ def _random(rows: int, columns: int) -> dict[str, float]:
 
 
 def rounding_norm(weight: LazyTensor) -> float:
-    """The Frobenius norm that rounding a weight to bf16 is expected to move it by."""
+    """Returns the Frobenius norm by which rounding to bf16 is expected to move a weight."""
     energy = []
     for block in weight.to("F32").blocks():
         _, exponents = np.frexp(block)  # |w| in [2^(e-1), 2^e): its unit in the last place is 2^(e-1-7)
@@ -101,7 +102,7 @@ def rounding_norm(weight: LazyTensor) -> float:
 
 
 def write_ranks(found: list[dict[str, Any]], out: str, source: str) -> dict[str, Any]:
-    """Writes OUT/effective_rank.json, .md and .png. Returns what the file holds, and under "text" a summary."""
+    """Writes OUT/effective_rank.json, .md and .png. Returns what the JSON holds, and under "text" a summary."""
     folder = Path(out)
     result: dict[str, Any] = {"source": source, "updates": found}
     summary = rank_table(found)
@@ -112,7 +113,7 @@ def write_ranks(found: list[dict[str, Any]], out: str, source: str) -> dict[str,
 
 
 def rank_table(found: list[dict[str, Any]]) -> str:
-    """Over the layers, for each matrix: as Markdown."""
+    """Returns a Markdown table that sums up each matrix over the layers."""
     header = [
         "matrix", "effective rank: median", "lowest", "highest", "of a random matrix", "stable rank: median",
         "of a random matrix", "update / bf16 rounding: median",
@@ -147,7 +148,7 @@ def _matrices(found: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_ranks(found: list[dict[str, Any]], path: Path) -> None:
-    """A heat map: layers × matrices."""
+    """Draws a heat map of layers × matrices."""
     matrices, layers = _matrices(found), sorted({f["layer"] for f in found})
     share = np.full((len(layers), len(matrices)), np.nan)
     figure, axes = new_figure(2.2 + 0.75 * len(matrices), 1.6 + 0.28 * len(layers))

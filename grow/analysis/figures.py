@@ -9,13 +9,13 @@ from grow.checkpoint.files import written_whole
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first to the right."""
+    """Returns a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """Writes a matplotlib figure as PNG and closes it. Raises UserError if that cannot be."""
+    """Writes a matplotlib figure as PNG and closes it. Raises UserError if the file cannot be written."""
     from matplotlib import pyplot
 
     with written_whole(Path(path)) as partial:
@@ -24,7 +24,7 @@ def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
 
 
 def new_figure(*size: float, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure of some inches, drawn without a screen, and its axes."""
+    """Returns a matplotlib figure of a size in inches, drawn without a screen, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")

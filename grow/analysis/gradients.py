@@ -1,4 +1,4 @@
-"""How large the task's gradient is at each weight matrix of the base: a ranking without a pilot run."""
+"""The norm of the task's gradient at each weight matrix of the base ranks layers without a pilot run."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from grow.recipe import Recipe
 
 
 def gradient_norms(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
-    """Frobenius norms of the mean loss's gradient, for each of so many batches of the recipe's training rows, in the
-    order in which a run sees them, and of the weights; and how many layers the model has. Nothing is trained.
+    """Returns the Frobenius norms of the mean loss's gradient and of the weights, for each of the first `batches`
+    batches that a run would see; and how many layers the model has. Nothing is trained.
 
     Raises UserError for rows that cannot be used, and for an invalid number of batches.
     """

@@ -1,8 +1,8 @@
-"""Which layers to grow: those whose weights move most in a short pilot run.
+"""Ranks layers to grow: the best are those whose weights move most in a short pilot run.
 
 "Grow, Don't Overwrite" (arXiv 2603.08647, section on growing fewer layers) ranks layers by the magnitude of their
-weight update. Here it is the Frobenius norm of what the MLP's three matrices have moved by, read from checkpoints a
-block of rows at a time; or, without any training, of the gradient at the base (grow.analysis.gradients).
+weight update. Here that is the Frobenius norm of the update of the MLP's three matrices, read from checkpoints a block
+of rows at a time; or, without any training, of the gradient at the base (grow.analysis.gradients).
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,12 @@ COST = (
 )
 
 Norms = dict[int, dict[str, tuple[float, float]]]
-"""By layer and matrix: the Frobenius norms of an update (or a gradient) and of the weight."""
+"""The Frobenius norms of an update (or a gradient) and of the weight, by layer and matrix."""
 
 
 def update_norms(path: str, start: str = "") -> tuple[Norms, int]:
-    """The norms of a run's updates, and how many layers its model has. Raises UserError as read_updates does."""
+    """Returns the norms of a run's updates, and how many layers its model has. Raises UserError as read_updates
+    does."""
     norms: Norms = {}
     updates, layers = read_updates(path, start, export=export_trained)
     for update in updates:
@@ -46,15 +47,15 @@ def update_norms(path: str, start: str = "") -> tuple[Norms, int]:
 
 
 def frobenius(tensor: LazyTensor) -> float:
-    """‖tensor‖_F, of a tensor in fp32: its squares are summed in fp64, a block of rows at a time."""
+    """Returns ‖tensor‖_F of a tensor in fp32: its squares are summed in fp64, a block of rows at a time."""
     return sqrt(fsum(float(np.square(block, dtype=np.float64).sum()) for block in tensor.blocks()))
 
 
 def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool = False) -> list[dict[str, Any]]:
-    """The layers, the best first: means over the samples (runs, or batches), each with its standard deviation.
+    """Returns the layers, the best first: means over the samples (runs, or batches), each with its standard deviation.
 
-    `layers` is how many the model has. `cost` divides a size by what training that layer costs (COST). Raises
-    UserError if samples are of different layers, or of no MLP.
+    `layers` is how many the model has. `cost` divides a norm by what training that layer costs (COST). Raises UserError
+    if the samples are of different layers, or if a layer's MLP did not train.
     """
     if any(norms.keys() != samples[0].keys() for norms in samples):
         raise UserError("ranking: the runs trained different layers; name runs of the same ones")
@@ -74,7 +75,7 @@ def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool =
 
 
 def _of_mlp(matrices: dict[str, tuple[float, float]]) -> tuple[float, float]:
-    """The norms of an MLP's matrices taken together."""
+    """Returns the norms of an MLP's matrices taken together."""
     own = [sizes for matrix, sizes in matrices.items() if matrix.startswith("mlp.")]
     if not own:
         raise UserError("ranking: an MLP has no matrix that trained, and layers are ranked by their MLPs")
@@ -82,7 +83,7 @@ def _of_mlp(matrices: dict[str, tuple[float, float]]) -> tuple[float, float]:
 
 
 def _of_matrix(sizes: list[tuple[float, float]]) -> dict[str, float]:
-    """Its norm, and `relative`, the mean of that by the weight's (of a weight of zeros 0)."""
+    """Returns a matrix's norm, and as `relative` the mean of its ratio to the weight's (0 for a weight of zeros)."""
     shares = [size / weight if weight else 0.0 for size, weight in sizes]
     return _mean([size for size, _ in sizes]) | {"relative": fmean(shares)}
 

@@ -1,4 +1,4 @@
-"""Runs and scores → one table (Markdown) and one picture (PNG)."""
+"""Runs and scores in one table (Markdown) and one picture (PNG)."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ METRICS = (
     ("chrF", "task", "chrf", "{:.1f}"),
     ("BLEU", "task", "bleu", "{:.1f}"),
 )
-"""Columns that a table has if a recipe asked for them."""
+"""The columns that a table has only if a recipe asked for them."""
 
 
 def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
 
 
 def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each α that was scored."""
+    """Returns the scores at each α."""
     points = scores.get("by_alpha") or scores.get("dial")  # "dial" in files of before
     if not points:
         return [scores]
@@ -56,7 +56,7 @@ def _method(run: Path) -> str:
 
 
 def table(scores: list[dict[str, Any]]) -> str:
-    """One row for each scored checkpoint, as Markdown."""
+    """Returns a Markdown table with one row for each scored checkpoint."""
     if not scores:
         return ""
     columns = [*COLUMNS, *(c for c in METRICS if any(c[2] in row[c[1]] for row in scores))]
@@ -72,7 +72,7 @@ def table(scores: list[dict[str, Any]]) -> str:
 
 
 def samples(scores: list[dict[str, Any]]) -> str:
-    """What each checkpoint writes for the same prompts, side by side."""
+    """Returns what each checkpoint writes for the same prompts, side by side, as Markdown."""
     lines = []
     for index, sample in enumerate(scores[0]["samples"] if scores else []):
         lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]

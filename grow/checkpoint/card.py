@@ -15,7 +15,7 @@ _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def base_facts(base: Checkpoint) -> dict[str, Any]:
-    """A base's name, and its licence as its own card has it: {"name": …, "license": …, …}."""
+    """Returns a base's name, and its licence as its own card has it: {"name": …, "license": …, …}."""
     facts = {"name": hub_name(base.path) or base.path.resolve().name}
     card = base.path / "README.md"
     front = _front_matter(card) if card.is_file() else {}
@@ -33,7 +33,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
 
 def grown_card(growth: dict[str, Any]) -> str:
-    """The card of a grown checkpoint, from its metadata (config.json's "growth")."""
+    """Returns the card of a grown checkpoint, from its metadata (config.json's "growth")."""
     base, layers = growth["base"], growth["layers"]
     text = (
         f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
@@ -49,10 +49,10 @@ def grown_card(growth: dict[str, Any]) -> str:
 def stock_card(
     base: dict[str, Any], growth: dict[str, Any] | None, about: dict[str, Any], scores: dict[str, Any], alpha: float
 ) -> str:
-    """The card of a stock checkpoint at an interpolation coefficient.
+    """Returns the card of a stock checkpoint at an interpolation coefficient.
 
-    `base` is as base_facts returns it, `growth` the metadata if it grew, `about` the training's facts, `scores` those
-    of `eval`.
+    `base` is as base_facts returns it; `growth` is the checkpoint's metadata if it grew; `about` holds the facts of the
+    training; `scores` are those of `eval`.
     """
     if growth:
         layers = growth["layers"]

@@ -1,7 +1,8 @@
-"""A training run, or a grown checkpoint → a stock checkpoint that loads anywhere, or a grown one.
+"""Consolidation: a training run or a grown checkpoint becomes a stock checkpoint that loads anywhere, or a grown one.
 
-Stock: gate and up of base and copies stand one below the other, down side by side as [D/k, D'], and the model's
-intermediate_size is k·p. Master weights are rounded once. A block of rows is in memory at a time.
+In a stock checkpoint, the gate and up of the base and of the copies are concatenated by rows, and the down-projections
+by columns as [D/k, D'], so the model's intermediate_size is k·p. Master weights are rounded once. A block of rows is in
+memory at a time.
 """
 
 import operator
@@ -22,7 +23,13 @@ from grow.names import is_growth, mlp_prefixes
 from grow.plan import GrowthPlan, text_config
 
 FORMATS = ("stock", "grown")
-_SCORES = ("loss", "token_accuracy", "exact_match", "log_likelihood", "rows")  # what a card says, not each row's
+_SCORES = (
+    "loss",
+    "token_accuracy",
+    "exact_match",
+    "log_likelihood",
+    "rows",
+)  # the scores that a card shows; those of single rows are left out
 _CHAT_TEMPLATE = "chat_template.jinja"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -45,10 +52,10 @@ def consolidate(
     """Writes OUT. Raises UserError if the source cannot be made into that, or if OUT is there.
 
     `uniform`: where only some layers are grown, the others get neurons that are zero, which changes nothing they
-    compute, so that one intermediate_size holds for all. `alpha`: the interpolation coefficient, folded
-    into the weights: 0 is the base, 1 as trained; for a run without growth the weights are interpolated with the
-    base's. `dtype`: another one than the base's. `start`, `tag`, `average`, `export`: see load_trained. `scores`: a
-    file that `eval --out` wrote, for the model card.
+    compute, so that one intermediate_size holds for all. `alpha`: the interpolation coefficient, folded into the
+    weights: 0 is the base, 1 as trained; for a run without growth the weights are interpolated with the base's.
+    `dtype`: a float type other than the base's. `start`, `tag`, `average`, `export`: see load_trained. `scores`: a file
+    that `eval --out` wrote, for the model card.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -83,9 +90,9 @@ def consolidate(
 def stock_tensors(
     source: TrainedWeights, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
 ) -> dict[str, LazyTensor]:
-    """The tensors of a stock checkpoint at an interpolation coefficient, by the names that the start has.
+    """Returns the tensors of a stock checkpoint at an interpolation coefficient, by the names that the start has.
 
-    `dtype` is safetensors' name of a float type; None leaves the start's. Raises UserError where only some layers have
+    `dtype` is safetensors' name of a float type; None keeps the start's. Raises UserError where only some layers have
     grown and `uniform` does not pad the others.
     """
     start = source.start
@@ -114,7 +121,7 @@ def stock_tensors(
 
 
 def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dict[str, LazyTensor]:
-    """What a method has added for which the base has no counterpart, in the base's dtype."""
+    """Returns the tensors that a method has added and the base has no counterpart for, in the base's dtype."""
     known = source.start.tensors
     new = {name: tensor for name, tensor in source.trained.items() if name not in known and not is_growth(name)}
     if new and alpha != 1:
@@ -124,7 +131,7 @@ def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dic
 
 
 def _merged(source: TrainedWeights, mlp: str, last: str, k: int, alpha: float | None, target: str) -> LazyTensor:
-    """One of a stock MLP's tensors, from the base's own and the copies; `alpha` is None if it has not grown."""
+    """Returns a tensor of a stock MLP, from the base's own and the copies; `alpha` is None if it has not grown."""
     own = source.start.lazy(f"{mlp}.{last}")
     if alpha is None:
         own = own.to(target)
@@ -144,7 +151,7 @@ def _merged(source: TrainedWeights, mlp: str, last: str, k: int, alpha: float | 
 
 
 def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:
-    """Scaled in the wider of the two types, so that it is rounded once."""
+    """Scales a tensor in the wider of the two types, so that it is rounded once."""
     return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
 
 
@@ -182,7 +189,7 @@ def _write_stock(
 
 
 def stock_config(source: TrainedWeights, plan: GrowthPlan | None) -> dict[str, Any]:
-    """The config of a stock checkpoint: without growth, and with the width that its MLPs have come to."""
+    """Returns the config of a stock checkpoint: without growth, and with the width of the merged MLPs."""
     config = {key: value for key, value in (source.config or source.start.config).items() if key != "growth"}
     if plan is None:
         return config
@@ -196,7 +203,7 @@ def _gate(source: TrainedWeights) -> str:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with its dtype (older ones call it torch_dtype) replaced, also where its parts name one."""
+    """Returns the config with its dtype (older ones call it torch_dtype) replaced, also where its parts name one."""
     return {
         key: dtype if key in ("dtype", "torch_dtype") and value is not None
         else _with_dtype(value, dtype) if isinstance(value, dict) else value
@@ -205,7 +212,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_grown(source: TrainedWeights, out: str, max_shard_size: int, progress: Progress = no_progress) -> int:
-    """The base's shards linked as they are, and the growth as trained."""
+    """Writes the growth as trained beside the base's shards, which are linked. Returns the growth's bytes."""
     start, known = source.start, read_growth(source.start.path)
     added = source.growth()
     shards = split_into_shards(added, max_shard_size, "growth")

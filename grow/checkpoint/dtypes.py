@@ -19,7 +19,7 @@ TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-# Of each float: integers of its width, signed and not, and infinity's bits.
+# For each float type: the integers of its width, signed and unsigned, and the bits of infinity.
 _BITS: dict[str, tuple[Any, Any, int]] = {
     "F64": (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.int32, np.uint32, 0x7F80_0000),
@@ -29,24 +29,24 @@ _BITS: dict[str, tuple[Any, Any, int]] = {
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one value."""
+    """Returns the bytes of one value."""
     return int(np.dtype(DTYPES[dtype]).itemsize)
 
 
 def is_float(dtype: str) -> bool:
-    """Whether it is a floating-point type."""
+    """Says whether a type is a floating-point type."""
     return dtype in _BITS
 
 
 def widest(one: str, other: str) -> str:
-    """The float type that holds all values of both."""
+    """Returns the float type that holds all values of both."""
     if one == other:
         return one
     return "F64" if "F64" in (one, other) else "F32"
 
 
 def convert(values: Rows, dtype: str, target: str) -> Rows:
-    """From one float type to another, rounded to the nearest, ties to even."""
+    """Converts values from one float type to another, rounded to the nearest, ties to even."""
     if dtype == target:
         return values
     if dtype == "BF16":
@@ -59,13 +59,13 @@ def convert(values: Rows, dtype: str, target: str) -> Rows:
 def _to_bfloat16(values: Rows) -> Rows:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    if np.isnan(values).any():  # whose bits the rounding may carry into another number's
+    if np.isnan(values).any():  # rounding may carry a NaN's bits into those of a number
         rounded = np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
     return rounded.astype(np.uint16)
 
 
 def scale(values: Rows, dtype: str, factor: float) -> Rows:
-    """Times a number, rounded once."""
+    """Multiplies values by a number, rounding once."""
     if factor == 1:
         return values
     if dtype == "BF16":
@@ -78,9 +78,10 @@ def _scaled(bits: Rows, factor: float) -> Rows:
 
 
 def _halved(bits: Rows) -> Rows:
-    """bfloat16 times ½: one less in the exponent, but for zeros, subnormals and what is not finite."""
+    """Multiplies bfloat16 by ½: one less in the exponent, except for zeros, subnormals and values that are not
+    finite."""
     halved = bits - np.uint16(0x0080)
-    # The least of the positive is the smallest as an unsigned integer, that of the negative the smallest as a signed.
+    # The least positive value is the smallest unsigned integer, the negative value nearest to 0 the smallest signed.
     small = bits.min(initial=0x7FFF) < 0x0100 or bits.view(np.int16).min(initial=0) < 0x0100 - 0x8000
     if small or not finite(bits, "BF16"):
         special = np.nonzero((bits & np.uint16(0x7FFF)) - np.uint16(0x0100) >= np.uint16(0x7E80))
@@ -89,10 +90,11 @@ def _halved(bits: Rows) -> Rows:
 
 
 def finite(values: Rows, dtype: str) -> bool:
-    """Whether all values are finite; true of integers.
+    """Says whether all values are finite, which integers always are.
 
-    What is not finite has bits from infinity's up: among the positive it is the largest as a signed integer, among the
-    negative the largest as an unsigned one. Two maxima cost a tenth of asking each value.
+    Values that are not finite have bits from infinity's up: among the positive ones such a value is the largest as a
+    signed integer, among the negative ones the largest as an unsigned one. Two maxima cost a tenth of testing each
+    value.
     """
     if dtype not in _BITS or not values.size:
         return True

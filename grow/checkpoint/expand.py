@@ -1,4 +1,4 @@
-"""Base checkpoint → grown checkpoint, offline.
+"""Expansion: a base checkpoint becomes a grown checkpoint, offline.
 
 The base's shards are linked, not copied; only the added copies are computed and written, a block of rows at a time.
 """
@@ -23,13 +23,13 @@ from grow.errors import UserError
 from grow.names import PROJECTIONS, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, parse_factor, parse_layers, text_config
 
-# Where there is more than one added copy, they start this far apart (in standard deviations of a row of the down-
-# projection).
+# Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
 
 def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
-    """The plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be grown."""
+    """Returns the plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be
+    grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
@@ -41,7 +41,7 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
 
 
 def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str, Any]:
-    """Raises UserError if the checkpoint OUT has not grown in these layers of the base by this factor."""
+    """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor."""
     wanted, _ = make_plan(Checkpoint(base), factor, layers)
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or (there.factor, there.layers) != (wanted.factor, wanted.layers):
@@ -51,7 +51,7 @@ def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str
 
 
 def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
-    """The key prefix of each layer's MLP. Raises UserError if they are not all there, in shapes that fit."""
+    """Returns the key prefix of each layer's MLP. Raises UserError if one is missing or its shapes do not fit."""
     try:
         prefixes = mlp_prefixes(checkpoint.tensors)
     except UserError as error:
@@ -89,10 +89,10 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
 
 
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, LazyTensor]:
-    """The copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight`, in the base's dtype.
+    """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight`, in the base's dtype.
 
-    gate and up: [(k−1)·p, h], copies one below the other. down: [h, (k−1)·p], copies side by side, each divided by k.
-    Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
+    gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
+    divided by k. Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
     """
     k = plan.factor
     added = {}
@@ -116,8 +116,8 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
 
 
 def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The growth that a plan asks for, as it was before training, computed from the base inside; and a line by the
-    name of each tensor of it that is missing, of another shape or dtype, or one too many."""
+    """Returns the growth that a plan asks for, as it was before training, computed from the base inside; and problems
+    by name: a line for each tensor that is missing, superfluous, or of another shape or dtype."""
     expected = added_tensors(grown, plan, checked_mlp_prefixes(grown))
     if plan.trained_up:
         expected |= {
@@ -138,10 +138,10 @@ def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy
 
 
 def _divided(down: LazyTensor, k: int, name: str) -> LazyTensor:
-    """[h, p] → [h, (k−1)·p], each copy divided by k.
+    """Maps [h, p] to [h, (k−1)·p], each copy divided by k.
 
-    Several equal copies would get equal gradients and never part. So they start apart by noise that sums to zero: the
-    last copy is what the others leave of (k−1)/k·D, so that only one rounding is left of it.
+    Several equal copies would get equal gradients and stay equal for ever. So they start apart by noise that sums to
+    zero: the last copy is (k−1)/k·D minus the other copies, so that the sum is off by one rounding only.
     """
     if k == 2:
         return down.scaled(0.5)
@@ -164,8 +164,8 @@ def _divided(down: LazyTensor, k: int, name: str) -> LazyTensor:
 
 
 def grown_name(shard: Path) -> str:
-    """The name of a base's shard in a grown checkpoint: transformers prefers a file called model.safetensors to the
-    index beside it and would initialise the growth at random, so that name is never used."""
+    """Returns the name of a base's shard in a grown checkpoint. transformers prefers a file called model.safetensors to
+    the index beside it and would initialise the growth at random, so that name is never used."""
     return "model-00001-of-00001.safetensors" if shard.name == SINGLE_NAME else shard.name
 
 
@@ -209,8 +209,8 @@ def expand(
 
 
 def base_identity(base: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a base is known by: facts of its files, by the names that they have in a grown checkpoint; and the checksum
-    of every tensor."""
+    """Returns what identifies a base: facts of its files, by the names that they have in a grown checkpoint, and the
+    checksum of every tensor."""
     files: dict[str, Any] = {}
     tensors: dict[str, str] = {}
     for shard in base.shards:
@@ -221,8 +221,8 @@ def base_identity(base: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def link_base(folder: OutputFolder, base: Checkpoint) -> None:
-    """Puts a base's files into a grown checkpoint: shards linked, small files copied, and as they were, in `base/`,
-    those that a grown checkpoint has its own of."""
+    """Puts a base's files into a grown checkpoint: shards are linked and small files copied. Those that a grown
+    checkpoint replaces by its own are kept as they were in `base/`."""
     for shard in base.shards:
         folder.link(shard, grown_name(shard))
     for file in side_files(base.path):
@@ -233,7 +233,7 @@ def link_base(folder: OutputFolder, base: Checkpoint) -> None:
 
 
 def link_again(folder: OutputFolder, grown: Checkpoint, shards: Iterable[Path]) -> None:
-    """Puts some shards and all small files of a grown checkpoint into another, likewise; both have one base."""
+    """Links some shards, and copies all small files, of a grown checkpoint into another one of the same base."""
     for shard in shards:
         folder.link(shard, shard.name)
     for file in side_files(grown.path):
@@ -243,7 +243,7 @@ def link_again(folder: OutputFolder, grown: Checkpoint, shards: Iterable[Path]) 
 
 
 def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTensor]) -> dict[str, Any]:
-    """What a plan comes to: layers, parameters (of the base, added, trained), bytes on disk."""
+    """Describes what a plan grows: layers, parameters (of the base, added, trained), bytes on disk."""
     count = sum(tensor.numel for tensor in added.values())
     up = sum(tensor.numel for name, tensor in added.items() if ".down_proj." not in name) // (plan.factor - 1)
     return {

@@ -11,19 +11,19 @@ from grow.errors import UserError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file, and its folder if there is none. Raises UserError if that cannot be."""
+    """Writes a file, and its folder if there is none. Raises UserError if it cannot be written."""
     with written_whole(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as JSON, in the same way."""
+    """Writes a value as JSON, and the folder if there is none. Raises UserError if it cannot be written."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` at the end. Raises UserError if the disk does not take it."""
+    """Yields a name to write under, which becomes `path` at the end. Raises UserError if the disk does not take it."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

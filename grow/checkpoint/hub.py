@@ -1,7 +1,7 @@
 """Where a checkpoint is: a folder, or a name on the Hugging Face hub that is in the local cache.
 
-Of the hub's cache (HF_HOME) only its public layout and functions are used: a snapshot's folder holds what was fetched,
-and a list of the repository's files, which was kept beside it, tells what was not.
+Only the public layout and functions of the hub's cache (HF_HOME) are used: a snapshot's folder holds the files that
+were fetched, and the list of the repository's files beside it tells which were not.
 """
 
 import contextlib
@@ -18,19 +18,20 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
 Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
-"""Which of a repository's files are wanted, by their names; it may ask for the path of a small one to read it."""
+"""Chooses the wanted files of a repository by their names; it may ask for the path of a small one to read it."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One revision (a branch, a tag or a commit) of a repository on the hub; `kind` is "model" or "dataset"."""
+    """Identifies one revision (a branch, a tag or a commit) of a repository on the hub; `kind` is "model" or
+    "dataset"."""
 
     name: str
     kind: str = "model"
     revision: str = "main"
 
     def folder(self) -> Path | None:
-        """Its snapshot in the cache; None if nothing of it is there."""
+        """Returns the snapshot's folder in the cache; None if nothing of it is there."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
@@ -41,7 +42,7 @@ class Repository:
         return snapshot if commit and snapshot.is_dir() else None
 
     def listed(self) -> list[str] | None:
-        """The names of its files, whether fetched or not; None in a cache that has no list, as older ones have none."""
+        """Returns the names of all files, fetched or not; None where the cache has no list, as in older versions."""
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -51,16 +52,16 @@ class Repository:
         return None
 
     def names(self) -> list[str]:
-        """The names of its files as far as the cache knows them."""
+        """Returns the names of the files as far as the cache knows them."""
         if (names := self.listed()) is not None:
             return names
         folder = self.folder()
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder else []
 
     def cached(self, choose: Choose) -> list[Path] | None:
-        """The chosen files, if all of them are in the cache.
+        """Returns the chosen files, or None unless all of them are in the cache.
 
-        Raises UserError as `choose` does, where all names are known to it.
+        Raises UserError as `choose` does, if the cache knows all names.
         """
         folder = self.folder()
         if folder is None:
@@ -128,13 +129,13 @@ class Repository:
 
 
 def repository(name: str) -> Repository:
-    """The model of a hub name, "organisation/model" or "organisation/model@revision"."""
+    """Returns the model of a hub name, "organisation/model" or "organisation/model@revision"."""
     plain, _, revision = name.partition("@")
     return Repository(plain, revision=revision or "main")
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint. Nothing is fetched: a hub name must be in the cache (HF_HOME) already.
+    """Returns the folder of a checkpoint. Nothing is fetched: a hub name must be in the cache (HF_HOME) already.
 
     Raises UserError if there is none.
     """
@@ -154,6 +155,6 @@ def locate(name: str | os.PathLike[str]) -> Path:
 
 
 def hub_name(path: Path) -> str | None:
-    """The hub's name of a cached snapshot, "organisation/model"; None for any other folder."""
+    """Returns the hub's name of a cached snapshot, "organisation/model"; None for any other folder."""
     match = _SNAPSHOT.search(str(path.absolute()))
     return f"{match[1]}/{match[2]}" if match else None

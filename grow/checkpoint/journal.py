@@ -1,7 +1,7 @@
-"""What is finished in a folder that is being written: a file beside it, a JSON object a line, locked by the writer.
+"""The journal of a folder that is being written: a file beside it, one JSON object a line, locked by the writer.
 
-The first line says what is being made; each further one names a shard that is whole, with its tensors' checksums. The
-lock goes with the process, however that ends.
+The first line says what is being made; each further line names a finished shard, with its tensors' checksums. The lock
+ends with the process, however that ends.
 """
 
 import errno
@@ -22,7 +22,8 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Journal:
-    """Opened and locked. Raises UserError if another process writes it, or if it is no file of its own."""
+    """Opens and locks a journal. Raises UserError if another process writes it, or if it is a link or no regular
+    file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,7 +59,7 @@ class Journal:
             return False
 
     def recall(self, request: str) -> list[dict[str, Any]]:
-        """The shards' entries, if what is being made is the same; else it begins anew."""
+        """Returns the shards' entries if the request is the same; otherwise empties the journal and begins anew."""
         with open(self._descriptor, "rb", closefd=False) as file:
             lines = file.read().splitlines(keepends=True)
         entries = []
@@ -69,7 +70,7 @@ class Journal:
             entries.append(entry)
         if not entries or entries[0].get("request") != request:
             entries = []
-        # What stands there already stays, so that being killed here, too, costs no finished shard.
+        # The entries are kept in place, so that no finished shard is lost if the process is killed here.
         os.ftruncate(self._descriptor, sum(map(len, lines[: len(entries)])))
         os.lseek(self._descriptor, 0, os.SEEK_END)
         if not entries:
@@ -87,12 +88,12 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unlocks."""
+        """Closes the file, which unlocks it."""
         os.close(self._descriptor)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """None for what was being written when the process died."""
+    """Returns a line's entry; None for a line that was being written when the process died."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Tensors that are not in memory: a shape, a dtype, and a way to get some rows of it.
+"""Tensors that are not in memory: a shape, a dtype, and a way to get some of the rows.
 
-Whatever a checkpoint holds and whatever is made of it (rounded, scaled, concatenated) is computed a block of rows at
-a time, so that an embedding of gigabytes costs no more memory than a norm.
+Tensors of a checkpoint, and those made of them (rounded, scaled, concatenated), are computed a block of rows at a time,
+so that an embedding of gigabytes costs no more memory than a norm.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor by rows: `rows(begin, end)` returns [end − begin, *shape[1:]], not to be written to.
+    """Reads a tensor by rows: `rows(begin, end)` returns [end − begin, *shape[1:]], not to be written to.
 
     `dtype` is safetensors' name of it (grow.checkpoint.dtypes). A scalar counts as one row.
     """
@@ -30,47 +30,47 @@ class LazyTensor:
 
     @property
     def length(self) -> int:
-        """How many rows."""
+        """Returns the number of rows."""
         return self.shape[0] if self.shape else 1
 
     @property
     def numel(self) -> int:
-        """How many elements."""
+        """Returns the number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Its size in a file."""
+        """Returns the size in a file, in bytes."""
         return self.numel * itemsize(self.dtype)
 
     def blocks(self) -> Iterator[Rows]:
-        """All rows, in blocks of about BLOCK bytes."""
+        """Yields all rows, in blocks of about BLOCK bytes."""
         step = max(1, BLOCK // max(1, self.nbytes // max(1, self.length)))
         for begin in range(0, self.length if self.numel else 0, step):
             yield self.rows(begin, min(begin + step, self.length))
 
     def load(self) -> Any:
-        """The whole tensor, as a torch.Tensor."""
+        """Returns the whole tensor, as a torch.Tensor."""
         import torch
 
         values = np.ascontiguousarray(self.rows(0, self.length)).reshape(self.shape).copy()
         return torch.from_numpy(values).view(getattr(torch, TORCH_NAMES[self.dtype]))
 
     def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "LazyTensor":
-        """Applied to each block of rows; `dtype` if the function changes it."""
+        """Returns the tensor with a function applied to each block of rows; `dtype` if the function changes it."""
         return LazyTensor(self.shape, dtype or self.dtype, lambda begin, end: function(self.rows(begin, end)))
 
     def to(self, dtype: str) -> "LazyTensor":
-        """In another float type."""
+        """Returns the tensor in another float type."""
         return self if dtype == self.dtype else self.map(lambda rows: convert(rows, self.dtype, dtype), dtype)
 
     def scaled(self, factor: float) -> "LazyTensor":
-        """Times a number."""
+        """Returns the tensor times a number."""
         return self if factor == 1 else self.map(lambda rows: scale(rows, self.dtype, factor))
 
 
 def from_tensor(tensor: Any) -> LazyTensor:
-    """A torch.Tensor that is in memory, or mapped into it."""
+    """Wraps a torch.Tensor that is in memory, or mapped into it."""
     import torch
 
     dtype = next(name for name, known in TORCH_NAMES.items() if getattr(torch, known) == tensor.dtype)
@@ -81,12 +81,12 @@ def from_tensor(tensor: Any) -> LazyTensor:
 
 
 def zeros(shape: tuple[int, ...], dtype: str) -> LazyTensor:
-    """Zeros."""
+    """Returns a tensor of zeros."""
     return LazyTensor(shape, dtype, lambda begin, end: np.zeros((end - begin, *shape[1:]), DTYPES[dtype]))
 
 
 def concat_rows(*parts: LazyTensor) -> LazyTensor:
-    """Concatenated along the first dimension."""
+    """Concatenates tensors along the first dimension."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
     def rows(begin: int, end: int) -> Rows:
@@ -102,7 +102,7 @@ def concat_rows(*parts: LazyTensor) -> LazyTensor:
 
 
 def concat_columns(*parts: LazyTensor) -> LazyTensor:
-    """Concatenated along the second dimension."""
+    """Concatenates tensors along the second dimension."""
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
     return LazyTensor(
         shape, parts[0].dtype, lambda begin, end: np.concatenate([p.rows(begin, end) for p in parts], axis=1)
@@ -110,7 +110,7 @@ def concat_columns(*parts: LazyTensor) -> LazyTensor:
 
 
 def elementwise(function: Callable[..., Rows], dtype: str, *parts: LazyTensor) -> LazyTensor:
-    """A function of several tensors of one shape, computed in a type that holds them and rounded once."""
+    """Applies a function to several tensors of one shape, computed in a type that holds them and rounded once."""
     wide = "F64" if "F64" in (dtype, *(part.dtype for part in parts)) else "F32"
     same = [part.to(wide) for part in parts]
 
@@ -121,12 +121,12 @@ def elementwise(function: Callable[..., Rows], dtype: str, *parts: LazyTensor) -
 
 
 def mean(*parts: LazyTensor) -> LazyTensor:
-    """The mean of tensors of one shape, in fp32."""
+    """Returns the mean of tensors of one shape, in fp32."""
     return elementwise(lambda *rows: sum(rows[1:], rows[0]) / rows[0].dtype.type(len(rows)), "F32", *parts)
 
 
 def interpolated(base: LazyTensor, trained: LazyTensor, alpha: float, dtype: str) -> LazyTensor:
-    """base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
+    """Returns base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
     if alpha in (0, 1):
         return (trained if alpha else base).to(dtype)
     return elementwise(lambda b, t: b + b.dtype.type(alpha) * (t - b), dtype, base, trained)

@@ -1,4 +1,4 @@
-"""What a grown checkpoint says of itself, checked before anything relies on it, and sealed.
+"""The metadata of a grown checkpoint, checked before anything relies on it.
 
 config.json has it under "growth". growth.json has the same, and the checksums of all tensors, of all small files, and
 its own; only README.md, which people edit, has none.
@@ -17,13 +17,13 @@ from grow.errors import UserError
 from grow.plan import GrowthPlan
 
 GROWTH_NAME = "growth.json"
-# What growth replaces of a base's files stands here in a grown checkpoint, as it was.
+# The base's files that growth replaces are kept here in a grown checkpoint, unchanged.
 BASE_FOLDER = "base"
 _OF_FILES = ("tensors", "base_tensors", "small_files", "xxh3_128")
 
 
 def check_growth(growth: Any, where: Path) -> dict[str, Any]:
-    """Returns "growth" as it is. Raises UserError, naming `where` it stands, if it makes no sense."""
+    """Returns "growth" as it is. Raises UserError, naming the file `where` it stands, if it makes no sense."""
     try:
         GrowthPlan.from_config({"growth": growth})
         if not isinstance(growth["trained"], dict | None):
@@ -32,7 +32,7 @@ def check_growth(growth: Any, where: Path) -> dict[str, Any]:
             plain_name(name, where)
             plain_name(facts["name"], where)
             _check_checksums({name: facts["xxh3_128"]})
-        grown_card(growth)  # which says all there is to say
+        grown_card(growth)  # reads every field
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -46,7 +46,8 @@ def _check_checksums(checksums: Any) -> None:
 
 
 def read_growth(folder: Path) -> dict[str, Any]:
-    """growth.json of a grown checkpoint or a growth package. Raises UserError if there is none that makes sense."""
+    """Returns growth.json of a grown checkpoint or a growth package. Raises UserError if there is none that makes
+    sense."""
     path = folder / GROWTH_NAME
     facts = check_growth(read_json(path), path)
     try:
@@ -58,12 +59,12 @@ def read_growth(folder: Path) -> dict[str, Any]:
 
 
 def without_checksums(facts: dict[str, Any]) -> dict[str, Any]:
-    """What stands in config.json of what stands in growth.json."""
+    """Returns the part of growth.json's facts that stands in config.json too."""
     return {key: value for key, value in facts.items() if key not in _OF_FILES}
 
 
 def write_growth(folder: OutputFolder, facts: dict[str, Any]) -> None:
-    """Writes growth.json, sealed, and the card."""
+    """Writes growth.json, with its own checksum, and the card."""
     folder.write_text("README.md", grown_card(facts))
     folder.write_text(GROWTH_NAME, _text(_sealed(facts)))
 
@@ -83,7 +84,7 @@ def write_metadata(folder: OutputFolder, facts: dict[str, Any], config: dict[str
 
 
 def changed_files(folder: Path) -> list[str]:
-    """A line for each small file of a grown checkpoint that is not as it was written."""
+    """Returns a line for each small file of a grown checkpoint that is not as it was written."""
     facts = read_json(folder / GROWTH_NAME)
     if (folder / GROWTH_NAME).read_text(encoding="utf-8") != _text(_sealed(facts)):
         return [f"{GROWTH_NAME}: changed since it was written (checksum)"]

@@ -1,10 +1,10 @@
-"""OUT, written so that it is either whole or not there.
+"""The folder OUT is written so that it is either whole or not there.
 
-    OUT.partial/           everything goes in here; config.json comes last
-    OUT.partial.journal    what is finished in it; locked while a process writes
-    OUT                    OUT.partial, renamed when all is synced
+    OUT.partial/           holds everything while it is written; config.json comes last
+    OUT.partial.journal    lists what is finished in it; locked while a process writes
+    OUT                    is OUT.partial, renamed when all is synced
 
-A run that was killed leaves the first two: the next one keeps the shards whose checksums agree and does the rest.
+A run that was killed leaves the first two: the next one keeps the shards whose checksums agree and writes the others.
 """
 
 import errno
@@ -34,10 +34,10 @@ def no_progress(written: int, total: int) -> None:
 
 
 class OutputFolder:
-    """The context in which a checkpoint is written.
+    """Provides the context in which a checkpoint is written.
 
-    `request` describes what is being made of what (JSON); shards of an interrupted run are kept only if it made the
-    same. Raises UserError if OUT is there, if another process is writing it, or if the disk does not take it.
+    `request` says, as JSON, what is made from which source; shards of an interrupted run are kept only if its request
+    was the same. Raises UserError if OUT is there, if another process is writing it, or if the disk does not take it.
     """
 
     def __init__(self, out: str | os.PathLike[str], request: dict[str, Any]):
@@ -65,7 +65,7 @@ class OutputFolder:
         return self
 
     def _recall(self) -> None:
-        """Keeps the finished shards of an interrupted run of the same request; clears all else away."""
+        """Keeps the finished shards of an interrupted run of the same request; removes everything else."""
         if os.path.lexists(self.out):  # another process has finished it meanwhile
             self.journal.remove()
             refuse_existing(self.out)
@@ -106,7 +106,7 @@ class OutputFolder:
         self.journal.remove()
 
     def write_shards(self, shards: Mapping[str, Mapping[str, LazyTensor]], progress: Progress) -> dict[str, str]:
-        """Writes shards, but for those that are there already, as many at a time as there are processors.
+        """Writes shards, as many at a time as there are processors; those that are finished already are skipped.
 
         Returns each tensor's checksum.
         """
@@ -124,7 +124,7 @@ class OutputFolder:
             if name in self.finished:
                 wrote(sum(tensor.nbytes for tensor in shards[name].values()))
             else:
-                # A second thread for a shard is of use where there are processors left; else it is in the others' way.
+                # A second thread for a shard helps only where processors are left.
                 made = write_shard(self.partial / name, shards[name], wrote, ahead=len(shards) < processors)
                 self._finished(name, made)
             return self.finished[name]["tensors"]
@@ -142,9 +142,9 @@ class OutputFolder:
         return {name: checksum for future in futures for name, checksum in future.result().items()}
 
     def link(self, source: Path, name: str) -> None:
-        """Puts `source` into OUT without copying its bytes where the file system allows.
+        """Puts `source` into OUT as a hard link where the file system allows, else as a copy.
 
-        A hard link; on another file system a copy, which counts as a finished shard when a run is resumed.
+        A copy counts as a finished shard when a run is resumed.
         """
         source, target = source.resolve(), self.partial / name
         if name in self.finished:
@@ -164,7 +164,7 @@ class OutputFolder:
         target.parent.mkdir(exist_ok=True)
         self._copy(source.resolve(), target)
 
-    # New files only, here and in write_shard: a name that is taken may be a link to the base's own file.
+    # Only new files are opened, here and in write_shard: a name that is taken may be a link to the base's own file.
 
     def _copy(self, source: Path, target: Path) -> None:
         refuse_devices(source)
@@ -181,7 +181,7 @@ class OutputFolder:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_index(self, files: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-        """Writes the index over all shards: the file of each tensor, and its bytes."""
+        """Writes the index over all shards: the file of each tensor, and the total of their bytes."""
         total = sum(sizes[name] for name in files)
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(files)})
 
@@ -200,7 +200,7 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out}: already there; choose another name or remove it")
 
 
-# What opening or syncing a folder ends in where the file system has no such thing (CIFS, FUSE, some of the network's).
+# Errors of opening or syncing a folder where the file system does not support it (CIFS, FUSE, some network ones).
 _NO_FOLDER_SYNC = (
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
     errno.ENOTTY,
@@ -208,7 +208,7 @@ _NO_FOLDER_SYNC = (
 
 
 def sync(path: Path) -> None:
-    """Makes a file durable, or a folder's entries where the file system can do that. Raises OSError if it fails."""
+    """Makes a file durable, or a folder's entries where the file system supports it. Raises OSError if it fails."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -220,7 +220,7 @@ def sync(path: Path) -> None:
             raise
 
 
-# Weights in other formats, and what describes weights, are not carried along with a checkpoint's small files.
+# Weights in other formats, and files that describe weights, are not copied with a checkpoint's small files.
 _NOT_CARRIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
     ".partial.journal",
@@ -229,7 +229,7 @@ _OURS = ("config.json", "growth.json", "README.md")
 
 
 def side_files(path: Path) -> list[Path]:
-    """The files beside the weights: tokenizer, processor, generation config, chat template, licence."""
+    """Returns the files beside the weights: tokenizer, processor, generation config, chat template, licence."""
     return [
         file
         for file in sorted(path.iterdir())

@@ -1,6 +1,6 @@
-"""A grown checkpoint, taken apart and put together: the base back out of it, and the growth on its own.
+"""A grown checkpoint is taken apart and put together: the base is extracted, and the growth on its own.
 
-growth package     growth-0000i-of-0000n.safetensors, growth.json: what a training run ends in, without the base
+A growth package is the result of a training run without the base: growth-0000i-of-0000n.safetensors and growth.json.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def _open_grown(
 def extract_base(path: str, out: str) -> dict[str, Any]:
     """Writes OUT, the base that a grown checkpoint (or a run that started from one) grew from: the same files.
 
-    Raises UserError if the base's files are not, by checksum, those that went in.
+    Raises UserError if the checksums of the base's files are not those of the files that were grown.
     """
     refuse_existing(Path(out))
     grown = _open_grown(path).start
@@ -83,7 +83,7 @@ def extract_growth(
 
 
 def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
-    """Writes OUT, a growth package (a folder, or a name on the hub) put on its base again.
+    """Writes OUT, a grown checkpoint: the base with a growth package (a folder, or a name on the hub).
 
     Raises UserError for another base than the one it grew from: growth is a difference from that base's every bit.
     """
@@ -119,7 +119,7 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
 
 
 def package_folder(name: str) -> Path:
-    """The folder of a growth package: itself, or a repository's on the hub, which is fetched if it is not in the cache.
+    """Returns the folder of a growth package: `name` itself, or a hub repository's, fetched if it is not in the cache.
 
     Raises UserError if there is none.
     """
@@ -136,14 +136,14 @@ def package_folder(name: str) -> Path:
 
 
 def check_shard(shard: Path, sums: dict[str, str]) -> None:
-    """Raises UserError if a tensor of a growth package is not what was written."""
+    """Raises UserError if a tensor of a growth package is not the one that was written."""
     for name, digest in file_checksums(shard)[1].items():
         if digest != sums.get(name):
             raise UserError(f"{shard}: {name} changed since it was written (checksum)")
 
 
 def matches(tensor: LazyTensor, digest: str | None) -> bool:
-    """Whether a tensor has this checksum, as it is or rounded to another float type."""
+    """Says whether a tensor has this checksum, as it is or rounded to another float type."""
     if digest is None:
         return False
     others = ("BF16", "F16", "F32") if is_float(tensor.dtype) else ()
@@ -151,7 +151,7 @@ def matches(tensor: LazyTensor, digest: str | None) -> bool:
 
 
 def _check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is known of the base beyond the package, since growth saved from memory may know tensors alone.
+    """Returns what is known of the base beyond the package, since growth saved from memory may know only the tensors.
 
     Raises UserError for another base.
     """
@@ -169,8 +169,8 @@ def _check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_of(own: Checkpoint, added: Checkpoint, facts: dict[str, Any]) -> dict[str, LazyTensor | None]:
-    """The growth's tensors by the names that they have beside this base's own, and in its dtype; None where a package
-    has them so already. Growth that was saved from memory may have names and a dtype of its own."""
+    """Returns the growth's tensors, named to go with this base's own and in its dtype; None where the package has them
+    so already. Growth that was saved from memory may have other names and another dtype."""
     on_disk = {canonical(name): name for name in own.tensors}
     found: dict[str, LazyTensor | None] = {}
     for name, info in added.tensors.items():
@@ -182,9 +182,9 @@ def _as_of(own: Checkpoint, added: Checkpoint, facts: dict[str, Any]) -> dict[st
 
 
 def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, Any]:
-    """Writes OUT, the same grown checkpoint, every shard linked, with an α of its own in each grown layer.
+    """Writes OUT, the same grown checkpoint with its shards linked, and an α for each grown layer.
 
-    Raises UserError if PATH is not a grown checkpoint, or if these are not valid α, one a layer.
+    Raises UserError if PATH is not a grown checkpoint, or if `alphas` are not one valid α for each of those layers.
     """
     refuse_existing(Path(out))
     source = _open_grown(path)

@@ -1,4 +1,4 @@
-"""The folder of a training run: which of its checkpoints are complete, and whole.
+"""The folder of a training run: which of its checkpoints are complete and not corrupted.
 
 RUN/checkpoint-N/COMPLETE     written last: the bytes and the checksum of every other file of the checkpoint
 RUN/COMPLETE                  written last of all: the run is done
@@ -21,7 +21,7 @@ from grow.errors import UserError
 
 MARKER = "COMPLETE"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-# What an attempt that died may have left, with the rest of a name after it.
+# The beginnings of names of files that an attempt which died may have left.
 _WRITTEN = re.compile(
     r"global_step\d+/|latest|zero_to_\w+\.py$|(scheduler|optimizer)\.pt$|rng_state|trainer_state\.json$"
     r"|training_args\.bin$|COMPLETE"
@@ -31,18 +31,18 @@ Facts = list[int | str]
 
 
 def own_checkpoints(run: Path) -> list[Path]:
-    """What bears the name of a checkpoint of a run, complete or not, the newest first. A folder under any other name,
-    checkpoint-2-keep or checkpoint-007, is someone's copy."""
+    """Returns the paths named like a checkpoint of a run, complete or not, the newest first. A folder of any other
+    name, checkpoint-2-keep or checkpoint-007, is someone's copy."""
     return sorted((path for path in run.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that were written to their end, the newest first."""
+    """Returns the checkpoints of a run that were written to their end, the newest first."""
     return [path for path in own_checkpoints(run) if (path / MARKER).is_file()]
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run. Raises UserError if there is none."""
+    """Returns the newest complete checkpoint of a run. Raises UserError if there is none."""
     complete = complete_checkpoints(run)
     if not complete:
         raise UserError(f"{run}: the run has no complete checkpoint yet")
@@ -50,14 +50,13 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of checkpoint-N, as a run writes it; −1 of any other name."""
+    """Returns N of checkpoint-N, as a run writes it; −1 for any other name."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def steps_in(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was written, whatever it is called. Raises UserError if it does not
-    say."""
+    """Returns the step after which a checkpoint was written, whatever its name. Raises UserError if it does not say."""
     step = read_json(checkpoint / "trainer_state.json").get("global_step")
     if type(step) is not int:
         raise UserError(f"{checkpoint}: its trainer_state.json does not say after how many steps it was written")
@@ -65,8 +64,8 @@ def steps_in(checkpoint: Path) -> int:
 
 
 def strange_files(checkpoint: Path) -> list[str]:
-    """Names in a checkpoint's folder of what no run wrote there; its own where it is a link or a file. Of a complete
-    one the marker says what was written."""
+    """Returns the names of files in a checkpoint's folder that no run wrote there; the checkpoint's own name if it is a
+    link or a file. The marker of a complete checkpoint says what was written."""
     if checkpoint.is_symlink() or not checkpoint.is_dir():
         return [checkpoint.name]
     there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_symlink() or path.is_file()}
@@ -77,8 +76,8 @@ def strange_files(checkpoint: Path) -> list[str]:
 
 
 def clear_place(path: Path) -> None:
-    """Makes room for a checkpoint. What a run that died has left there goes; anything else is someone's, and is kept
-    under another name."""
+    """Makes room for a checkpoint. What a run that died has left there is removed; anything else is someone's, and is
+    kept under another name."""
     if os.path.lexists(path):
         if strange_files(path):
             set_aside(path)
@@ -87,7 +86,7 @@ def clear_place(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Gives what is there another name, and says so: it may not be a run's own."""
+    """Renames what is there, and says so: it may not be a run's own."""
     names = (path.with_name(f"{path.name}.kept{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
     other = next(name for name in names if not os.path.lexists(name))
     path.rename(other)
@@ -95,8 +94,8 @@ def set_aside(path: Path) -> None:
 
 
 def remove_old_checkpoints(run: Path, newest: int, limit: int) -> None:
-    """Leaves the last `limit` checkpoints up to step `newest`, which has just been written, and removes those before,
-    but for what holds anything that is not a run's: that is someone's."""
+    """Keeps the last `limit` checkpoints up to step `newest`, which has just been written, and removes those before
+    them, except any that hold files which no run wrote."""
     kept = [path for path in complete_checkpoints(run) if step_of(path) <= newest][:limit]
     for path in own_checkpoints(run):
         if step_of(path) < newest and path not in kept and not strange_files(path):
@@ -104,7 +103,7 @@ def remove_old_checkpoints(run: Path, newest: int, limit: int) -> None:
 
 
 def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
-    """Step and validation loss, as often as it was measured until a checkpoint of a run."""
+    """Returns step and validation loss of every validation up to a checkpoint of a run."""
     history = read_json(checkpoint / "trainer_state.json")["log_history"]
     return [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
 
@@ -112,8 +111,8 @@ def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
 def fsync_and_hash(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:
     """Makes the files that a rank wrote durable. Returns their bytes and checksums, by name.
 
-    Each rank its own, since only on its own node they are still in memory. `written` has those of files that are
-    durable already.
+    Each rank handles its own files, which are still in the memory of its node alone. `written` has the facts of files
+    that are durable already.
     """
     files: dict[str, Facts] = {}
     for path in sorted(checkpoint.rglob("*")):
@@ -135,7 +134,7 @@ def mark_complete(checkpoint: Path, files: dict[str, Facts]) -> None:
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """What is wrong with a complete checkpoint, in a few words; None if it is whole."""
+    """Returns what is wrong with a complete checkpoint, in a few words; None if nothing is."""
     try:
         for name, (size, checksum) in read_json(checkpoint / MARKER)["files"].items():
             path = checkpoint / name
@@ -151,7 +150,7 @@ def find_corruption(checkpoint: Path) -> str | None:
 
 
 def write_marker(path: Path, text: str = "") -> None:
-    """Writes a file that says that all before it is there: whole or not at all, and durably."""
+    """Writes a file that marks everything before it as done: whole or not at all, and durably."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         file.write(text)

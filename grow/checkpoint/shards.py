@@ -32,7 +32,7 @@ _MAX_DEPTH = 100
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` and `nbytes` are in bytes from the start of `file`."""
+    """Says where a tensor is stored: `offset` and `nbytes` are in bytes from the start of `file`."""
 
     file: Path
     dtype: str
@@ -60,14 +60,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def has_index(path: Path) -> bool:
-    """Whether a checkpoint is what its index lists. Beside a file of the one name for all, which transformers then
-    takes, an index and its shards are left over from an earlier save."""
+    """Says whether a checkpoint consists of the files that its index lists. Beside a model.safetensors, which
+    transformers then takes, an index and its shards are left over from an earlier save."""
     return (path / INDEX_NAME).exists() and not (path / SINGLE_NAME).exists()
 
 
 def refuse_adapter(path: Path) -> None:
     """Raises UserError for a folder with PEFT's adapter: transformers would put it on the model, or on the base that it
-    names, whether it is merged already or not."""
+    names, even if it is merged already."""
     if not (path / "adapter_config.json").exists():
         return
     if not (path / "config.json").exists():
@@ -76,7 +76,7 @@ def refuse_adapter(path: Path) -> None:
 
 
 def refuse_devices(path: Path) -> None:
-    """Raises UserError for a pipe, which would be waited for, and a device, which would be read, for ever."""
+    """Raises UserError for a pipe or a device, on which reading would never end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a file")
 
@@ -92,13 +92,13 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
     tensors, end_of_last = {}, 0
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
-        name.encode()  # half of a surrogate pair is in no name that could be written again
+        name.encode()  # a name with half of a surrogate pair could not be written again
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}, which is not supported (quantized weights?)")
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         sound = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
-        # A zero among them does not make the others harmless: torch multiplies them.
+        # The other dimensions are checked even if one is zero: torch multiplies them.
         if not sound or prod(n or 1 for n in shape) > _MAX_ELEMENTS:
             raise UserError(f"{path}: {name} has an invalid shape (fetch the file again)")
         if begin != end_of_last or end - begin != prod(shape) * itemsize(dtype):
@@ -111,7 +111,7 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
 
 
 class Checkpoint:
-    """A Hugging Face checkpoint: its config, and its tensors, read only when asked for.
+    """Opens a Hugging Face checkpoint: its config, and its tensors, which are read only when asked for.
 
     `name` is a folder, or a hub name that is in the local cache. Raises UserError if the folder, its config, its index
     or a shard is missing or unsound.
@@ -126,7 +126,7 @@ class Checkpoint:
 
     @classmethod
     def of_files(cls, path: Path, shards: list[Path]) -> Self:
-        """Some safetensors files by themselves, without a config. Raises UserError if one is not sound."""
+        """Opens some safetensors files by themselves, without a config. Raises UserError if one is not sound."""
         files = cls.__new__(cls)
         files.path, files.config = path, {}
         files._read(shards)
@@ -150,16 +150,16 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {key} is not in {file}, where the index says it is (fetch it again)")
 
     def identity(self) -> list[Any]:
-        """What tells its shards from others."""
+        """Returns what tells the shards from others."""
         return identity(self.shards)
 
     def lazy(self, key: str) -> LazyTensor:
-        """The tensor, to be read by rows."""
+        """Returns the tensor, to be read by rows."""
         info = self.tensors[key]
         return LazyTensor(info.shape, info.dtype, partial(self._rows, info))
 
     def read(self, key: str) -> Any:
-        """The whole tensor, as a torch.Tensor."""
+        """Returns the whole tensor, as a torch.Tensor."""
         return self.lazy(key).load()
 
     def _rows(self, info: TensorInfo, begin: int, end: int) -> Rows:
@@ -181,12 +181,12 @@ class Checkpoint:
 
 
 def identity(files: Iterable[Path]) -> list[Any]:
-    """What tells files from others without reading them: path, bytes and time of change of each."""
+    """Returns what tells files from others without reading them: path, bytes and time of change of each."""
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def read_exactly(descriptor: int, into: memoryview, place: int, file: Path) -> None:
-    """Fills a buffer from `place` on. Raises UserError if the file has become too short."""
+    """Fills a buffer from the offset `place`. Raises UserError if the file has become too short."""
     done = 0
     while done < len(into):
         count = os.preadv(descriptor, [into[done:]], place + done)
@@ -220,7 +220,8 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def plain_name(name: Any, where: Path) -> str:
-    """A name that something downloaded gives for a file beside it. Raises UserError for one that leads elsewhere."""
+    """Returns the name that downloaded metadata gives for a file beside it. Raises UserError for one that leads
+    elsewhere."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or not name.isprintable():
         raise UserError(f"{where}: {name!r} is not a plain file name")
     return name

@@ -1,4 +1,4 @@
-"""What a checkpoint must not be to start from: quantized, or one with a head of its own that its config denies.
+"""Checks of a checkpoint to start from: its weights must not be quantized, and a head of its own must match its config.
 
 Some savers write tied embeddings under both of their names, and the config says that they are one. transformers ties
 them if they are equal and keeps them apart if not; other tools go by the config alone.
@@ -14,14 +14,15 @@ from grow.plan import text_config
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool:
-    """Whether a config says that the head is the embeddings, as transformers reads it: by its top level alone. What it
-    leaves out is the class's default, which is so for Gemma."""
+    """Says whether a config ties the head to the embeddings, as transformers reads it: by its top level alone. If the
+    field is left out, the class's default holds, which is to tie them for Gemma."""
     said = config.get("tie_word_embeddings")
     return bool(said) if said is not None else str(config.get("model_type", "")).startswith("gemma")
 
 
 def second_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The names of the head and of the embeddings where both are in the files and the config says that they are one."""
+    """Returns the names of the head and of the embeddings if both are in the files and the config ties them; else
+    None."""
     names = {canonical(name): name for name in checkpoint.tensors}
     head, embeddings = names.get("lm_head.weight"), names.get("embed_tokens.weight")
     return (head, embeddings) if head and embeddings and ties_embeddings(checkpoint.config) else None

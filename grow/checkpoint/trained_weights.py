@@ -1,4 +1,4 @@
-"""What can be consolidated: a checkpoint on disk, with what training changed laid over it."""
+"""What can be consolidated: a starting checkpoint, and the tensors that training changed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,49 +28,49 @@ from grow.plan import GrowthPlan
 
 @dataclass
 class TrainedWeights:
-    """`start` is what training started from: a grown checkpoint, or the base of plain fine-tuning."""
+    """Holds what training changed in `start`: a grown checkpoint, or the base of plain fine-tuning."""
 
     start: Checkpoint
-    trained: dict[str, LazyTensor] = field(default_factory=dict)  # by the name on disk; fp32 master weights of a run
-    facts: dict[str, Any] = field(default_factory=dict)  # of the training
-    chat_template: str = ""  # one of the recipe's own, which the base does not have
-    scores: dict[str, Any] = field(default_factory=dict)  # of `eval`
-    identity: list[Any] = field(default_factory=list)  # of all that is read
-    config: dict[str, Any] | None = None  # of the stock checkpoint, where the method changes the start's
+    trained: dict[str, LazyTensor] = field(default_factory=dict)  # by name on disk; fp32 master weights, if from a run
+    facts: dict[str, Any] = field(default_factory=dict)  # facts of the training
+    chat_template: str = ""  # the recipe's own, if it has one
+    scores: dict[str, Any] = field(default_factory=dict)  # the scores of `eval`
+    identity: list[Any] = field(default_factory=list)  # identifies all files that are read
+    config: dict[str, Any] | None = None  # the stock checkpoint's, if the method changes the start's
 
     @property
     def plan(self) -> GrowthPlan | None:
-        """What grew; None for plain fine-tuning."""
+        """Returns the growth plan; None for plain fine-tuning."""
         return GrowthPlan.from_config(self.start.config)
 
     def tensor(self, name: str) -> LazyTensor:
-        """A tensor as trained; a master weight is in fp32."""
+        """Returns a tensor as trained; a master weight is in fp32."""
         return self.trained[name] if name in self.trained else self.start.lazy(name)
 
     def growth(self) -> dict[str, LazyTensor]:
-        """All that growth has added, as trained, each tensor in the base's dtype."""
+        """Returns all tensors that growth has added, as trained, each in the base's dtype."""
         names = dict.fromkeys([name for name in self.start.tensors if is_growth(name)] + list(self.trained))
         return {name: self.tensor(name).to(self.start.tensors[_own(name)].dtype) for name in names}
 
     def growth_facts(self) -> dict[str, Any]:
-        """The metadata of the growth as it is now (config.json's "growth")."""
+        """Returns the metadata of the growth as it is now (config.json's "growth")."""
         before = self.start.config["growth"]
         trained_up = any(".mlp.trained." in name for name in self.growth())
         facts = before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
         return facts | ({"scores": self.scores} if self.scores else {})
 
     def base_facts(self) -> dict[str, Any]:
-        """Name and licence of the base."""
+        """Returns the name and the licence of the base."""
         growth = self.start.config.get("growth")
         return growth["base"] if growth else base_facts(self.start)
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a method's training comes to as tensors of a checkpoint, by their names in memory or on disk.
+    """Holds what a method has trained, as tensors of a checkpoint, by their names in memory or on disk.
 
-    `config` takes the place of the starting checkpoint's config.json where a method changes the model's shape; only
-    then may there be tensors that the start does not have.
+    `config` replaces the starting checkpoint's config.json where a method changes the model's shape; only then may
+    there be tensors that the start does not have.
     """
 
     tensors: dict[str, LazyTensor]
@@ -78,12 +78,12 @@ class Export:
 
 
 ExportFunction = Callable[[dict[str, Any], str, Checkpoint, dict[str, LazyTensor]], Export]
-"""How a method's own parameters become weights, such as a LoRA merged into those of its layers: of a run's recipe, the
-dtype that it computed in, the start and what trained (grow.methods.export_trained)."""
+"""Turns a method's own parameters into weights, such as a LoRA merged into those of its layers. Its arguments are the
+run's recipe, the dtype that it computed in, the start and the trained tensors (grow.methods.export_trained)."""
 
 
 def as_trained(recipe: dict[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
-    """Takes what trained as it is: growth and plain fine-tuning train tensors that the checkpoint has."""
+    """Returns the trained tensors unchanged: growth and plain fine-tuning train tensors that the checkpoint has."""
     return Export(trained)
 
 
@@ -92,10 +92,10 @@ def load_trained(
 ) -> TrainedWeights:
     """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
 
-    `start` is what training started from, where that does not stand in a run.json (or was moved); `tag` names one of
-    several checkpoints in a DeepSpeed folder. With `start`, a stock checkpoint is one that was trained from it.
-    `average`: of a run, the mean of so many of its last checkpoints (latest weight averaging, Kaddour 2022, arXiv
-    2209.14981). `export` says how a method's own parameters become weights. Raises UserError for anything else.
+    `start` is the checkpoint that training started from, if no run.json names it or it has moved; with `start`, a stock
+    checkpoint counts as trained from it. `tag` names one of several checkpoints in a DeepSpeed folder. `average` above
+    1 takes the mean of so many of a run's last checkpoints (latest weight averaging, Kaddour 2022, arXiv 2209.14981).
+    `export` turns a method's own parameters into weights. Raises UserError for anything else.
     """
     folder = Path(path)
     if average < 1:
@@ -132,7 +132,7 @@ def load_trained(
 
 
 def _check_grown(checkpoint: Checkpoint) -> None:
-    """Raises UserError unless the growth in it is the one of which its config speaks."""
+    """Raises UserError unless the growth in a checkpoint is the one that its config describes."""
     if checkpoint.config.get("growth") is None:
         return
     growth = check_growth(checkpoint.config["growth"], checkpoint.path / "config.json")
@@ -144,7 +144,7 @@ def _check_grown(checkpoint: Checkpoint) -> None:
 
 
 def _open_mean(run: Path, average: int, start: str, export: ExportFunction) -> TrainedWeights:
-    """A run's last checkpoint, with the mean of its last `average` ones laid over."""
+    """Opens a run's last checkpoint, with the mean of its last `average` ones in the place of its own tensors."""
     last = last_checkpoint(run)
     paths = complete_checkpoints(run)[:average]
     if len(paths) != average:
@@ -185,7 +185,7 @@ def _open_run(run: Path, zero_path: Path, start: str, export: ExportFunction) ->
 
 
 def _started_from(run: Path, start: str, moved: bool, run_facts: dict[str, Any]) -> Checkpoint:
-    """What a run started from. Where it has moved, it is seen by its checksums that it is the same."""
+    """Opens the checkpoint that a run started from. If it has moved, its checksums show that it is the same."""
     try:
         own = Checkpoint(start)
     except UserError as error:
@@ -246,7 +246,8 @@ def match_to_base(start: Checkpoint, export: Export, origin: Any) -> TrainedWeig
 
 
 def _own(name: str) -> str:
-    """The name of the tensor whose place a trained up-projection takes, which has its shape and dtype; or `name`."""
+    """Returns the name of the base's tensor that a trained up-projection replaces, of the same shape and dtype; else
+    `name`."""
     return name.replace(".mlp.trained.", ".mlp.")
 
 

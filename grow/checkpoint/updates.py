@@ -1,7 +1,7 @@
-"""What training has changed: each weight matrix of the decoder layers as it was, and as it is; read by rows.
+"""Weight updates: each weight matrix of the decoder layers before and after training, read by rows.
 
-No model is built. Of a grown model the copies are compared with what they started as: gate and up with the base's
-own, the down-projection with the base's divided by k.
+No model is built. The copies of a grown model are compared with their initial values: gate and up with the base's own,
+the down-projection with the base's divided by k.
 """
 
 import operator
@@ -20,8 +20,9 @@ _MATRIX = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(.+)\.weight", re.ASCII)
 
 @dataclass(frozen=True)
 class Update:
-    """One matrix of one layer. `matrix` is its name in the layer, such as mlp.gate_proj or self_attn.q_proj; added
-    copies go by the name of what they are copies of. `before` and `after` are of one shape, two-dimensional."""
+    """Holds the update of one matrix of one layer. `matrix` is its name in the layer, such as mlp.gate_proj or
+    self_attn.q_proj; added copies have the name of the matrix that they copy. `before` and `after` are of one shape,
+    two-dimensional."""
 
     layer: int
     matrix: str
@@ -30,18 +31,18 @@ class Update:
 
     @property
     def change(self) -> LazyTensor:
-        """after − before, in fp32."""
+        """Returns after − before, in fp32."""
         return elementwise(operator.sub, "F32", self.after, self.before)
 
 
 def read_updates(
     path: str, start: str = "", tag: str = "", export: ExportFunction = as_trained
 ) -> tuple[list[Update], int]:
-    """The updates of a run, of one of its checkpoints, of a grown checkpoint, or, with `start`, of a stock checkpoint
-    that was trained from that one; by layer, then by name. Matrices that cannot have trained are left out.
+    """Returns the updates of a run, of one of its checkpoints, of a grown checkpoint, or, with `start`, of a stock
+    checkpoint that was trained from that one, by layer, then by name; and how many layers the model has.
 
-    Returns them and how many layers the model has. Raises UserError for anything else (load_trained), and where
-    no layer has such a matrix.
+    Matrices that cannot have trained are left out. Raises UserError for anything else (load_trained), and where no
+    layer has such a matrix.
     """
     source = load_trained(path, start, tag, 1, export)
     found = []
@@ -55,14 +56,14 @@ def read_updates(
 
 
 def matrix_of(name: str, shape: Sequence[int]) -> tuple[int, str] | None:
-    """Layer and name in it of a weight matrix, such as (3, "mlp.gate_proj"); None of all that is not one of a decoder
-    layer's."""
+    """Returns the layer of a weight matrix and its name there, such as (3, "mlp.gate_proj"); None for anything that is
+    not a matrix of a decoder layer."""
     match = _MATRIX.fullmatch(name)
     return (int(match[1]), match[2]) if match and len(shape) == 2 and of_language_model(name) else None
 
 
 def _starts(source: TrainedWeights) -> dict[str, LazyTensor]:
-    """Every tensor that training may have changed, by name, as it was."""
+    """Returns every tensor that training may have changed, by name, as it was before."""
     plan = source.plan
     if plan is None:
         return {name: source.start.lazy(name) for name in source.trained}

@@ -1,4 +1,4 @@
-"""Is a checkpoint intact, and is it what its plan says?"""
+"""Verification: whether a checkpoint is intact, and whether it is what its plan says."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from grow.plan import GrowthPlan
 def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     """Checks a grown checkpoint, or a stock one. Returns {"tensors": number checked, "problems": [a line each], …}.
 
-    Grown: every tensor has the checksum that it was written with, the base's own files and all small ones (but
-    for README.md) too; every added tensor is
-    there, in its shape and dtype, none besides; before training, the copies are copies. With `base_path`: every tensor
-    of the base is in the checkpoint, bit for bit. Stock: every tensor is readable and finite.
+    Grown: every tensor, every file of the base and every small file except README.md has the checksum that it was
+    written with; the added tensors are those of the plan, in shape and dtype, and no others; before training, the
+    copies equal the base. With `base_path`: every tensor of the base is in the checkpoint, bit for bit. Stock: every
+    tensor is readable and finite.
+
     Raises UserError if the checkpoint cannot be read at all.
     """
     if (locate(path) / GROWTH_NAME).exists():
@@ -82,14 +83,15 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> 
 
 
 def _as_written(checkpoint: Checkpoint, shard: Path) -> bool:
-    """Whether a header is, byte for byte, the one that would be written for the tensors it names."""
+    """Says whether a header is, byte for byte, the one that would be written for the tensors it names."""
     written = header({name: info for name, info in checkpoint.tensors.items() if info.file == shard})
     with shard.open("rb") as file:
         return file.read(len(written)) == written
 
 
 def _same_base(checkpoint: Checkpoint, base: Checkpoint, grown: bool) -> list[str]:
-    """Stock checkpoints are compared where names and shapes agree: SFT changes values, consolidation shapes."""
+    """Returns a line for each tensor of the base that is not in the checkpoint bit for bit, and for each tensor of a
+    grown checkpoint that is neither the base's nor growth."""
     if Path(checkpoint.path).resolve() == base.path.resolve():
         raise UserError(f"--base {base.path}: is the checkpoint itself")
     problems = []

@@ -1,8 +1,8 @@
 """Writes sharded safetensors as a stream.
 
-The library's own writer wants every tensor in memory at once; this one is told names, dtypes and shapes first and
-gets the values a block at a time. Checksums are XXH3-128 (https://xxhash.com): they are for what disks and networks
-do to files, and cost nothing beside reading them.
+The library's own writer wants every tensor in memory at once; this one is told names, dtypes and shapes first and gets
+the values a block at a time. Checksums are XXH3-128 (https://xxhash.com): they detect damage by disks and networks, and
+cost nothing beside reading.
 """
 
 import json
@@ -23,7 +23,7 @@ from grow.errors import UserError
 
 MAX_SHARD_SIZE = "5GB"
 GROWTH_SHARD_SIZE = "1GB"
-"""Smaller, so that several workers have something to do; the same on every machine, so that files are."""
+"""Smaller, so that several workers have shards to write; the same on every machine, so that the files are the same."""
 _WRITEBACK = 32 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -43,7 +43,8 @@ def parse_size(flag: str, text: str) -> int:
 def split_into_shards(
     tensors: Mapping[str, LazyTensor], max_shard_size: int, stem: str
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Shares tensors out to files of about the same size, at most `max_shard_size` bytes (but for one larger tensor).
+    """Shares tensors out to files of about the same size, at most `max_shard_size` bytes (except for a larger single
+    tensor).
 
     Keeps their order; returns {"stem-00001-of-00002.safetensors": {name: tensor}, …}. Equal shards keep all workers
     busy to the end.
@@ -59,13 +60,13 @@ def split_into_shards(
             start += tensor.nbytes
         if all(sum(t.nbytes for t in part.values()) <= max_shard_size or len(part) == 1 for part in shards.values()):
             break
-        count += 1 + count // 100  # not one by one: where neighbours are large and files small, that takes for ever
+        count += 1 + count // 100  # by 1 it would take for ever where neighbours are large, files small
     parts = list(shards.values()) or [{}]
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def files_of(shards: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, str]:
-    """The file of each tensor."""
+    """Returns the file of each tensor."""
     return {name: file for file, tensors in shards.items() for name in tensors}
 
 
@@ -75,8 +76,8 @@ def write_shard(
     """Streams tensors into one safetensors file and syncs it. Returns each tensor's checksum.
 
     `wrote` is called with the number of bytes just written. `ahead` takes a second thread, which computes each block
-    while the one before it is being written. Raises UserError for a tensor that holds NaN or infinity: whatever is
-    broken, a checkpoint of it would not be better.
+    while the one before it is being written. Raises UserError for a tensor that holds NaN or infinity, since a
+    checkpoint of it would be useless.
     """
     digests = {name: xxh3_128() for name in tensors}
     head = header(tensors)
@@ -94,24 +95,25 @@ def write_shard(
 
 
 class Stream:
-    """A file that is written from beginning to end, and goes to the disk meanwhile; its descriptor is the caller's."""
+    """Writes a file from beginning to end, and flushes it to the disk meanwhile. The caller closes its
+    descriptor."""
 
     def __init__(self, descriptor: int):
         self.descriptor, self.written, self._flushed = descriptor, 0, 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Raises OSError if the disk does not take it."""
+        """Writes bytes. Raises OSError if the disk does not take them."""
         write_all(self.descriptor, data)
         self.written += len(data)
         if self.written - self._flushed >= _WRITEBACK:
-            # The disk begins now rather than at the sync: this starts writing and does not wait. What is written leaves
-            # the page cache, out of which it would push what is read.
+            # This starts writing to the disk now rather than at the sync, without waiting. It also drops the written
+            # pages from the page cache, where they would displace the pages that are read.
             self._flushed += _WRITEBACK
             os.posix_fadvise(self.descriptor, 0, self._flushed, os.POSIX_FADV_DONTNEED)
 
 
 def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same, each computed while the one before it is being written."""
+    """Yields the blocks, each computed while the one before it is being written."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -120,7 +122,7 @@ def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 def header(tensors: Mapping[str, LazyTensor | TensorInfo]) -> bytes:
-    """How a file begins that holds these tensors in this order: the header's length, and the header."""
+    """Returns the beginning of a file that holds these tensors in this order: the header's length, and the header."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -135,7 +137,7 @@ def header(tensors: Mapping[str, LazyTensor | TensorInfo]) -> bytes:
 
 
 def _checked(tensors: Mapping[str, LazyTensor], digests: Mapping[str, xxh3_128]) -> Iterator[memoryview]:
-    """The tensors' bytes by blocks, of which the checksums are taken too."""
+    """Yields the tensors' bytes by blocks, and updates their checksums."""
     for name, tensor in tensors.items():
         for block in tensor.blocks():
             if block.dtype != DTYPES[tensor.dtype]:
@@ -148,19 +150,19 @@ def _checked(tensors: Mapping[str, LazyTensor], digests: Mapping[str, xxh3_128])
 
 
 def bytes_of(rows: Rows) -> memoryview:
-    """The rows' bytes, as in a file."""
+    """Returns the rows' bytes, as in a file."""
     return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Writes to the last byte: one call to the system may write less, on a disk that is almost full for one."""
+    """Writes all of the data: one system call may write less, as on a disk that is almost full."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])
 
 
 def checksum(tensor: LazyTensor) -> str:
-    """XXH3-128 of a tensor's bytes, as in a file."""
+    """Returns XXH3-128 of a tensor's bytes, as in a file."""
     digest = xxh3_128()
     for block in tensor.blocks():
         digest.update(bytes_of(block))
@@ -168,7 +170,7 @@ def checksum(tensor: LazyTensor) -> str:
 
 
 def equal(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors of one shape and dtype are the same, bit for bit."""
+    """Says whether two tensors of one shape and dtype are the same, bit for bit."""
     begin = 0
     for block in one.blocks():
         if bytes_of(block) != bytes_of(other.rows(begin, begin + len(block))):
@@ -178,7 +180,7 @@ def equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
-    """Checksums of a safetensors file, and of each tensor in it, in one pass over the file."""
+    """Returns the checksums of a safetensors file and of each tensor in it, from one pass over the file."""
     infos = read_header(path)
     whole, tensors = xxh3_128(), {}
     with path.open("rb", buffering=0) as file:

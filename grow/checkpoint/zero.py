@@ -31,7 +31,8 @@ _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "
 
 
 def _stage(_: Any, name: str) -> int:
-    """Of ZeroStageEnum, by name. Python 3.11.0 to 3.11.3 pickle a member as getattr(its class, its name)."""
+    """Returns a member of ZeroStageEnum by name. Python 3.11.0 to 3.11.3 pickle a member as getattr(its class, its
+    name)."""
     return _STAGES[name]
 
 
@@ -59,12 +60,12 @@ def _load(path: Path) -> Any:
 
 
 class ZeroCheckpoint:
-    """The parameters in a folder that DeepSpeed's save_checkpoint wrote: the one with `latest` in it, or one tag's.
+    """Reads the parameters in a folder that DeepSpeed's save_checkpoint wrote: the one with `latest` in it, or one
+    tag's.
 
     `trained` and `frozen` map the model's parameter names to their values: trained ones are master weights, fp32;
     frozen ones are there only if the checkpoint was not made with exclude_frozen_parameters. `path` is the tag's
-    folder.
-    Raises UserError if ranks' files are missing or unsound.
+    folder. Raises UserError if ranks' files are missing or unsound.
     """
 
     def __init__(self, path: Path, tag: str = ""):
@@ -89,7 +90,7 @@ class ZeroCheckpoint:
             raise UserError(f"{folder}: no trained parameter in it")
 
     def identity(self) -> list[Any]:
-        """What tells its files from others."""
+        """Returns what tells the files from others."""
         return identity(sorted(self.path.rglob("*.pt")))
 
     def _read_universal(self) -> None:
@@ -100,9 +101,11 @@ class ZeroCheckpoint:
             self.trained[file.parent.name] = lazy.from_tensor(value)
 
     def _read_whole(self, state: dict[str, Any]) -> None:
-        """ZeRO-0: the module's own state. What was frozen is in no list; it counts as trained, by nothing.
+        """Reads ZeRO-0's files: the module's own state, which does not list what was frozen, so everything counts as
+        trained.
 
-        Tied tensors share their storage: the second name is left out, and so are buffers."""
+        Tied tensors share their storage: the second name is left out, and so are buffers.
+        """
         seen: set[int] = set()
         for name, value in state["module"].items():
             if value.data_ptr() not in seen and name not in (state.get("buffer_names") or ()):
@@ -172,14 +175,14 @@ def _tag_folder(path: Path, tag: str) -> Path:
 
 
 def is_deepspeed(path: Path) -> bool:
-    """Whether a folder looks like a DeepSpeed checkpoint, or like one tag of it."""
+    """Says whether a folder looks like a DeepSpeed checkpoint, or like one tag of it."""
     return any((path / name).exists() for name in ("latest", "latest_universal", "zero")) or any(
         path.glob("*_model_states.pt")
     )
 
 
 def _range(vectors: list[Any], offset: int, length: int) -> list[Any]:
-    """[offset, offset + length) of vectors that stand one after the other."""
+    """Returns [offset, offset + length) of vectors that stand one after the other."""
     found, start = [], 0
     for vector in vectors:
         begin, end = max(offset - start, 0), min(offset + length - start, len(vector))
@@ -190,7 +193,7 @@ def _range(vectors: list[Any], offset: int, length: int) -> list[Any]:
 
 
 def _joined(parts: list[Any], shape: tuple[int, ...], name: str) -> LazyTensor:
-    """A parameter of this shape whose values are the parts, one after the other; what is over is padding."""
+    """Returns a parameter of this shape whose values are the parts, one after the other; what is over is padding."""
     if any(part.dim() != 1 or part.device.type != "cpu" or str(part.layout) != "torch.strided" for part in parts):
         raise ValueError(f"{name} is not cut from vectors")
     if not parts or min(shape, default=0) < 0 or sum(len(part) for part in parts) < prod(shape):

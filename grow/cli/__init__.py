@@ -1,1 +1,1 @@
-"""The commands of `grow`: a function each, whose signature and docstring are its flags and its help."""
+"""The commands of `grow`: each is a function whose signature and docstring are its flags and its help."""

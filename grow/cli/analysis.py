@@ -1,4 +1,4 @@
-"""Commands that say where a model learns, and how: of runs, offline.
+"""Commands that analyse, offline, where and how a run has moved its weights.
 
 Heavy imports happen inside a command, so that --help answers at once.
 """
@@ -16,7 +16,7 @@ def rank(
 ) -> str:  # fmt: skip
     """Orders layers by how much their weights moved in a pilot run, for expand --layers top:6:DIR/ranking.json.
 
-    Of several runs (seeds), by the mean. No model is built, but for --by gradient, which needs no run.
+    Several runs (seeds) are ranked by their mean. No model is built, except for --by gradient, which needs no run.
 
     Example: grow rank runs/pilot --out runs/ranking
     Example: grow rank --by gradient --recipe recipes/gemma3_270m/translation.yaml --out runs/ranking
@@ -27,7 +27,7 @@ def rank(
         by: "update" of the MLP, its Frobenius norm; "relative", that norm by the weights'; or "gradient".
         cost: Divide by what training the layer costs: 1 + (n - i) / n for layer i of n.
         start: What a stock checkpoint was trained from.
-        recipe: For --by gradient: whose base and training rows.
+        recipe: For --by gradient: the recipe whose base and training rows are used.
         batches: For --by gradient: how many batches.
         json: Print one JSON object.
         fields: Fields of the recipe that are given another value.

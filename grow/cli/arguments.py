@@ -1,4 +1,4 @@
-"""A command line, compared with the signature of its command before anything is done.
+"""A command line is compared with the signature of its command before anything is done.
 
 Fire, which shows the help, would run a command before it meets a misspelt flag, would take the word after a switch for
 its value, would make a number of a file called 12, and takes as long to import as half of numpy.
@@ -16,10 +16,10 @@ _HELP = ("-h", "--help")
 def checked(
     arguments: list[str], commands: Mapping[str, Callable[..., Any]]
 ) -> tuple[str, list[str], dict[str, str | bool]]:
-    """Returns a command's name, and its arguments by place and by name; by the name "help" if that is asked for.
+    """Returns a command's name, and its arguments by place and by name; {"help": True} if help is asked for.
 
     A command whose signature ends in **fields takes the fields of a recipe as flags too. Raises UserError, one line,
-    for what does not fit.
+    for arguments that do not fit.
     """
     if not arguments or arguments[0] in _HELP:
         return "", [], {"help": True}
@@ -74,12 +74,12 @@ def _check_flag(name: str, flag: str, key: str, parameters: Mapping[str, Any]) -
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """What has to be given, by place or by name."""
+    """Returns the arguments that must be given, by place or by name."""
     return [key for key, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
 
 
 def _complete(name: str, positional: list[str], flags: dict[str, Any], parameters: Mapping[str, Any]) -> None:
-    # Only what must be given may be given by place: `expand BASE OUT 3` would leave open what 3 is.
+    # Only required arguments may be given by place: `expand BASE OUT 3` would leave open what 3 is.
     places = [key for key in _needed(parameters) if key not in flags]
     needed = [key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in flags]
     missing = [
@@ -96,7 +96,7 @@ def _complete(name: str, positional: list[str], flags: dict[str, Any], parameter
 
 
 def number(flag: str, value: str, kind: type = int) -> Any:
-    """A flag's value as a number, or UserError."""
+    """Returns a flag's value as a number. Raises UserError if it is not one."""
     try:
         return kind(value)
     except ValueError:

@@ -15,7 +15,7 @@ def plan(
 ) -> str:
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
-    Of a recipe: what its run would take on each of --world-size GPUs, and on disk.
+    For a recipe, shows what its run would take on each of --world-size GPUs, and on disk.
 
     Example: grow plan ~/models/gemma-3-1b-pt --layers 0-8
     Example: grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
@@ -25,9 +25,9 @@ def plan(
             cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json, or top:6:DIR (learn-alphas).
-        world_size: Of a recipe: how many GPUs.
+        world_size: For a recipe: how many GPUs.
         json: Print one JSON object.
-        fields: Of a recipe: fields that are given another value.
+        fields: For a recipe: fields that are given another value.
     """
     if source.endswith((".yaml", ".yml")):
         if (factor, layers) != ("2", "all"):
@@ -64,8 +64,7 @@ def expand(
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         json: Print one JSON object.
     """
-    # As it is imported, numpy would start threads for products of matrices, which spin a while and of which there are
-    # none here.
+    # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from grow.checkpoint.expand import check_grown
@@ -128,7 +127,7 @@ def consolidate(
         max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
-        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
+        average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
         scores: A file that `eval --out` wrote, for the model card.
         json: Print one JSON object.
     """
@@ -169,7 +168,7 @@ def growth(source: str, out: str, start: str = "", tag: str = "", average: str =
         out: The growth package; must not exist yet.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
-        average: Of a run, the mean of so many of its last checkpoints; the last alone unless given.
+        average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
         json: Print one JSON object.
     """
     from grow.checkpoint.package import extract_growth as run

@@ -30,7 +30,7 @@ def eval(
         recipe: The recipe whose task and retention rows are scored. Any of its fields can be given another value.
         alpha: The interpolation coefficient: 0 is the base, 1 as trained; or several values, with commas.
         start: The base of a stock checkpoint: its weights are interpolated with the base's.
-        against: A file of the base's scores, to compare retention with row by row; or have 0 among the α.
+        against: A file of the base's scores, to compare retention with row by row; or include 0 among the α.
         samples: For how many test rows to show what the model writes.
         limit: Score only so many test rows (of each task of lm-eval, too); 0 is all.
         retention_limit: Score only so many rows of each retention set; 0 is all.
@@ -69,7 +69,7 @@ def eval(
 
 
 def _raise_failed(result: dict[str, Any], said: str, out: str) -> None:
-    """Of a result of which a part failed: says what is there, and raises UserError or Fault for what is not."""
+    """Prints a result of which a part failed, and raises UserError or Fault for that part."""
     failed = [entry for point in result.get("by_alpha", [result]) for entry in point.get("failed", {}).items()]
     if failed:
         print(said)
@@ -99,7 +99,7 @@ def report(*runs: str, out: str, json: bool = False) -> str:
 
 
 def _report_study(runs: tuple[str, ...], out: str, json: bool) -> str:
-    """The report of a study, by its old name: it stands with the study now."""
+    """Makes the report of a study, under its old command: it stands with the study now."""
     script = Path(__file__).parents[2] / "recipes" / "study" / "report.py"
     command = [str(script), *runs, "--out", out, *(["--json"] if json else [])]
     print(f"grow: the report of a study is made by: python {' '.join(command)}", file=sys.stderr)
@@ -158,8 +158,8 @@ def learn_alphas(
         recipe: The task.
         text: Folders of general text, with commas, whose split train has a column text; English fiction unless given,
             which recipes/gemma3_270m/fetch.py prose brings.
-        kl_weight: What a nat of KL weighs beside a nat of the task's loss: more of it stays nearer to the base.
-        steps: How many, of one sequence of each.
+        kl_weight: The weight of a nat of KL against a nat of the task's loss; a larger one stays nearer to the base.
+        steps: The number of steps, each on one sequence of the task and one of general text.
         json: Print one JSON object.
         fields: Fields of the recipe that are given another value.
     """

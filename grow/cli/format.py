@@ -1,4 +1,4 @@
-"""What the commands say to a person, from the results that --json prints as they are."""
+"""Texts for people, made from the results that --json prints as they are."""
 
 import json as json_module
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from grow.plan import ranges
 
 
 def plan_text(r: dict[str, Any]) -> str:
-    """Of `plan` and `expand`."""
+    """Returns the text of `plan` and `expand`."""
     added, base = r["added_parameters"], r["base_parameters"]
     trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
     return (
@@ -20,7 +20,7 @@ def plan_text(r: dict[str, Any]) -> str:
 
 
 def memory_text(r: dict[str, Any]) -> str:
-    """Of `plan`, of a recipe."""
+    """Returns the text of `plan` for a recipe."""
     parts = ("weights", "gradients", "optimizer")
     lines = [
         f"{r['method']}: trains {r['trained_parameters'] / 1e6:,.1f} M of {r['parameters'] / 1e6:,.1f} M parameters, "
@@ -43,7 +43,7 @@ def memory_text(r: dict[str, Any]) -> str:
 
 
 def verify_text(r: dict[str, Any]) -> str:
-    """Of `verify`."""
+    """Returns the text of `verify`."""
     lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
     for name, found in r.get("logits", {}).items():
         if found["difference"] == 0:
@@ -56,7 +56,7 @@ def verify_text(r: dict[str, Any]) -> str:
 
 
 def train_text(r: dict[str, Any]) -> str:
-    """Of `train`."""
+    """Returns the text of `train`."""
     return (
         f"{r['run']}: {r['status']}, {r['steps']} steps, validation loss {r['validation_loss']:.3f}; "
         f"{r['frozen_unchanged']} frozen tensors bit-identical to the start"
@@ -64,7 +64,7 @@ def train_text(r: dict[str, Any]) -> str:
 
 
 def eval_text(r: dict[str, Any]) -> str:
-    """Of `eval`."""
+    """Returns the text of `eval`."""
     lines = []
     for point in r.get("by_alpha", [r]):
         lines += [f"α = {point['alpha']:g}"] if "by_alpha" in r else []
@@ -77,7 +77,7 @@ def eval_text(r: dict[str, Any]) -> str:
 
 
 def figure_text(scores: dict[str, Any], key: str, form: str = ".3f") -> str:
-    """A figure with its 95 % interval, such as 0.512 [0.480, 0.544]."""
+    """Returns a figure with its 95 % interval, such as 0.512 [0.480, 0.544]."""
     bounds = scores.get("intervals", {}).get(key) or scores.get("interval")
     text = format(scores[key], form)
     return text + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
@@ -102,7 +102,7 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
 
 
 def alpha_text(r: dict[str, Any]) -> str:
-    """Of `find-alpha`."""
+    """Returns the text of `find-alpha`."""
     lines = [f"α = {point['alpha']:<6g} KL {figure_text(point, 'kl', '.5f')}" for point in r["seen"]]
     lines += [
         f"largest α with KL(base ‖ model) ≤ {r['max_kl']:g} nats a token: {r['alpha']:g}; KL "
@@ -113,7 +113,7 @@ def alpha_text(r: dict[str, Any]) -> str:
 
 
 def layer_alphas_text(r: dict[str, Any]) -> str:
-    """Of `learn-alphas`."""
+    """Returns the text of `learn-alphas`."""
     lines = [f"layer {layer:<3} α = {alpha:g}" for layer, alpha in zip(r["layers"], r["alphas"], strict=True)]
     lines += [f"{what}: {r[key][0]:.3f} at first, {r[key][1]:.3f} at the end" for what, key in _LEARNT]
     return "\n".join([*lines, f"written: {r['out']}"])
@@ -123,7 +123,7 @@ _LEARNT = (("task loss, nats per token", "task_loss"), ("KL from the base, nats 
 
 
 class Bar:
-    """A progress bar in bytes, on a terminal only."""
+    """Shows a progress bar in bytes, on a terminal only."""
 
     def __init__(self, what: str):
         from tqdm import tqdm
@@ -131,7 +131,7 @@ class Bar:
         self._bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None)
 
     def add(self, count: int, total: int) -> None:
-        """So many bytes more are done, of so many."""
+        """Adds bytes that are done, `count` of `total`."""
         self._bar.total = total
         self._bar.update(count)
 
@@ -143,5 +143,5 @@ class Bar:
 
 
 def say(result: dict[str, Any], text: Callable[[dict[str, Any]], str], json: bool) -> str:
-    """A result as one JSON object, or as text."""
+    """Returns a result as one JSON object, or as text."""
     return json_module.dumps(result) if json else text(result)

@@ -34,12 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
             fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
         else:
             said = COMMANDS[name](*positional, **flags)
-            if said:  # nothing, of ranks other than 0
+            if said:  # empty on ranks other than 0
                 print(said)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and name == "train":
-            raise  # elsewhere it is the disk, or the network before it; here it could be anything
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
+            raise  # in other commands it means the disk or the network; here it could be anything
+        if os.environ.get("RANK", "0") == "0":  # every rank has the same error
             print(f"grow: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except Fault as error:

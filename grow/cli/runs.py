@@ -32,7 +32,7 @@ def fetch(recipe: str, json: bool = False, **fields: str) -> str:
 
 
 def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, **fields: str) -> str:
-    """Shows what a run would train on, row by row: the text, what of it is learnt, bad rows and why they are.
+    """Shows what a run would train on, row by row: the text, what of it is learnt, bad rows and why they are bad.
 
     Example: grow preview recipes/gemma3_270m/translation.yaml --limit 3
     Example: grow preview my.yaml --split validation --messages conversations --json
@@ -40,7 +40,7 @@ def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, 
     Args:
         recipe: A YAML file. Any of its fields can be given another value: --field value.
         split: Which split of the data; the recipe's train_split unless given.
-        limit: So many rows from the first on; 0 is all.
+        limit: How many rows, from the first on; 0 is all.
         json: Print one JSON object.
         fields: Fields of the recipe.
     """

@@ -1,1 +1,1 @@
-"""Rows of a data set → text → tokens and labels → packed sequences."""
+"""From the rows of a data set to text, tokens with labels, and packed sequences."""

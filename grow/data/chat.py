@@ -1,9 +1,9 @@
-"""A conversation → one text, and where in it the assistant speaks.
+"""A conversation as one text, and where in it the assistant speaks.
 
 The whole conversation is rendered once by the chat template, and that is the text. A template with `{% generation %}`
-says itself what the assistant's is. For others the conversation is rendered once more with marks around what the
+marks the assistant's text itself. For other templates the conversation is rendered once more with marks around what the
 assistant says: if that text without its marks is the first one, the marks are where they belong, however the template
-moves or shortens turns. A conversation for which it is not is a bad row, never text of another place.
+moves or shortens turns. A conversation for which it is not is a bad row; a label never lands on other text.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _MARK = re.compile("gRoW([bec])([0-9]+(?:x[0-9]+)?)mArK")
 
 
 def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> str:
-    """The text of the chat template. Raises UserError where there is none."""
+    """Returns the text of the chat template. Raises UserError where there is none."""
     if template.chat_template:
         return template.chat_template
     try:
@@ -39,9 +39,9 @@ def chat_template(template: "Template", tokenizer: Any, tools: Any = None) -> st
 
 
 def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: Any, guard: Guard) -> Text:
-    """The text of a row's conversation, and what the assistant says in it, each turn with what ends it.
+    """Returns the text of a row's conversation, and the spans of the assistant's turns, each with what ends it.
 
-    Raises ValueError for a conversation that the template refuses or does not write as it is.
+    Raises ValueError for a conversation that the template refuses or does not write in full.
     """
     turns = _guarded(conversation(row, template.messages), guard)
     tools = _guarded(listed(row["tools"], "tools"), guard) if row.get("tools") else None
@@ -69,12 +69,12 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
 
 
 def _check_written(text: str, turns: list[Turn], render: Any) -> None:
-    """Raises ValueError for what somebody else than the assistant says and the template leaves out."""
+    """Raises ValueError for a turn, other than the assistant's, that the template leaves out."""
     for index, turn in enumerate(turns):
         said = turn["content"].strip()
         if turn["role"] == "assistant" or said in text:
             continue
-        with contextlib.suppress(ValueError):  # it is looked at, at least
+        with contextlib.suppress(ValueError):  # a template that refuses the change has looked at the turn, at least
             other, _ = render([*turns[:index], turn | {"content": f"{said} gRoW"}, *turns[index + 1 :]])
             if other == text:
                 break
@@ -84,7 +84,7 @@ def _check_written(text: str, turns: list[Turn], render: Any) -> None:
 
 
 def _guarded(value: Any, guard: Guard) -> Any:
-    """Every text in a conversation but its roles, keys and types."""
+    """Guards every text in a conversation except its roles, keys and types."""
     if isinstance(value, str):
         return guard(value)
     if isinstance(value, list):
@@ -127,15 +127,15 @@ def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, 
 
 
 def _opens(text: str, turn: Turn, begin: int) -> bool:
-    """Whether a turn begins with a call or a thought, before which a template puts something that is learnt too."""
+    """Says whether a turn begins with a call or a thought, before which a template puts text that is learnt too."""
     thoughts = [turn[name].strip() for name in _REASONING if isinstance(turn.get(name), str)]
     return bool(turn.get("tool_calls")) or any(thought and text.startswith(thought, begin) for thought in thoughts)
 
 
 def _whole_end(text: str, stop: int, end: str, tokenizer: Any) -> int:
-    """Where a turn ends with what ends it, `end` or of that as much as stands there; never within a special token.
+    """Returns where a turn ends, with as much of `end` as stands there; never within a special token.
 
-    The last turn may end otherwise than those before it: another token, or one more.
+    The last turn may end otherwise than those before it: with another token, or one more.
     """
     place = stop + _common_start(text[stop : stop + len(end)], end)
     if place - stop == len(end):
@@ -155,7 +155,7 @@ def _special_tokens(tokenizer: Any, size: int) -> re.Pattern[str]:
 
 
 def _mark(turn: Turn, index: int) -> Turn:
-    """A turn with marks at what is said, inside the white space around it, which templates trim."""
+    """Marks the text of a turn, inside the white space around it, which templates trim."""
     begin, finish = f"gRoWb{index}mArK", f"gRoWe{index}mArK"
     turn = dict(turn)
     core = turn["content"].strip()
@@ -180,7 +180,7 @@ def _marked_call(call: Turn, begin: str) -> Turn:
 
 
 def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: int, header: str, end: str) -> Span:
-    """Where a turn begins, and where what ends it begins."""
+    """Returns where a turn begins, and where the text that ends it begins."""
     more = bool(turn.get("tool_calls")) or any(turn.get(name) for name in _REASONING)
     core = turn["content"].strip()
     if finish is None and core:
@@ -193,9 +193,9 @@ def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: i
         begin = _begin_of_rest(text, core, floor, finish, header)
     place = text.rfind(header, floor, begin) if header else -1
     before = place + len(header) if place >= 0 else floor
-    if more:  # a thought or a call: with what the template puts before it
+    if more:  # a thought or a call is learnt with the text that the template puts before it
         begin = before if place >= 0 else begin
-    elif place >= 0:  # white space of the turn's own, where the template keeps it
+    elif place >= 0:  # the turn's own white space, where the template keeps it
         begin -= _common_end(text[before:begin], lead)
     if finish is not None and not text.startswith(end or "\0", finish):
         finish += _common_start(text[finish:], trail)
@@ -206,7 +206,8 @@ def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: i
 
 
 def _begin_of_rest(text: str, core: str, floor: int, finish: int, header: str) -> int:
-    """Where a turn begins of which the template writes what ends at `finish`, and perhaps the thought before it."""
+    """Returns where a turn begins if the template writes only its rest, up to `finish`, and perhaps the thought before
+    it."""
     same = _common_end(text[floor:finish], core)
     if same == len(core):
         return finish - same
@@ -217,7 +218,7 @@ def _begin_of_rest(text: str, core: str, floor: int, finish: int, header: str) -
     place = text.rfind(header, floor, begin) if header else -1
     before = place + len(header) if place >= 0 else begin
     thought = thought.rpartition("<think>")[2].strip()
-    # What stands between is the thought, written another way, or white space of the turn's own.
+    # The text between is the thought, written another way, or the turn's own white space.
     between = text[before:begin]
     return before if (thought and thought in between) or (between.isspace() and rest.startswith(between)) else begin
 
@@ -231,12 +232,12 @@ def _common_end(one: str, other: str) -> int:
 
 
 def _header_and_end(source: str, tokenizer: Any, day: str) -> tuple[str, str]:
-    """What stands before and after an assistant's turn, in a conversation of two; "" where that cannot be told."""
+    """Returns the text before and after an assistant's turn, in a conversation of two; "" where that cannot be told."""
     return _around(source, day, _Tokens(tokenizer))
 
 
 class _Tokens:
-    """A tokenizer that is the same as any other with its special tokens, for a cache."""
+    """Wraps a tokenizer as a key of a cache: it equals any other with the same special tokens."""
 
     def __init__(self, tokenizer: Any):
         self.special_tokens_map = tokenizer.special_tokens_map

@@ -1,4 +1,4 @@
-"""A row's conversation: turns of several ways to write them down, as one."""
+"""A row's conversation: turns in the usual formats, brought into one."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ Turn = dict[str, Any]
 
 
 def conversation(row: Mapping[str, Any], column: str) -> list[Turn]:
-    """A row's turns, {"role", "content"} with a text in each. ShareGPT's names and parts of text are understood.
+    """Returns a row's turns, {"role", "content"} with a text in each. ShareGPT's names and parts of text are
+    understood.
 
-    Raises ValueError for what is not a conversation.
+    Raises ValueError for anything that is not a conversation.
     """
     turns = row.get(column)
     if isinstance(turns, str):
@@ -30,13 +31,13 @@ def conversation(row: Mapping[str, Any], column: str) -> list[Turn]:
 def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise ValueError("a turn that is not an object with role and content")
-    # Typed columns give every turn every key; one that is null is not there.
+    # Typed columns give every turn all keys; a null means that the turn does not have the key.
     turn = {key: value for key, value in turn.items() if value is not None}
     role = turn.pop("from", None) if "role" not in turn and "from" in turn else turn.get("role")
     content = turn.pop("value", None) if "content" not in turn and "value" in turn else turn.get("content")
     if not isinstance(role, str):
         raise ValueError("a turn without a role")
-    if role == "function_call":  # ShareGPT's way: a call, or several, as the text of a turn
+    if role == "function_call":  # ShareGPT writes a call, or several, as the text of a turn
         calls = _from_json(content, "a function_call's value") if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         turn["tool_calls"], content = [{"type": "function", "function": call} for call in calls], None
@@ -52,9 +53,9 @@ def _turn(turn: Any) -> Turn:
 
 
 def is_learnt(turn: Turn) -> bool:
-    """Whether an assistant's turn is to be learnt: not where it says "train": false or "weight": 0.
+    """Says whether an assistant's turn is to be learnt, which "train": false or "weight": 0 in it rule out.
 
-    Raises ValueError for a weight between, or for a part of a turn.
+    Raises ValueError for a weight between 0 and 1, or for weights of parts of a turn.
     """
     if turn.get("train_detail") or turn.get("training_detail"):
         raise ValueError("a turn of which a part is to be learnt")
@@ -86,7 +87,7 @@ def _tool_call(call: Any) -> Any:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise ValueError("a tool call without a name")
     inner = {key: value for key, value in inner.items() if value is not None}
-    if isinstance(inner.get("arguments"), str):  # OpenAI's way; templates expect the object
+    if isinstance(inner.get("arguments"), str):  # OpenAI writes them as JSON; templates expect the object
         inner["arguments"] = _from_json(inner["arguments"] or "{}", "a tool call's arguments")
     return call | {"function": inner} if "function" in call else inner
 
@@ -99,7 +100,7 @@ def _from_json(text: str, what: str) -> Any:
 
 
 def listed(value: Any, what: str) -> list[Any]:
-    """A list, which may be written as JSON. Raises ValueError for anything else."""
+    """Returns a list, which may be written as JSON. Raises ValueError for anything else."""
     value = _from_json(value, what) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise ValueError(f"{what} that is not a list")

@@ -2,7 +2,7 @@
 
 Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
 in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
-that put no spaces between words a character, with the marks on it, counts as half a word.
+without spaces between words, a character with its marks counts as half a word.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +22,9 @@ _HALF = regex.compile(rf"[{_UNSPACED}]")
 
 
 def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
-    """Returns, of each set of held-out rows, the indices of those that training rows contaminate.
+    """Returns, for each set of held-out rows, the indices of those that training rows contaminate.
 
-    Rows come with their template. Only what is held out is kept in memory, as hashes.
+    Rows come with their template. Only held-out rows are kept in memory, as hashes.
     """
     marked: dict[int, set[tuple[int, int]]] = {}
     for number, (rows, template) in enumerate(held_out):
@@ -41,13 +41,13 @@ def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
 
 
 def _marks(texts: list[str]) -> Iterator[int]:
-    """Hashes of the row as a whole, and of every 13 words in a row in it."""
+    """Yields hashes of the row as a whole, and of every 13 consecutive words in it."""
     words = [_WORD.findall(text.lower()) for text in texts]
     if not any(words):
         return
     yield hash(tuple(map(tuple, words)))
     for column in words:
-        # In halves of a word; a run is as short as it can be.
+        # Weights are in halves of a word; each run is as short as it can be.
         weights = [1 if _HALF.match(word) else 2 for word in column]
         first = total = 0
         for last, weight in enumerate(weights):

@@ -1,7 +1,7 @@
-"""A row's text → tokens, with labels on what is to be learnt.
+"""Turns a row's text into tokens, with labels on those that are to be learnt.
 
-The text is tokenised as a whole, as inference does it, and cut by the characters that tokens stand for: a token across
-the border of prompt and completion is the completion's.
+The text is tokenised as a whole, as in inference, and cut by the characters that tokens stand for: a token across the
+border of prompt and completion counts as the completion's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ Made = tuple[list[int], np.ndarray]
 
 @dataclass(frozen=True)
 class Shown:
-    """A row as a person sees it: its text with what begins and ends it, and the spans that are learnt; and its tokens,
-    each with whether it is learnt."""
+    """Holds a row as it is shown to a person: its text with the tokens that begin and end it, and the spans that are
+    learnt; and its tokens, each with whether it is learnt."""
 
     text: str
     spans: list[Span]
@@ -35,7 +35,7 @@ class Shown:
 
 
 class Encoder:
-    """Makes tokens of rows by a template. `end`: whether an end token follows a completion, and is learnt.
+    """Tokenises rows by a template. `end` says whether an end token follows a completion, and is learnt.
 
     It can be sent to another process, which reads the tokenizer from its folder again. Raises UserError for messages
     without a chat template.
@@ -62,21 +62,23 @@ class Encoder:
         self._set(AutoTokenizer.from_pretrained(state["folder"], local_files_only=True))
 
     def begin(self) -> list[int]:
-        """The token before a prompt, where the tokenizer has one and the prompt does not write it itself."""
+        """Returns the token before a prompt, if the tokenizer has one and the prompt does not write it itself."""
         first, template = self.tokenizer.bos_token, self.template
         if template.messages or not first or (template.prompt or template.completion).startswith(first):
             return []
         return [self.tokenizer.bos_token_id]
 
     def final(self) -> list[int]:
-        """The token after a completion, where the tokenizer has one and the completion does not write it itself."""
+        """Returns the token after a completion, if the tokenizer has one and the completion does not write it
+        itself."""
         last = self.tokenizer.eos_token
         if self.template.messages or not self.end or not last or self.template.completion.endswith(last):
             return []
         return [self.tokenizer.eos_token_id]
 
     def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
-        """Rows as a table of `tokens`, `learnt` (1 where the token is) and `bad` (why the row cannot be used)."""
+        """Returns rows as a table of `tokens`, `learnt` (1 where the token is) and `bad` (why the row cannot be
+        used)."""
         texts: list[str] = []
         spans: list[list[Span]] = []
         bad: list[str | None] = []
@@ -112,7 +114,7 @@ class Encoder:
         return self.template.text(row, self.tokenizer, self.special.guard)
 
     def _whole(self, made: Made | ValueError) -> Made:
-        """With begin and end. Raises ValueError where nothing is left to learn."""
+        """Adds the tokens of begin and end. Raises ValueError where nothing is left to learn."""
         if isinstance(made, ValueError):
             raise made
         ids, learnt = made
@@ -124,7 +126,7 @@ class Encoder:
         return ids, learnt
 
     def _encode(self, texts: list[str], spans: list[list[Span]]) -> Iterator[Made | ValueError]:
-        """Ids of each text and which of them are learnt, or why it cannot be."""
+        """Yields each text's ids and which of them are learnt, or the error that prevents it."""
         if not self.fast:
             for text, own in zip(texts, spans, strict=True):
                 yield self._slowly(text, own)
@@ -145,7 +147,8 @@ class Encoder:
                 yield error
 
     def _slowly(self, text: str, spans: list[Span]) -> Made:
-        """By a tokenizer that does not say which characters a token stands for: by what begins alike."""
+        """Encodes with a tokenizer that does not say which characters a token stands for, by common beginnings of
+        ids."""
         spells, moved = BREAK in text, unguarded(text)
         text, spans = moved.text, [(moved.place(begin), moved.place(end)) for begin, end in spans]
 
@@ -160,7 +163,7 @@ class Encoder:
         return whole, learnt
 
     def shown(self, row: dict[str, Any]) -> Shown:
-        """One row for a person. Raises ValueError, in a few words, if it is bad."""
+        """Returns one row to be shown to a person. Raises ValueError, in a few words, if it is bad."""
         text = self._text(row)
         moved = unguarded(text.text)
         spans = [(moved.place(begin), moved.place(end)) for begin, end in text.learnt]
@@ -177,10 +180,10 @@ class Encoder:
 
 
 def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:
-    """Which tokens of an encoding have a character of one of the spans.
+    """Returns which tokens of an encoding have a character of one of the spans.
 
-    Some tokenizers (Llama 3's) trim spaces off what a token stands for: one that is a space alone has no character,
-    and its place is the end of the space.
+    Some tokenizers (Llama 3's) trim spaces off what a token stands for: one that is a space alone has no character, and
+    its place is the end of the space.
     """
     if len(spans) == 1 and spans[0][1] == length:
         learnt, start = np.zeros(len(encoding.ids), np.uint8), spans[0][0]
@@ -199,7 +202,7 @@ def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:
 
 
 def _ends_of_space(place: Span | None) -> int:
-    """Where the space ends that a token without a character stands for; -1 for a token with one."""
+    """Returns where the space ends that a token without a character stands for; -1 for a token with one."""
     return place[1] if place and place[0] == place[1] else -1
 
 

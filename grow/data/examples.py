@@ -10,20 +10,20 @@ from xxhash import xxh3_128
 
 IGNORED = -100
 SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("learnt", pa.list_(pa.uint8())), ("bad", pa.string())])
-"""Of a table of tokenised rows: ids; 1 for each that is to be learnt; why the row is bad, if it is."""
+"""The columns of tokenised rows: ids; 1 for each id that is to be learnt; why the row is bad, if it is."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row in tokens. `labels[t]` is the token that `input_ids[: t + 1]` should be followed by, or IGNORED."""
+    """Holds one tokenised row. `labels[t]` is the token that should follow `input_ids[: t + 1]`, or IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Examples(Sequence[Example]):
-    """The usable rows of a split in tokens, read from memory-mapped Arrow when asked for. `rows` are their indices in
-    the split, `lengths` the tokens of each (of its input_ids), int64 [N]."""
+    """Holds the usable rows of a split in tokens, read from memory-mapped Arrow when asked for. `rows` are their
+    indices in the split, `lengths` the numbers of their tokens (of their input_ids), int64 [N]."""
 
     def __init__(self, chunks: Sequence[pa.Table], rows: np.ndarray):
         self._chunks, self.rows = chunks, rows
@@ -43,7 +43,7 @@ class Examples(Sequence[Example]):
         return Example(ids.tolist(), labels.tolist())
 
     def arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids and labels of an example, int64 each."""
+        """Returns input_ids and labels of an example, int64 each."""
         row = int(self.rows[index])
         part = int(np.searchsorted(self._starts, row, "right")) - 1
         (offsets, values), marks = self._parts[part]
@@ -56,27 +56,27 @@ class Examples(Sequence[Example]):
         return tokens[:-1], labels
 
     def drop_labels(self, where: np.ndarray) -> None:
-        """Takes labels away for good: bool, one for each token of all examples' labels in a row."""
+        """Removes labels for good; `where` has a bool for each token of the concatenated labels of all examples."""
         self._label_starts = np.cumsum([0, *self.lengths])
         self._dropped = where
 
     def counts(self) -> tuple[int, int]:
-        """Tokens, and labels among them."""
+        """Returns the number of tokens, and of labels among them."""
         used = self._used()
         return int(self.lengths.sum()), sum(int(_inner(p, u, 1).sum()) for p, u in zip(self._parts, used, strict=True))
 
     def largest(self) -> int:
-        """The largest id of any token; −1 without one."""
+        """Returns the largest id of any token; −1 if there is no token."""
         return max((int(values.max()) for (_, values), _ in self._parts if len(values)), default=-1)
 
     def _used(self) -> list[np.ndarray]:
-        """For each chunk, which of its rows are used."""
+        """Returns, for each chunk, which of its rows are used."""
         mask = np.zeros(int(self._starts[-1]), bool)
         mask[self.rows] = True
         return [mask[a:b] for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
 
     def checksum(self) -> str:
-        """XXH3-128 of all tokens and of which are learnt, in order."""
+        """Returns XXH3-128 of all tokens and of which are learnt, in order."""
         tokens, marks = xxh3_128(), xxh3_128()
         for part, used in zip(self._parts, self._used(), strict=True):
             tokens.update(np.ascontiguousarray(_inner(part, used, 0, False)).tobytes())
@@ -86,7 +86,8 @@ class Examples(Sequence[Example]):
 
 
 def _inner(part: Any, used: np.ndarray, which: int, after_first: bool = True) -> np.ndarray:
-    """The values of a chunk's used rows, tokens (0) or marks (1); without each row's first, which has no label."""
+    """Returns the tokens (0) or marks (1) of a chunk's used rows, by default without each row's first, which has no
+    label."""
     (offsets, values), marks = part
     keep = np.repeat(used, np.diff(offsets))
     if after_first:
@@ -97,13 +98,13 @@ def _inner(part: Any, used: np.ndarray, which: int, after_first: bool = True) ->
 
 
 def lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and values of a column of lists in one chunk, without a copy."""
+    """Returns offsets and values of a column of lists in one chunk, without a copy."""
     chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     return chunk.offsets.to_numpy(), chunk.values.to_numpy()
 
 
 def all_learnt(rows: list[list[int]]) -> Examples:
-    """Rows that are tokens already, every one of which has a label but the first."""
+    """Makes examples of tokenised rows, in which every token but the first has a label."""
     offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
     tokens = np.fromiter((number for ids in rows for number in ids), np.int32)
     columns = [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (tokens, np.ones(len(tokens), np.uint8))]

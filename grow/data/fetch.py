@@ -1,4 +1,5 @@
-"""A recipe's model and data into the Hugging Face cache, on a node that has network; the others run offline then."""
+"""Fetches a recipe's model and data into the Hugging Face cache, on a node with network; other nodes then run
+offline."""
 
 import json
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from grow.data.of_recipe import retention_rows, rows_of
 from grow.errors import UserError
 from grow.recipe import Recipe
 
-# What a checkpoint has beside its weights: config, tokenizer, chat template, card, licence.
+# The files beside the weights: config, tokenizer, chat template, card, licence.
 _BESIDE = (".json", ".model", ".txt", ".jinja", ".md", ".tiktoken")
 
 
 def fetch(recipe: Recipe) -> dict[str, Any]:
-    """Fetches what is not in the cache yet (HF_HOME; HF_TOKEN for gated models). Returns where it lies.
+    """Fetches what is not in the cache yet (HF_HOME; HF_TOKEN for gated models). Returns where it is.
 
     Raises UserError where a licence was not accepted, a token is missing, a name is wrong or there is no network.
     """
@@ -44,7 +45,7 @@ def _fetch_model(name: str) -> str:
 
 
 def _weights(names: list[str], read: Callable[[str], Path], where: str) -> list[str]:
-    """Of a repository that has weights more than once, those that transformers loads."""
+    """Returns the files of weights that transformers loads, if a repository has them in several formats."""
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     if INDEX_NAME in names:

@@ -1,9 +1,9 @@
 """Which files of a folder, or of a repository on the hub, hold the rows of a split.
 
-In this order: what a data set's card says (the YAML at the top of README.md, as on the hub); files named after the
-split, alone or in numbered parts, on top, in a folder of the split's name or in `data/`; names that have the split's
-name among their words; and, where no name has any split's, all files, which then are the split train. Whatever else
-lies there plays no part.
+They are looked for in this order: what a data set's card says (the YAML at the top of README.md, as on the hub); files
+named after the split, alone or in numbered parts, on top, in a folder of the split's name or in `data/`; names that
+have the split's name among their words; and, if no name has any split's, all files, which then are the split train. All
+other files are ignored.
 """
 
 import os
@@ -30,14 +30,14 @@ _WORDS = {
 
 
 def data_format(name: str) -> str:
-    """The format of a file's rows by its name, such as ".jsonl"; "" if it is none of FORMATS."""
+    """Returns the format of a file's rows by its name, such as ".jsonl"; "" if it is none of FORMATS."""
     path = PurePosixPath(name)
     suffixes = [path.suffix, PurePosixPath(path.stem).suffix] if path.suffix.lower() in _PACKED else [path.suffix]
     return next((suffix for suffix in suffixes if suffix.lower() in FORMATS), "").lower()
 
 
 def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files of a folder and of those inside it, those that links lead to too.
+    """Yields the files of a folder and of those inside it, and those that links lead to.
 
     Raises UserError for a folder that cannot be read.
     """
@@ -58,10 +58,11 @@ def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def split_files(
     names: list[str], read: Callable[[str], Path], split: str, data_dir: str | None, config: str | None, where: str
 ) -> list[str]:
-    """The files of a split, in order, all of one format; `read` gives the path of the card, by its name.
+    """Returns the files of a split, in order, all of one format; `read` gives the path of the card, by its name.
 
     `data_dir` is the folder inside to look in. `config` names a configuration of the card, or else a folder inside.
-    `where` is what messages call it. Raises UserError where there is no such split, or more than one reading of it.
+    `where` is what messages call the data. Raises UserError where there is no such split, or more than one reading of
+    it.
     """
     prefix = _prefix(data_dir)
     inside, listed = (None, None) if prefix or CARD not in names else _of_card(read(CARD), split, config, where)
@@ -116,7 +117,7 @@ def _among_its_words(names: list[str], split: str) -> list[str]:
 
 
 def _check_parts(found: list[str], where: str) -> None:
-    """Parts are numbered "3-of-8": all have to be there, or rows would be missing without a word; and none twice."""
+    """Checks parts numbered like "3-of-8": a missing one would lose rows silently, and none may be there twice."""
     sets: dict[tuple[str, str], list[str]] = {}
     for name in found:
         if part := re.search(r"\d+[-_.]of[-_.](\d+)[^/]*$", name):
@@ -136,8 +137,8 @@ def _what_there_is(names: list[str]) -> str:
 
 
 def _of_card(card: Path, split: str, config: str | None, where: str) -> tuple[str | None, list[str] | None]:
-    """The folder inside that a card gives, "" for the top, and its patterns for a split there, if it has any; (None,
-    None) where it names neither."""
+    """Returns the folder inside that a card gives, "" for the top, and its patterns for a split there, if it has any;
+    (None, None) where it names neither."""
     text = card.read_text(encoding="utf-8-sig", errors="replace")
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
@@ -181,7 +182,7 @@ def _patterns(files: Any, split: str) -> list[str]:
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A path's pattern as on the hub: * within a folder, ** across folders, [0-9] one of these characters."""
+    """Compiles a path's pattern as on the hub: * within a folder, ** across folders, [0-9] one of these characters."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\])", pattern.removeprefix("./"))
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile("".join(known.get(part) or _characters(part) for part in parts))

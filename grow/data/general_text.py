@@ -1,4 +1,4 @@
-"""General text, packed: what a model is compared with its base on."""
+"""General text, packed, on which a model is compared with its base."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from grow.errors import UserError
 
 
 class GeneralText:
-    """Sequences of several folders, which take turns whatever their sizes: item i, of any i, is of folder i mod n.
+    """Draws sequences from several folders in turn, whatever their sizes: item i, for any i, is of folder i mod n.
 
     Each folder's order is drawn from the seed, anew whenever the folder begins again.
     """
@@ -28,7 +28,8 @@ class GeneralText:
 
 
 def general_text(folders: list[str], max_length: int, tokenizer: Any, seed: int) -> GeneralText:
-    """The rows of the folders' split train, which have a column text, packed. Raises UserError for one without any."""
+    """Returns the packed rows of the folders' split train, which have a column text. Raises UserError for a folder
+    without any."""
     template, packed = Template("", "{text}"), []
     for folder in folders:
         rows = load_rows(folder, "train")

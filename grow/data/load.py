@@ -1,4 +1,4 @@
-"""A data set's files → its rows: of a folder, of a file, or of a data set on the hub."""
+"""Opens the rows of a folder, of a file, or of a data set on the hub."""
 
 import bz2
 import gzip
@@ -35,10 +35,11 @@ _PACKED: dict[str, Callable[[Path], Any]] = {
 def load_rows(
     data: str, split: str, revision: str | None = None, data_dir: str | None = None, config: str | None = None
 ) -> Rows:
-    """The rows of one split of a folder, of a file or of a data set on the hub; "train[90%:]" and "train+test" too.
+    """Returns the rows of one split of a folder, of a file or of a data set on the hub; also of "train[90%:]" and
+    "train+test".
 
     `revision` is a hub's, `data_dir` the folder inside in which the files are, `config` a configuration of its card. A
-    hub's files are taken from the cache; what is not there is fetched, if there is network. Raises UserError without
+    hub's files are taken from the cache; missing ones are fetched, if there is network. Raises UserError if there is no
     such data.
     """
     names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split))
@@ -60,7 +61,7 @@ def load_rows(
 def data_paths(
     data: str, split: str, revision: str | None = None, data_dir: str | None = None, config: str | None = None
 ) -> list[Path]:
-    """The files of a split (grow.data.files). Raises UserError as load_rows does."""
+    """Returns the files of a split (grow.data.files). Raises UserError as load_rows does."""
     if os.path.isfile(data):
         if not data_format(data):
             raise UserError(f"{data}: not a format of rows (see README: JSONL, CSV, Parquet)")
@@ -101,7 +102,8 @@ def _open(paths: list[Path], where: str) -> Rows:
 
 
 def _unpacked(path: Path) -> Path:
-    """The file itself, or what is packed in it, which is kept in the cache of `datasets` by what the file holds."""
+    """Returns the file itself, or its unpacked copy, which is kept in the cache of `datasets` by the file's
+    checksum."""
     kind = path.suffix.lower()
     if kind not in _PACKED:
         return path

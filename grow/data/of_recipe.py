@@ -1,4 +1,4 @@
-"""What a recipe names: rows, tokenizer, how a row becomes text; and its rows in packed sequences."""
+"""The data that a recipe names: rows, tokenizer, the template that turns a row into text, packed sequences."""
 
 import os
 from functools import cache
@@ -16,32 +16,32 @@ from grow.recipe import Recipe
 
 
 def rows_of(recipe: Recipe, split: str) -> Rows:
-    """The rows of one split of the recipe's data."""
+    """Returns the rows of one split of the recipe's data."""
     return load_rows(recipe.data, split, recipe.data_revision, recipe.data_dir, recipe.data_config)
 
 
 def retention_rows(recipe: Recipe, split: str = "test", folder: str = "") -> Rows:
-    """The rows of `retention`, or of another folder; of "FOLDER[:80]" the first 80."""
+    """Returns the rows of `retention`, or of another folder; "FOLDER[:80]" means the first 80."""
     path, part = sliced(folder or str(recipe.retention))
     return load_rows(path, split + part)
 
 
 def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
-    """One split of a grow.recipe.Recipe's data, packed; bad rows are named. Raises UserError for rows that cannot be
-    used, if they are too many or all."""
+    """Returns one split of a grow.recipe.Recipe's data, packed; bad rows are named on stderr. Raises UserError if too
+    many rows, or all, cannot be used."""
     encoded = encode_cached(rows_of(recipe, split), tokenizer, template_of(recipe), recipe.max_length)
     encoded.check(f"{recipe.data}, {split}", recipe.max_bad_rows)
     return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
 
 
 def sliced(folder: str) -> tuple[str, str]:
-    """ "FOLDER[:80]" → its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
+    """Splits "FOLDER[:80]" into its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
     path, bracket, part = folder.partition("[:")
     return path, bracket + part
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
-    """The tokenizer of the checkpoint that training starts from, or of the base where that has not grown yet.
+    """Returns the tokenizer of the checkpoint that training starts from, or of the base if that has not grown yet.
 
     Raises UserError where there is none.
     """
@@ -49,7 +49,8 @@ def tokenizer_of(recipe: Recipe) -> Any:
 
 
 def template_of(recipe: Recipe) -> Template:
-    """How a row of the recipe's data becomes text: by its templates, or else by the names of the data's columns.
+    """Returns how a row of the recipe's data becomes text: by its templates, or else by the names of the data's
+    columns.
 
     Raises UserError where there is neither.
     """
@@ -62,7 +63,7 @@ def template_of(recipe: Recipe) -> Template:
 
 @cache
 def _by_columns(where: tuple[str, str, str | None, str | None, str | None]) -> tuple[str, str, str]:
-    """Prompt, completion and messages of rows that have columns of these names."""
+    """Returns prompt, completion and messages of rows that have columns of these names."""
     columns = load_rows(*where).columns(["prompt", "completion"])
     if "messages" in columns:
         return "", "", "messages"
@@ -75,12 +76,12 @@ def _by_columns(where: tuple[str, str, str | None, str | None, str | None]) -> t
 
 
 def retention_template(recipe: Recipe) -> Template:
-    """How a row of `retention` becomes text."""
+    """Returns how a row of `retention` becomes text."""
     return Template(recipe.retention_prompt, recipe.retention_completion)
 
 
 def right_option(recipe: Recipe, row: Any) -> str:
-    """The option that is a row's own completion. Raises UserError if none is, ValueError for a bad row."""
+    """Returns the option that is a row's own completion. Raises UserError if none is, ValueError for a bad row."""
     wanted = template_of(recipe).fill(recipe.completion, row)
     if wanted not in recipe.options:
         raise UserError(

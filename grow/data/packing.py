@@ -1,8 +1,8 @@
-"""Examples → packed sequences of one fixed length.
+"""Packs examples into sequences of one fixed length.
 
 Packing puts several rows into one sequence; their positions restart at 0, by which transformers' attention keeps them
-apart (only if it gets no attention mask and no cache). What is packed together and in which order it is seen depends
-on the rows, the seed, the length and the epoch alone, never on the number of ranks.
+apart (only if it gets no attention mask and no cache). The sequences and their order depend on the rows, the seed, the
+length and the epoch alone, never on the number of ranks.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarra
     """Shares examples of these lengths out to sequences of at most `max_length` tokens: best fit, the longest first.
 
     Returns the examples of all sequences in a row, int64 [N], and where each sequence begins in it, int64 [S + 1].
-    Examples that are longer than any sequence are left out. Equal lengths are placed at once: of the sequences with
-    the least room that suffices each takes as many as it can, before the next.
+    Examples that are longer than any sequence are left out. Examples of equal length are placed together: the sequence
+    with the least room that suffices takes as many as fit, then the next.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).numpy()
     order = order[lengths[order] <= max_length]
@@ -51,9 +51,9 @@ def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarra
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Sequences of exactly `max_length` tokens: input_ids, position_ids, labels, rows; each [max_length], int64.
+    """Holds sequences of exactly `max_length` tokens: input_ids, position_ids, labels, rows; each [max_length], int64.
 
-    `rows` is the example's index at each position, −1 at the padding (which stands as a row of its own at the end).
+    `rows` is the example's index at each position, −1 at the padding (which counts as a row of its own at the end).
     """
 
     def __init__(self, examples: Examples, max_length: int, pad_token_id: int, seed: int = 0):
@@ -64,7 +64,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.starts) - 1
 
     def rows_of(self, index: int) -> list[int]:
-        """The examples of a sequence."""
+        """Returns the examples of a sequence."""
         return self.packed[self.starts[index] : self.starts[index + 1]].tolist()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
 
 def summary(sequences: PackedDataset) -> str:
-    """What rows come to, in a line."""
+    """Sums up packed rows in a line."""
     tokens, labels = sequences.examples.counts()
     padding = 1 - tokens / max(1, len(sequences) * sequences.max_length)
     return (
@@ -99,7 +99,7 @@ def summary(sequences: PackedDataset) -> str:
 
 
 class Epochs(Dataset[dict[str, Tensor]]):
-    """`length` items, epoch after epoch over packed sequences, each epoch in its own order.
+    """Yields `length` items, epoch after epoch over packed sequences, each epoch in its own order.
 
     Item i is sequence number i % N of epoch i // N, whose order is a permutation drawn from (seed, epoch). So a run
     that resumes at any step, on any number of ranks, finds its place by counting.
@@ -119,7 +119,7 @@ class Epochs(Dataset[dict[str, Tensor]]):
         return self.sequences[int(self._order[place])]
 
     def seen(self) -> Dataset[dict[str, Tensor]]:
-        """Each sequence that the run comes to, once: all, unless it ends within its first epoch."""
+        """Returns each sequence that the run comes to, once: all, unless it ends within its first epoch."""
         return Subset(self.sequences, self._permutation(0)[: self.length].tolist())
 
     def _permutation(self, epoch: int) -> Tensor:

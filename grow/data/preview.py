@@ -1,4 +1,4 @@
-"""What a run would train on, row by row, before any model is loaded."""
+"""Shows what a run would train on, row by row, before any model is loaded."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ _AROUND_A_BORDER = 3
 
 
 def preview(recipe: Recipe, split: str, limit: int) -> dict[str, Any]:
-    """The first rows of a split as they would be learnt, 0: all; and what all of them come to.
+    """Returns the first `limit` rows of a split as they would be learnt (0: all), and a summary of all of them.
 
-    Under "rows" of each `row`, its index, and either `text`, `learnt` (of the text, what has labels), `spans` (the
-    same as characters of the text), `tokens` and `borders` (the tokens around each place where learning begins or
-    ends), or `bad`, why it cannot be used. Raises UserError as a run would, but for rows that are bad.
+    Each entry of "rows" has `row`, its index, and either `text`, `learnt` (the part of the text with labels), `spans`
+    (the same as characters of the text), `tokens` (how many) and `borders` (the tokens around each place where learning
+    begins or ends), or `bad`, why it cannot be used. Raises UserError as a run would, except for bad rows.
     """
     tokenizer, rows = tokenizer_of(recipe), rows_of(recipe, split)
     encoded = encode_cached(rows, tokenizer, template_of(recipe), recipe.max_length)
@@ -48,7 +48,7 @@ def _row(index: int, row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
 
 
 def preview_text(result: dict[str, Any], colour: bool) -> str:
-    """For a person: what is learnt in colour, or between ⟦ and ⟧."""
+    """Writes a preview for a person: what is learnt is in colour, or between ⟦ and ⟧."""
     on, off = _COLOUR if colour else _PLAIN
     lines = []
     for row in result["rows"]:
@@ -76,7 +76,7 @@ def _visible(tokens: list[str]) -> str:
 
 
 def checked_limit(limit: int) -> int:
-    """The number of rows to show. Raises UserError if it is not one."""
+    """Returns the number of rows to show. Raises UserError if it is negative."""
     if limit < 0:
         raise UserError(f"--limit {limit}: 0 is all, or a number above it")
     return limit

@@ -1,4 +1,4 @@
-"""A chat template's text of a conversation."""
+"""Renders a conversation by a chat template."""
 
 import re
 from datetime import date, datetime
@@ -13,7 +13,7 @@ from grow.data.spans import Span
 from grow.errors import UserError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Where a template says itself what is the assistant's."""
+"""The tag by which a template marks the assistant's text itself."""
 
 # A template that writes the date asks for it by this name; it is given the run's day, at midnight.
 _ON_A_DAY = (
@@ -25,9 +25,9 @@ _ON_A_DAY = (
 def render_chat(
     turns: list[Turn], source: str, tools: Any, tokenizer: Any, day: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[Span]]:
-    """The template's text, and the spans that its own `{% generation %}` gives.
+    """Returns the template's text, and the spans that its own `{% generation %}` gives.
 
-    Raises ValueError where it refuses, UserError where it is not a template.
+    Raises ValueError where the template refuses the conversation, UserError where it is not a template.
     """
     marked = bool(GENERATION.search(source))
     try:
@@ -44,7 +44,7 @@ def render_chat(
 
 @cache
 def _day_parts(day: str) -> dict[str, str]:
-    """What strftime's codes stand for."""
+    """Returns the values of strftime's codes."""
     start = datetime.combine(date.fromisoformat(day) if day else date.today(), datetime.min.time())
     codes = [f"%{sign}{letter}" for letter in "aAbBcdDeFfHIjmMpSTuUwWxXyYzZ" for sign in ("", "-")]
     return {code: start.strftime(code) for code in codes} | {"%%": "%"}

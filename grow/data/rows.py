@@ -1,7 +1,7 @@
 """The rows of a data set, read when they are asked for, whatever files they are in.
 
-What stands in a file is what a template gets (grow.data.text_files, grow.data.table_files), and rows need not have the
-same columns or types.
+A template gets the values as they stand in the file (grow.data.text_files, grow.data.table_files), and rows need not
+have the same columns or types.
 """
 
 from bisect import bisect_right
@@ -17,7 +17,7 @@ _BLOCK = 2**24
 
 
 class BrokenRow(dict[str, Any]):
-    """A row that cannot be read, and why."""
+    """Stands for a row that cannot be read, with the reason."""
 
     def __init__(self, reason: str):
         super().__init__()
@@ -25,27 +25,27 @@ class BrokenRow(dict[str, Any]):
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """Rows, read when asked for. A row that cannot be read is a BrokenRow, so that the others can be used."""
+    """Reads rows when asked for. A row that cannot be read is a BrokenRow, so that the others can be used."""
 
     name = ""
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """The rows of this range, which lies within their number."""
+        """Returns the rows of this range, which lies within their number."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def checksum(self) -> str:
-        """XXH3-128 of what they hold."""
+        """Returns XXH3-128 of the rows' contents."""
         raise NotImplementedError
 
     def where(self, index: int) -> str:
-        """A row's place, for messages."""
+        """Returns a row's place, for messages."""
         return f"row {index}"
 
     def number(self, index: int) -> int:
-        """A row's index in the whole split."""
+        """Returns a row's index in the whole split."""
         return index
 
     @overload
@@ -66,11 +66,11 @@ class Rows(Sequence[dict[str, Any]]):
             yield from self.read(first, min(first + 1000, len(self)))
 
     def select(self, indices: Sequence[int]) -> "Rows":
-        """Some of them, in this order."""
+        """Returns some of the rows, in the order of `indices`."""
         return Selection(self, indices)
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """The names of their columns; of the first rows alone, where these have all that are wanted."""
+        """Returns the names of the columns; of the first rows alone, if these have all that are wanted."""
         found: dict[str, None] = {}
         for index, row in enumerate(self):
             found.update(dict.fromkeys(row))
@@ -80,7 +80,7 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 class Selection(Rows):
-    """Some rows of others."""
+    """Holds some of the rows of other ones."""
 
     def __init__(self, rows: Rows, indices: Sequence[int]):
         self.rows, self.indices, self.name = rows, indices, rows.name
@@ -89,27 +89,27 @@ class Selection(Rows):
         return len(self.indices)
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """One by one, unless they are neighbours."""
+        """Reads the rows one by one, unless they are neighbours."""
         chosen = self.indices[first:last]
         if isinstance(chosen, range) and chosen.step == 1:
             return self.rows.read(chosen.start, chosen.stop) if chosen else []
         return [self.rows[int(index)] for index in chosen]
 
     def checksum(self) -> str:
-        """Of the others, and which are chosen."""
+        """Returns a checksum of the others and of which rows are chosen."""
         return xxh3_128(f"{self.rows.checksum()} {np.asarray(self.indices).tolist()}".encode()).hexdigest()
 
     def where(self, index: int) -> str:
-        """Among the others."""
+        """Returns a row's place among the others."""
         return self.rows.where(int(self.indices[index]))
 
     def number(self, index: int) -> int:
-        """Among the others."""
+        """Returns a row's index among the others."""
         return self.rows.number(int(self.indices[index]))
 
 
 class Joined(Rows):
-    """Rows one after another, of several files or splits."""
+    """Joins the rows of several files or splits, one after another."""
 
     def __init__(self, parts: Sequence[Rows], name: str):
         self.parts, self.name = parts, name
@@ -119,7 +119,7 @@ class Joined(Rows):
         return self.ends[-1] if self.ends else 0
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Of each part its share."""
+        """Reads each part's share of the range."""
         found: list[dict[str, Any]] = []
         for part, end in zip(self.parts, self.ends, strict=True):
             start = end - len(part)
@@ -128,17 +128,17 @@ class Joined(Rows):
         return found
 
     def checksum(self) -> str:
-        """Of all parts."""
+        """Returns a checksum of all parts."""
         return xxh3_128(" ".join(part.checksum() for part in self.parts).encode()).hexdigest()
 
     def where(self, index: int) -> str:
-        """In its part."""
+        """Returns a row's place in its part."""
         place = bisect_right(self.ends, index)
         return self.parts[place].where(index - (self.ends[place] - len(self.parts[place])))
 
 
 def file_checksum(path: Path) -> str:
-    """XXH3-128 of a file's bytes."""
+    """Returns XXH3-128 of a file's bytes."""
     facts = path.stat()
     return _checksum(path, facts.st_size, facts.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""A row as text, and which of it is to be learnt."""
+"""A row as text, and the spans of it that are to be learnt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 Span = tuple[int, int]
 """Characters of a text, from the first up to, not including, the second."""
 Guard = Callable[[str], str]
-"""Is given every text that a row itself brings, and returns what stands for it (grow.data.special)."""
+"""Replaces each text that comes from the row itself (grow.data.special)."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A row's text, without tokens at its begin or end, and which of it is to be learnt, in order."""
+    """Holds a row's text, without the tokens that begin and end it, and its spans that are to be learnt, in order."""
 
     text: str
     learnt: list[Span]

@@ -1,8 +1,8 @@
-"""Text that spells a special token is text: "</s>" in a row about HTML ends nothing.
+"""A row's own text never becomes a special token: "</s>" in a row about HTML ends nothing.
 
-In what a template itself says, special tokens are tokens. A tokenizer cannot tell the two apart, so in the few rows
-that spell one their own texts are broken up by a character that no text has, and the row is tokenised by a copy of the
-tokenizer that knows the template's special tokens under other names, after the character has been taken out.
+In the text of a template itself, special tokens are tokens. A tokenizer cannot tell the two apart. So in the few rows
+that spell a special token, their own texts are broken up by a character that no text has, and the row is tokenised by a
+copy of the tokenizer that knows the template's special tokens under other names, after the character has been removed.
 """
 
 import json
@@ -15,12 +15,12 @@ from tokenizers import AddedToken, Tokenizer
 
 BREAK = "\ufdd0"  # a code point that Unicode keeps free for uses inside a program
 _NAME, _NAME_END = "\ufdd1", "\ufdd2"
-# What models write themselves, as tokens: to break it up would change what a chat template makes of a turn.
+# Models write these themselves, as tokens: breaking them up would change how a chat template renders a turn.
 _SPOKEN = re.compile(r"</?(think|thinking|tool_call|tool_response)>")
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, and a row's text without them."""
+    """Knows the special tokens of a tokenizer, and keeps a row's own text apart from them."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -31,7 +31,8 @@ class SpecialTokens:
         self._firsts = tuple({name[0] for name in names if name})
 
     def guard(self, text: str) -> str:
-        """Breaks up what spells a special token. Raises ValueError for text that holds a character to do it with."""
+        """Breaks up text that spells a special token. Raises ValueError for text that holds a character used for
+        that."""
         for own in (BREAK, _NAME, _NAME_END):
             if own in text:
                 raise ValueError(f"with the code point U+{ord(own):X}, which is no character")
@@ -40,7 +41,7 @@ class SpecialTokens:
         return self._pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
 
     def encode(self, text: str) -> tuple[Any, "Moved"]:
-        """Tokenises a guarded text: an encoding, whose ids are those of `own_ids`, and how characters have moved."""
+        """Tokenises a guarded text. Returns the encoding, with ids for `own_ids`, and how characters have moved."""
         moved = Moved(text, re.compile(f"{BREAK}|{self._pattern.pattern}"), self._renamed)
         return self._copy.encode(moved.text, add_special_tokens=False), moved
 
@@ -48,18 +49,19 @@ class SpecialTokens:
         return "" if found == BREAK else f"{_NAME}{self.ids[found]}{_NAME_END}"
 
     def own_ids(self, ids: list[int]) -> list[int]:
-        """The tokenizer's own ids. Raises ValueError where the model of the tokenizer itself makes a special token."""
+        """Returns the tokenizer's own ids. Raises ValueError where the tokenizer makes a special token of a row's
+        text."""
         if any(number in self.own and number not in self._to_own for number in ids):
             raise ValueError("spells a special token, which the tokenizer cannot take for text")
         return [self._to_own.get(number, number) for number in ids]
 
     def removed(self, text: str) -> str:
-        """A text without what spells a special token."""
+        """Returns a text without the special tokens that it spells."""
         return self._pattern.sub("", text)
 
     @cached_property
     def own(self) -> set[int]:
-        """The ids of all special tokens."""
+        """Returns the ids of all special tokens."""
         return set(self.ids.values())
 
     @cached_property
@@ -83,7 +85,7 @@ class SpecialTokens:
 
 
 class Moved:
-    """A text in which some matches of a pattern were replaced, and where its characters went."""
+    """Holds a text in which some matches of a pattern were replaced, and says where its characters went."""
 
     def __init__(self, text: str, pattern: re.Pattern[str], replace: Any):
         parts, last, length = [], 0, 0
@@ -97,10 +99,10 @@ class Moved:
         self.text = "".join([*parts, text[last:]])
 
     def place(self, position: int) -> int:
-        """Where the character that stood at this place stands now."""
+        """Returns where the character that stood at this place stands now."""
         return position + self._shifts[bisect_right(self._ends, position) - 1]
 
 
 def unguarded(text: str) -> Moved:
-    """A guarded text as it is meant."""
+    """Returns a guarded text without the characters that break it up."""
     return Moved(text, re.compile(BREAK), lambda _: "")

@@ -18,7 +18,7 @@ from grow.data.text_files import Number
 
 
 class TableRows(Rows):
-    """Rows of typed columns, from Parquet or Arrow: the table of a datasets.Dataset, which is mapped into memory."""
+    """Reads rows of typed columns, from Parquet or Arrow: the table of a datasets.Dataset, mapped into memory."""
 
     def __init__(self, table: Any, path: Path, name: str):
         self.table, self.path, self.name = table, path, name
@@ -27,7 +27,7 @@ class TableRows(Rows):
         return self.table.num_rows
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Values as `_reader` has them."""
+        """Reads rows, with values converted by `_reader`."""
         part = self.table.slice(first, last - first)
         columns = {}
         for name in part.column_names:
@@ -37,20 +37,21 @@ class TableRows(Rows):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def checksum(self) -> str:
-        """Of the file's bytes."""
+        """Returns the checksum of the file's bytes."""
         return file_checksum(self.path)
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """Of the table."""
+        """Returns the names of the table's columns."""
         return list(self.table.column_names)
 
 
 @cache
 def _reader(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a value of an Arrow type the one that is meant; None where that is the value itself.
+    """Returns a function that converts a value of an Arrow type to the one that is meant; None where that is the same.
 
-    Numbers of 16 and 32 bits are written shortest, not as the nearest of 64 bits; what is not a number is no value. A
-    typed object has all the names that any row's has: those without a value were not in the row's own.
+    Numbers of 16 and 32 bits get their shortest spelling, not that of the nearest one of 64 bits; NaN and infinity
+    become no value. A typed object has all the names that any row's has: those without a value were not in the row's
+    own.
     """
     if kind == pa.float64():
         return lambda value: value if isfinite(value) else None
@@ -73,7 +74,7 @@ def _itself(value: Any) -> Any:
 
 
 def read_table(path: Path, kind: str, name: str) -> Rows:
-    """The rows of one file: the parts of a split need not have the same columns, where no template looks."""
+    """Returns the rows of one file. The parts of a split need not share columns that no template names."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if kind == ".arrow":
@@ -87,7 +88,7 @@ def read_table(path: Path, kind: str, name: str) -> Rows:
 
 @contextlib.contextmanager
 def _no_word_of_its_own() -> Iterator[None]:
-    """What the library logs of a file that it cannot read, it also raises."""
+    """Silences the library's log: the errors of a file that it cannot read are also raised."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""How a row of a data set becomes text, and which of it is to be learnt."""
+"""Templates turn a row of a data set into text, and say which of it is to be learnt."""
 
 from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from grow.errors import UserError
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes text. Either `prompt` and `completion`, which name columns as in "English: {en}"; or
+    """Turns a row into text by either `prompt` and `completion`, which name columns as in "English: {en}"; or
     `messages`, the name of a column of chat messages ({"role": …, "content": …}), for models with a chat template.
 
-    `chat_template` is the text of a template that takes the place of the tokenizer's own, `day` the day (2026-11-28)
-    that templates which write the date are given: rows are then the same whenever a run resumes.
+    `chat_template` is the text of a template that replaces the tokenizer's own. `day` (2026-11-28) is given to
+    templates that write the date, so that rows are the same whenever a run resumes.
     """
 
     prompt: str = ""
@@ -29,7 +29,7 @@ class Template:
     day: str = ""
 
     def check(self, columns: list[str]) -> None:
-        """Raises UserError where it names a column that is not there, or is not a template."""
+        """Raises UserError if it names a column that is not there, or is not a valid template."""
         for name in [self.messages] if self.messages else _columns(self.prompt + self.completion, tuple(columns)):
             if name not in columns:
                 what = (
@@ -38,14 +38,14 @@ class Template:
                 raise UserError(f"{what} is not among the columns {', '.join(columns)}")
 
     def columns(self) -> list[str]:
-        """The columns that it names."""
+        """Returns the columns that the template names."""
         if self.messages:
             return [self.messages]
         named = [name for _, name, _, _ in _parsed(self.prompt + self.completion) if name is not None]
         return [str(formatter_field_name_split(name)[0]) for name in named]
 
     def text(self, row: Mapping[str, Any], tokenizer: Any, guard: Guard = str) -> Text:
-        """The row's text. Raises ValueError, in a few words, where the row has none that could be learnt."""
+        """Returns the row's text. Raises ValueError, in a few words, if the row has none that could be learnt."""
         if self.messages:
             return conversation_text(row, self, tokenizer, guard)
         before, after = self.fill(self.prompt, row, guard), self.fill(self.completion, row, guard)
@@ -54,7 +54,7 @@ class Template:
         return Text(before + after, [(len(before), len(before) + len(after))])
 
     def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str) -> str:
-        """One of its two parts, with a row's values in place. Raises ValueError where one is missing or no text."""
+        """Returns `prompt` or `completion` with a row's values. Raises ValueError if a value is missing or no text."""
         parts = []
         for literal, name, spec, conversion in _parsed(template):
             parts.append(literal)
@@ -64,7 +64,7 @@ class Template:
         return "".join(parts)
 
     def texts(self, row: Mapping[str, Any]) -> list[str]:
-        """What the row itself brings to its text, column by column (of messages, turn by turn); [] if it is bad."""
+        """Returns the row's own texts, column by column (messages: turn by turn); [] if the row is bad."""
         try:
             if self.messages:
                 return [turn["content"] for turn in conversation(row, self.messages)]
@@ -76,7 +76,7 @@ class Template:
 
 @cache
 def _parsed(template: str) -> list[tuple[str, str | None, str, str | None]]:
-    """Literal text, a field's name, its format and conversion, as string.Formatter takes them apart."""
+    """Returns literal text, a field's name, its format and conversion, as string.Formatter takes them apart."""
     try:
         parts = [(text, name, spec or "", conversion) for text, name, spec, conversion in Formatter().parse(template)]
     except ValueError as error:
@@ -88,7 +88,7 @@ def _parsed(template: str) -> list[tuple[str, str | None, str, str | None]]:
 
 @cache
 def _columns(template: str, columns: tuple[str, ...]) -> list[str]:
-    """The columns that a template names, "translation" of "{translation[en]}"."""
+    """Returns the columns that a template names, "translation" of "{translation[en]}"."""
     found = []
     for _, name, _, _ in _parsed(template):
         if name is None:
@@ -126,7 +126,7 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _written(value: Any, spec: str, name: str) -> str:
-    """A value as it stands in its file."""
+    """Returns a value as it stands in its file."""
     if isinstance(value, (list, tuple, Mapping, bytes)) or not hasattr(value, "__format__"):
         raise ValueError(f"a {type(value).__name__}, not a text, at {name}")
     if isinstance(value, bool) and not spec:

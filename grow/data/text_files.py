@@ -1,8 +1,8 @@
 """Rows of text files: JSONL, JSON, CSV, TSV, plain lines.
 
-Cells of CSV are text, a number of JSON keeps its digits, a date stays the text that it is. So the files are not turned
-into typed columns: where each row begins is noted once, and a row is read when it is asked for, by any process, from
-the page cache.
+Cells of CSV are text, a number in JSON keeps its digits, a date stays text. So the files are not turned into typed
+columns: where each row begins is noted once, and a row is read when it is asked for, by any process, from the page
+cache.
 """
 
 import csv
@@ -23,10 +23,10 @@ csv.field_size_limit(2**31 - 1)
 
 
 class Number(float):
-    """A number that is written as it stood in its file: 1.50 is not 1.5, 1e5 not 100000.0."""
+    """Keeps a number as it is written in its file: 1.50 is not 1.5, 1e5 not 100000.0."""
 
     def __new__(cls, text: str) -> "Number":
-        """Of its text."""
+        """Makes a number of its text."""
         made = super().__new__(cls, text)
         made.text = text
         return made
@@ -44,7 +44,8 @@ class Number(float):
 
 
 class TextRows(Rows):
-    """Rows of a text file; `places` are the bytes at which each begins and ends, int64 [N, 2], `parse` reads one."""
+    """Reads rows of a text file; `places` are the bytes at which each begins and ends, int64 [N, 2], `parse` reads
+    one."""
 
     def __init__(self, path: Path, places: np.ndarray, parse: Callable[[str], dict[str, Any]]):
         self.path, self.places, self.parse, self.name = path, places, parse, path.name
@@ -53,7 +54,7 @@ class TextRows(Rows):
         return len(self.places)
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """In one piece of the file."""
+        """Reads the rows in one piece of the file."""
         if first >= last:
             return []
         begin, end = int(self.places[first, 0]), int(self.places[last - 1, 1])
@@ -71,11 +72,11 @@ class TextRows(Rows):
             return BrokenRow(str(error) or "unreadable")
 
     def checksum(self) -> str:
-        """Of the file's bytes."""
+        """Returns the checksum of the file's bytes."""
         return file_checksum(self.path)
 
     def where(self, index: int) -> str:
-        """File and line, counted from 1."""
+        """Returns the file and the line, counted from 1."""
         with self.path.open("rb") as file:
             line, left = 1, int(self.places[index, 0])
             while left:
@@ -85,7 +86,7 @@ class TextRows(Rows):
 
 
 class ListRows(Rows):
-    """The rows of a JSON file that is one list."""
+    """Holds the rows of a JSON file that is one list."""
 
     def __init__(self, path: Path, rows: list[Any]):
         self.path, self.name = path, path.name
@@ -95,16 +96,17 @@ class ListRows(Rows):
         return len(self.rows)
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        """From memory."""
+        """Returns the rows from memory."""
         return self.rows[first:last]
 
     def checksum(self) -> str:
-        """Of the file's bytes."""
+        """Returns the checksum of the file's bytes."""
         return file_checksum(self.path)
 
 
 def read_text(path: Path, kind: str, name: str) -> Rows:
-    """The rows of one file; `name` is what messages call it. Raises UserError for a file that is not of its kind."""
+    """Returns the rows of one file; `name` is what messages call it. Raises UserError for a file that is not of its
+    kind."""
     facts = path.stat()
     rows = _read(path, kind, facts.st_size, facts.st_mtime_ns)
     rows.name = name
@@ -131,7 +133,7 @@ def _read(path: Path, kind: str, size: int, changed: int) -> Rows:
 
 
 def _lines(path: Path, first: int) -> np.ndarray:
-    """Begin and end of each line that is not blank, int64 [N, 2]."""
+    """Returns begin and end of each line that is not blank, int64 [N, 2]."""
     ends, done = [], first
     with path.open("rb") as file:
         file.seek(first)
@@ -153,16 +155,16 @@ def _line(text: str) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    """NaN and Infinity are no JSON, and no value."""
+    """Returns None for NaN and Infinity, which are not JSON."""
 
 
 def _integer(text: str) -> int | Number:
-    """A whole number; -0 too is written as it stands."""
+    """Reads a whole number; -0 keeps its spelling."""
     return Number(text) if text == "-0" else int(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ValueError where a key stands in it twice: which of the values is meant, nobody knows."""
+    """Makes an object. Raises ValueError where a key stands in it twice: which value is meant cannot be known."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -200,7 +202,7 @@ def _json_list(path: Path) -> list[Any]:
 
 
 def _csv_file(path: Path, first: int, delimiter: str) -> Rows:
-    """Records may hold line ends, so the reader itself says where each begins."""
+    """Opens a CSV file. Records may hold line ends, so the reader itself says where each begins."""
     position = first
 
     def lines() -> Iterator[str]:

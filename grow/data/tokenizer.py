@@ -11,7 +11,7 @@ from grow.names import canonical
 
 
 def load_tokenizer(name: str) -> Any:
-    """Of a checkpoint's folder or hub name. Raises UserError where it has none that transformers can load."""
+    """Loads the tokenizer of a checkpoint's folder or hub name. Raises UserError if transformers cannot load it."""
     folder = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -22,7 +22,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
-    """Raises UserError where the largest id of a token is beyond the rows of a checkpoint's embedding."""
+    """Raises UserError if the largest id of a token is beyond the rows of a checkpoint's embedding."""
     for name, info in checkpoint.tensors.items():
         if canonical(name) == "embed_tokens.weight" and largest >= info.shape[0]:
             raise UserError(
@@ -32,5 +32,5 @@ def check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """What stands at the padding, which no row sees: the pad token, or 0 where there is none."""
+    """Returns the id of padding, which no row sees: the pad token, or 0 if there is none."""
     return tokenizer.pad_token_id or 0

@@ -1,7 +1,7 @@
 """The rows of a split in tokens: the usable ones, and what is wrong with the others.
 
-They are made once, by as many processes as there are cores, and kept in the cache of `datasets` as Arrow files that all
-ranks map into memory.
+They are tokenised once, by as many processes as there are cores, and kept in the cache of `datasets` as Arrow files
+that all ranks map into memory.
 """
 
 import contextlib
@@ -26,22 +26,23 @@ from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.errors import UserError
 
-_FORMAT = 2  # of what is cached: raised when the same rows come to other tokens
-_MANY = 20_000  # rows from which on several processes are worth their start
+_FORMAT = 2  # of the cache: raised when the same rows become other tokens
+_MANY = 20_000  # rows from which several processes pay off
 _AT_A_TIME = 1000
 
 
 @dataclass
 class Encoded:
-    """Rows in tokens. `bad` holds the indices of rows that were left out, by what is wrong with them; `where` says of
-    an index which row that is."""
+    """Holds tokenised rows. `bad` has the indices of rows that were left out, by what is wrong with them; `rows` tells
+    where an index is in its file."""
 
     examples: Examples
     bad: dict[str, list[int]]
     rows: Rows | None = None
 
     def check(self, what: str, max_bad_rows: float) -> None:
-        """Says on stderr which rows were left out. Raises UserError if they are more than a share of all, or all."""
+        """Prints which rows were left out to stderr. Raises UserError if their share is above `max_bad_rows`, or all
+        are."""
         count = sum(map(len, self.bad.values()))
         if count:
             total = len(self.examples) + count
@@ -53,7 +54,7 @@ class Encoded:
             raise UserError(f"{what}: has no row that can be used{': ' + self.reasons() if count else ''}")
 
     def reasons(self) -> str:
-        """What is wrong with which rows; the commonest first."""
+        """Says what is wrong with which rows; the commonest first."""
         kinds = sorted(self.bad.items(), key=lambda item: -len(item[1]))
         said = [f"{len(rows)} {why} (row {self._numbers(rows)})" for why, rows in kinds[:4]]
         place = self.rows.where(kinds[0][1][0]) if self.rows is not None and kinds else ""
@@ -69,7 +70,7 @@ class Encoded:
 def encode(
     rows: Iterable[dict[str, Any]], tokenizer: Any, template: Template, max_length: int = 0, end: bool = True
 ) -> Encoded:
-    """Rows in tokens, in memory. Only what is to be learnt (and an end token after a completion) has labels.
+    """Tokenises rows, in memory. Only text that is to be learnt (and an end token after a completion) has labels.
 
     Rows of more than `max_length` tokens are bad; 0 takes any. Raises UserError for a template that does not fit.
     """
@@ -81,9 +82,10 @@ def encode(
 
 
 def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: int, end: bool = True) -> Encoded:
-    """The same as `encode` of many rows, by several processes and from the cache the next time.
+    """Does the same as `encode` for many rows, with several processes, and takes them from the cache the next time.
 
-    It is kept by what the rows' files hold, the template, the tokenizer's files and the libraries' versions.
+    The key of the cache is the contents of the rows' files, the template, the tokenizer's files and the libraries'
+    versions.
     """
     _check_columns(rows, template)
     return _sorted_out(_cached_parts(rows, tokenizer, template, end), max_length, rows)
@@ -94,7 +96,7 @@ def _check_columns(rows: Sequence[dict[str, Any]], template: Template) -> None:
         columns = rows.columns(template.columns())
     else:
         columns = list(dict.fromkeys(name for row in rows for name in row))
-    if columns:  # without any there is no row at all, or none that can be read, which is what is said then
+    if columns:  # without any, no row is there or can be read, and that is reported later
         template.check(columns)
 
 
@@ -125,7 +127,7 @@ def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> 
 
 @contextlib.contextmanager
 def _a_core_each() -> Iterator[None]:
-    """Processes that tokenise side by side, none of which uses all cores."""
+    """Limits each of the processes that tokenise side by side to one core."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -137,7 +139,7 @@ def _a_core_each() -> Iterator[None]:
 
 
 class _Batch:
-    """What `map` calls, in each of its processes."""
+    """Wraps the function that `map` calls, in each of its processes."""
 
     def __init__(self, encoder: Encoder, rows: Rows):
         self.encoder, self.rows = encoder, rows
@@ -166,7 +168,7 @@ def _key(rows: Rows, tokenizer: Any, template: Template, end: bool) -> str:
 
 
 def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows | None) -> Encoded:
-    """Tells usable rows from bad ones."""
+    """Separates usable rows from bad ones."""
     bad: dict[str, list[int]] = {}
     good, done = [], 0
     for part in parts:

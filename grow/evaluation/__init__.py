@@ -1,1 +1,1 @@
-"""What a checkpoint can do and what it still knows, at any interpolation coefficient α."""
+"""Scores a checkpoint on its task and on retention, at any interpolation coefficient α."""

@@ -1,4 +1,4 @@
-"""How well a checkpoint does the recipe's task, and what it still knows: held-out rows, at any α.
+"""Scores a checkpoint on the recipe's task and on retention: held-out rows, at any α.
 
 Each figure comes with its number of rows and a 95 % interval by the bootstrap over rows. Contaminated rows
 (grow.data.decontamination) are counted and left out.
@@ -28,8 +28,8 @@ from grow.recipe import Recipe
 
 @dataclass
 class Items:
-    """Rows that are scored as one set: `rows` (grow.data.rows.Rows), `examples` of the same in tokens; and how many
-    were left out, as training rows give them away, or as they cannot be used."""
+    """Holds rows that are scored as one set: `rows` (grow.data.rows.Rows), `examples` of the same in tokens; and how
+    many were left out, because training rows contaminate them or because they cannot be used."""
 
     name: str
     rows: Any
@@ -40,7 +40,7 @@ class Items:
 
     @property
     def fingerprint(self) -> str:
-        """What tells them from other rows."""
+        """Returns what tells these rows from others."""
         return xxh3_64_hexdigest(repr([(example.input_ids, example.labels) for example in self.examples]).encode())
 
 
@@ -57,17 +57,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores one checkpoint, stock, grown or an adapter's folder, at each α.
 
-    Returns, under "task" (test rows), "retention" (rows of what the base knew) and "retention_sets" (more of these, by
-    name): `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the likeliest;
-    `exact_match`, the share of rows where all are, which is what greedy decoding would give; `log_likelihood`, nats per
-    row, the mean over rows; `rows`; `contaminated`, how many were left out; `intervals` of the figures; `items`, each
-    row's log-likelihood; `unusable`, how many rows could not be scored. What fails stands under "failed". The task
-    also has what the recipe's `metric` asks for. Under "samples" what the model writes
-    for the first test rows. Of several α, "by_alpha" has all that for each, and the rest is that of the largest.
+    The result has "task" (test rows), "retention" (rows of what the base knew) and "retention_sets" (more of these, by
+    name), each with: `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the
+    likeliest; `exact_match`, the share of rows in which all are, which is what greedy decoding would give;
+    `log_likelihood`, nats per row, the mean over rows; `rows`; `contaminated`, how many were left out; `intervals` of
+    the figures; `items`, each row's log-likelihood; `unusable`, how many rows could not be scored. The task also has
+    the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the parts that failed.
+    For several α, "by_alpha" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
-    retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`).
-    `harness` is given model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
+    retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`). `harness` is given
+    model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
     """
     check_alphas(path, start, alphas)
     tokenizer = load_tokenizer(path)
@@ -95,13 +95,13 @@ def evaluate(
 
 
 class Parts:
-    """The parts of a result, each of which may fail without the others: what is scored is not lost."""
+    """Collects the parts of a result, each of which may fail without the others, so that their scores are not lost."""
 
     def __init__(self, point: dict[str, Any]):
         self.point = point
 
     def add(self, name: str, make: Callable[[], Any], among: str = "") -> None:
-        """Puts what `make` returns under its name, or among others, or under "failed" why there is nothing."""
+        """Puts the value of `make` under its name, or inside `among`; if it fails, the reason goes under "failed"."""
         try:
             made = make()
         except Exception as error:
@@ -128,7 +128,7 @@ def _scores(
 
 
 def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:
-    """The task's rows first, then those of each retention set."""
+    """Returns the task's rows first, then those of each retention set."""
     sets = [("task", rows_of(recipe, recipe.test_split), template_of(recipe), limit)]
     if recipe.retention:
         sets.append(("retention", retention_rows(recipe), retention_template(recipe), retention_limit))
@@ -153,7 +153,7 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
             )
             given_away = set()
         kept = rows.select([i for i in range(len(rows)) if i not in given_away][:most])
-        # Of retention rows no end token: the question is whether the answer comes, not whether the text ends there.
+        # Retention rows get no end token: whether the answer comes is measured, not whether the text ends there.
         encoded = encode(kept, tokenizer, template, recipe.max_length, end=name == "task")
         bad = {row for some in encoded.bad.values() for row in some}
         if not encoded.examples:
@@ -185,7 +185,7 @@ def _add_metric(
 
 
 def _metric(interpolation: Interpolation, task: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
-    """What the recipe's metric asks for beyond the loss: figures, and their `intervals`."""
+    """Returns the figures that the recipe's metric asks for beyond the loss, and their `intervals`."""
     if recipe.metric == "accuracy":
         return choices(interpolation.model, task.rows, recipe, tokenizer)
     if recipe.metric == "chrf":
@@ -195,13 +195,13 @@ def _metric(interpolation: Interpolation, task: Items, recipe: Recipe, tokenizer
 
 
 def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The retention sets in a result, by name."""
+    """Returns the retention sets in a result, by name."""
     first = {"retention": scores["retention"]} if "retention" in scores else {}
     return first | scores.get("retention_sets", {})
 
 
 def _base_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The base's scores in an earlier result, which is of the base itself or of several α.
+    """Returns the base's scores in an earlier result, which is of the base itself or of several α.
 
     Raises UserError if α = 0 is not among these.
     """

@@ -1,4 +1,4 @@
-"""How far a model is from its base: KL(base ‖ model) of the next token; and the largest α that keeps within a bound."""
+"""KL(base ‖ model) of the next token says how far a model is from its base; find-alpha keeps it within a bound."""
 
 import json
 import os
@@ -20,16 +20,16 @@ from grow.model.loss import labelled_logits, likelihood_and_kl
 from grow.model.mlp import GrownMLP, gated_mlps
 
 PROSE = "gemma3_270m/prose/test.jsonl"
-"""In the cache: the text to measure on where none is named, English fiction."""
+"""The default text in the cache: English fiction."""
 _TOKENS = 256
 """The longest passage; the rest of a longer one is left out."""
 _CLOSE = 0.01
-"""How near to the bound, as a share of it, is near enough; and how exactly α is found."""
+"""The search ends this near to the bound, as a share of it, or when α is known to half of this."""
 
 
 def read_passages(path: str, tokenizer: Any, limit: int) -> Examples:
-    """The first passages of a text, each with a label at every position: paragraphs of a plain file, between blank
-    lines; the column `text` of a .jsonl. Raises UserError if there is none."""
+    """Returns the first passages of a text, each with a label at every position: paragraphs of a plain file, between
+    blank lines; the column `text` of a .jsonl. Raises UserError if there is none."""
     try:
         content = Path(path).read_text(encoding="utf-8")
         if path.endswith(".jsonl"):
@@ -79,9 +79,10 @@ def kl_from_base(interpolation: Interpolation, passages: Examples) -> dict[str, 
 
 
 def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> list[dict[str, Any]]:
-    """What was measured on the way to the largest α whose KL is within the bound, that one last.
+    """Returns all measurements made to find the largest α whose KL is within the bound, that one last.
 
-    Bisection, every other step of it by interpolation: near the base the KL grows as α². α has three decimals.
+    The search is a bisection in which every other step interpolates: near the base the KL grows as α². α has three
+    decimals.
     """
     seen = [{"alpha": 0.0, "kl": 0.0, "interval": (0.0, 0.0)}, measured(1.0)]
     low, high = seen
@@ -91,7 +92,7 @@ def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> 
         share = 0.5
         if len(seen) % 2 == 0:
             share = (sqrt(bound) - sqrt(low["kl"])) / (sqrt(high["kl"]) - sqrt(low["kl"]))
-        # Rounded down: interpolation aims at the bound itself, and beyond it would be of no use.
+        # Rounded down: interpolation aims at the bound itself, and an α beyond it is useless.
         alpha = floor(1000 * (low["alpha"] + share * (high["alpha"] - low["alpha"]))) / 1000
         if not low["alpha"] < alpha < high["alpha"]:
             break
@@ -101,9 +102,10 @@ def largest_alpha(measured: Callable[[float], dict[str, Any]], bound: float) -> 
 
 
 def find_alpha(path: str, start: str, text: str, passages: int, bound: float) -> dict[str, Any]:
-    """What `find-alpha` says of a checkpoint; `next` is the command to run next.
+    """Returns the result of `find-alpha` for a checkpoint; `next` is the command to run next.
 
-    Raises UserError for a checkpoint without its base, and for a text that cannot be used."""
+    Raises UserError for a checkpoint without its base, and for a text that cannot be used.
+    """
     text = text or os.path.join(os.environ.get("GROW_CACHE") or os.path.expanduser("~/.cache/grow"), PROSE)
     check_alphas(path, start, (0.0,))
     examples = read_passages(text, load_tokenizer(path), passages)

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt, and how near that is to a reference."""
+"""Generates text after a prompt, and scores it against a reference."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ _DRAWS = 1000
 
 @dataclass(frozen=True)
 class Asked:
-    """A row as a model is asked it: the tokens before the last thing that is learnt, as training has them, and that."""
+    """Holds a row as a prompt: the tokens before its last learnt span, as in training, and that span as the
+    reference."""
 
     prompt: str
     ids: list[int]
@@ -29,18 +30,18 @@ class Asked:
 
 
 def generate(model: Any, tokenizer: Any, template: Template, rows: Rows) -> list[dict[str, str]]:
-    """What the model writes, greedily, after each row's prompt; with prompt and reference.
+    """Returns what the model writes, greedily, after each row's prompt; with prompt and reference.
 
     It writes up to an end token or, where all references are of one line, to the line's end, and at most twice as many
-    tokens as the longest reference of its batch. The model's own generation config (sampling, penalties, lengths) plays
-    no part, but for its end tokens.
+    tokens as the longest reference of its batch. The model's own generation config (sampling, penalties, lengths) is
+    ignored, except for its end tokens.
     """
     encoder = Encoder(tokenizer, template)
     asked = [_asked(encoder, row) for row in rows]
     if not asked:
         return []
     ends = _ends(model, encoder, asked)
-    # Of about one length together: each batch is as long as its longest.
+    # Rows of similar length share a batch, which is as long as its longest row.
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
     texts: dict[int, str] = {}
     for first in tqdm(range(0, len(order), _AT_A_TIME), desc="writing", leave=False, disable=None):
@@ -74,7 +75,8 @@ def _asked(encoder: Encoder, row: dict[str, Any]) -> Asked:
 
 
 def _ends(model: Any, encoder: Encoder, asked: list[Asked]) -> list[int]:
-    """The tokens at which writing stops: ends of a text and of a turn; and of a line, if no reference has one."""
+    """Returns the tokens at which generation stops: ends of a text and of a turn; and of a line, if no reference has
+    one."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), encoder.tokenizer.eos_token_id}
     ends |= {number for row in asked for number in row.reference_ids if number in encoder.special.own}
@@ -105,7 +107,7 @@ def _written(model: Any, part: list[Asked], ends: list[int], pad: int) -> torch.
 
 @contextlib.contextmanager
 def _no_config_of_its_own(model: Any, settings: Any) -> Iterator[None]:
-    """What a call leaves open, transformers takes from the model's generation config."""
+    """Replaces the model's generation config, from which transformers takes whatever a call leaves open."""
     before, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -114,7 +116,8 @@ def _no_config_of_its_own(model: Any, settings: Any) -> Iterator[None]:
 
 
 def translation_scores(outputs: list[str], references: list[str]) -> dict[str, Any]:
-    """chrF2 and BLEU of a corpus, 0 to 100, with 95 % bootstrap intervals, and sacrebleu's signatures (Post 2018)."""
+    """Returns chrF2 and BLEU of a corpus, 0 to 100, with 95 % bootstrap intervals, and sacrebleu's signatures (Post
+    2018)."""
     from sacrebleu.metrics import BLEU, CHRF
 
     found: dict[str, Any] = {"intervals": {}}

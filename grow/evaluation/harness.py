@@ -1,6 +1,7 @@
-"""EleutherAI's lm-evaluation-harness on a model in memory, stock or grown: WinoGrande, ARC, HellaSwag, MMLU and others.
+"""EleutherAI's lm-evaluation-harness runs on a model in memory, stock or grown: WinoGrande, ARC, HellaSwag, MMLU and
+others.
 
-Tasks are its own, or files of a local folder; with data in such a folder nothing is asked of the network.
+Tasks are its own, or files of a local folder; if the data are in such a folder too, no network is needed.
 """
 
 import logging
@@ -12,7 +13,7 @@ from grow.evaluation.bootstrap import interval
 
 
 class Harness:
-    """Some tasks, which are looked up before any model is loaded.
+    """Runs some tasks of the harness, which are looked up before any model is loaded.
 
     `include_path` is a folder of more tasks, `limit` takes the first rows of each. Raises UserError where the harness
     is not installed, a task is not known, or there is no such folder.
@@ -40,10 +41,10 @@ class Harness:
         return [task for task in self.tasks if not self.manager.match_tasks([task])]
 
     def scores(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """Each task's metrics: {task: {metric: {"value", "interval", "rows"}}}.
+        """Returns each task's metrics: {task: {metric: {"value", "interval", "rows"}}}.
 
         The interval is the bootstrap's over rows where the metric is a mean of them; else 1.96 of the harness's
-        standard errors to either side, or none. Raises UserError where a task's data cannot be had.
+        standard errors to either side, or none. Raises UserError if a task's data are not available.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -56,7 +57,7 @@ class Harness:
             results = simple_evaluate(
                 wrapped, tasks=self.tasks, task_manager=self.manager, limit=self.limit, bootstrap_iters=1000
             )
-        except (OSError, ValueError, KeyError) as error:  # of data sets that are not there, most of all
+        except (OSError, ValueError, KeyError) as error:  # most often, a data set is not there
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"--lm-eval {','.join(self.tasks)}: {reason} (is there network, or a cache?)") from error
         assert results is not None

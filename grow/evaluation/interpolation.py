@@ -1,7 +1,7 @@
-"""A model and its base, and what lies between them: α = 0 is the base, exactly, 1 the trained model.
+"""A model interpolated with its base: α = 0 is the base, exactly, 1 the trained model.
 
-A grown or adapted checkpoint has its base inside. A stock one needs the base that it was trained from; its weights
-are then interpolated with the base's, as `consolidate --alpha` does it, so that both are loaded once for a whole curve.
+A grown or adapted checkpoint has its base inside. A stock one needs the base that it was trained from; its weights are
+then interpolated with the base's, as `consolidate --alpha` does it, so that both are loaded once for a whole curve.
 """
 
 from collections.abc import Iterable
@@ -22,9 +22,10 @@ from grow.names import canonical
 
 
 def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
-    """Raises UserError, before anything is loaded, for an invalid α, and for any but 1 where there is no base.
+    """Raises UserError, before anything is loaded, for an invalid α, and for any α but 1 where there is no base.
 
-    That is a checkpoint without its base inside or a `start`, or with one that it cannot have been trained from.
+    There is none if the checkpoint has no base inside and no `start` is given. A `start` that the checkpoint cannot
+    have been trained from is refused, too.
     """
     folder = locate(path)
     if (folder / "run.json").is_file():
@@ -47,9 +48,10 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 class Interpolation:
-    """`model` is on the GPU if there is one, in the dtype that this machine computes in; at α = 1 at first.
+    """Holds a model at an interpolation coefficient, which is 1 at first.
 
-    What it is given has passed check_alphas.
+    `model` is on the GPU if there is one, in the dtype that this machine computes in. The arguments must have passed
+    check_alphas.
     """
 
     def __init__(self, path: str, start: str = ""):
@@ -78,5 +80,5 @@ class Interpolation:
         self.alpha = alpha
 
     def base_logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """The base's logits where there is a label, as grow.model.loss.labelled_logits has them; α stays."""
+        """Returns the base's logits where there is a label, as grow.model.loss.labelled_logits does; α stays."""
         return base_logits(self.model, batch, self._base)

@@ -1,6 +1,6 @@
-"""An interpolation coefficient α for each layer, learnt: the layers do not gain alike, and do not forget alike.
+"""Learns an interpolation coefficient α for each layer: layers differ in what they gain and in what they forget.
 
-α is the only thing that trains, one number a grown layer, so a few steps on held-out rows will do.
+Only α trains, one number for each grown layer, so a few steps on held-out rows suffice.
 """
 
 from pathlib import Path
@@ -25,16 +25,16 @@ from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 
 _START, _RATE, _EDGE = 0.6, 0.05, 1e-3
-"""Where each α begins, Adam's rate, and how near to 0 and 1 it may come: at them it would have no gradient."""
+"""The initial α, Adam's rate, and the least distance of α from 0 and 1, at which it would have no gradient."""
 
 
 def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight: float, steps: int) -> dict[str, Any]:
-    """Writes OUT, the grown checkpoint at `path` with an α of its own in each layer; its shards are linked.
+    """Writes OUT, the grown checkpoint at `path` with an α for each grown layer; its shards are linked.
 
     Minimises, over the α, task loss + `kl_weight` · KL(base ‖ model), in nats per token, by Adam: the loss on the
     recipe's validation rows, KL on the split train of the folders `text`, one sequence of each a step. Returns the α,
     and `task_loss` and `kl`, the means over the first and the last quarter of the steps. Raises UserError if `path` is
-    no grown checkpoint, if there are no such rows, or if OUT is there.
+    not a grown checkpoint, if there are no such rows, or if OUT is there.
     """
     refuse_existing(Path(out))
     if GrowthPlan.from_config(Checkpoint(path).config) is None:
@@ -56,7 +56,7 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
 def _learn(
     model: Any, task: PackedDataset, general: GeneralText, kl_weight: float, steps: int, seed: int
 ) -> tuple[list[float], list[list[float]]]:
-    """The α, lowest layer first, and task loss and KL of each step."""
+    """Returns the α, lowest layer first, and task loss and KL of each step."""
     model.requires_grad_(False)
     mlps, losses = list(grown_mlps(model)), []
     alphas = torch.full((len(mlps),), _START, device=model.device, requires_grad=True)

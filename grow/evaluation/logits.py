@@ -1,4 +1,4 @@
-"""Same function, bit for bit? Runs two checkpoints on the same tokens and compares every logit."""
+"""Compares two checkpoints bit for bit: runs both on the same tokens and compares every logit."""
 
 import torch
 
@@ -22,7 +22,7 @@ def compare_logits(path: str, base_path: str, device: str = "cpu") -> dict[str, 
     """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
-    logit of the second, by which to judge it.
+    logit of the second checkpoint, for comparison.
     """
     tokenizer = load_tokenizer(base_path)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)

@@ -1,4 +1,4 @@
-"""One forward pass over rows: the log-probability of what each should be followed by."""
+"""Scores rows in one forward pass: the log-probability of each labelled token."""
 
 import math
 from collections import defaultdict
@@ -20,14 +20,14 @@ from grow.recipe import Recipe
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each row: the log-likelihood of its labels, nats; how many there are, and how many are the likeliest token."""
+    """Holds the log-likelihood of each row's labels, nats; how many there are, and how many are the likeliest token."""
 
     likelihoods: list[float]
     tokens: list[int]
     hits: list[int]
 
     def summary(self) -> dict[str, Any]:
-        """The figures of grow.evaluation.evaluate.evaluate."""
+        """Returns the figures of grow.evaluation.evaluate.evaluate."""
         losses = [-value for value in self.likelihoods]
         exact = [float(hits == tokens) for hits, tokens in zip(self.hits, self.tokens, strict=True)]
         rows, tokens = len(exact), sum(self.tokens)
@@ -48,7 +48,7 @@ class Scores:
 
 
 def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | None, what: str) -> Scores:
-    """Scores of tokenised rows, none of which is longer than the recipe's max_length, in their order."""
+    """Returns the scores of tokenised rows, in their order. No row may be longer than the recipe's max_length."""
     sequences = PackedDataset(examples, recipe.max_length, pad_token_id or 0)
     logprobs: dict[int, float] = defaultdict(float)
     hits: dict[int, int] = defaultdict(int)
@@ -65,14 +65,18 @@ def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | No
 
 
 def right_options(rows: Any, recipe: Recipe) -> list[int]:
-    """Which of the recipe's options is each row's own completion. Raises UserError for a row for which none is."""
+    """Returns the index of each row's own completion among the recipe's options. Raises UserError if it is not
+    there."""
     return [recipe.options.index(right_option(recipe, row)) for row in rows]
 
 
 def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
-    """`accuracy`: the share of rows whose own completion is the likeliest of the recipe's options, by the sum of its
-    tokens' log-probabilities; with its interval. An end token counts only where one option begins another one, which
-    would never be the likelier without it. Raises UserError where there is no row that every option fits."""
+    """Returns `accuracy` with its interval: the share of rows whose own completion is the likeliest of the recipe's
+    options, by the sum of its tokens' log-probabilities.
+
+    An end token counts only if one option is the beginning of another, which would never be the likelier without it.
+    Raises UserError if no row fits with every option.
+    """
     right = right_options(rows, recipe)
     end = any(one != other and other.startswith(one) for one in recipe.options for other in recipe.options)
     likelihoods = []

@@ -1,4 +1,4 @@
-"""Ways to train: one file each, behind the interface of grow.methods.method."""
+"""Training methods: one file each, behind the interface of grow.methods.method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,14 +35,14 @@ METHODS: dict[str, type[Method]] = {
 
 
 def read_recipe(path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and puts the overrides in place. Raises UserError for whatever is wrong with either."""
+    """Reads a recipe and replaces fields by the overrides. Raises UserError for any mistake in either."""
     return parse_recipe(path, overrides or {}, METHODS)
 
 
 def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
     """Turns what a run trained into tensors of a checkpoint, as its method does it; `recipe` is that of its run.json.
 
-    Raises UserError for a method that is not known, or whose result has no such form.
+    Raises UserError for a method that is not known, or that cannot be exported.
     """
     name = str(recipe["method"])
     if name not in METHODS:

@@ -1,4 +1,4 @@
-"""G-Freeze: only the added copies train; everything that was there before stays as it is."""
+"""G-Freeze: only the added copies train; all original weights are frozen."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,18 @@ from grow.methods.kl import KlRegularized
 
 @dataclass
 class GFreeze(KlRegularized):
-    """Trains `mlp.grown` of the grown layers ("Grow, Don't Overwrite", arXiv 2603.08647). Ends in a growth package."""
+    """Trains `mlp.grown` of the grown layers ("Grow, Don't Overwrite", arXiv 2603.08647). The result is a growth
+    package."""
 
     grows: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
 
     def trains(self, name: str) -> bool:
-        """The added copies."""
+        """Says whether a parameter belongs to the added copies."""
         return ".mlp.grown." in name
 
     def write_result(self, run: Path, out: Path) -> None:
-        """The growth package, which `grow attach` puts on the base again."""
+        """Writes the growth package, which `grow attach` puts on the base again."""
         extract_growth(str(run), str(out), export=self._export_of)
 
     def _export_of(self, recipe: Any, dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:

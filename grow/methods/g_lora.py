@@ -1,4 +1,4 @@
-"""G-LoRA: the added copies move in few directions; everything that was there before stays as it is."""
+"""G-LoRA: the added copies get a low-rank update; all original weights are frozen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from grow.methods.lora import Lora
 
 @dataclass
 class GLora(Lora, GFreeze):
-    """G-Freeze with a low-rank update of the copies in place of a free one: a LoRA in each of their three projections,
-    merged into them when training has ended. Ends in the same growth package, with the optimizer of a LoRA."""
+    """Trains as G-Freeze does, but with a low-rank update of the copies: a LoRA in each of their three projections,
+    merged into them when training has ended. The result is the same growth package, and the optimizer is as small as a
+    LoRA's."""
 
     def targets(self, name: str) -> bool:
-        """The copies' projections."""
+        """Says whether a layer is a projection of the copies."""
         return ".mlp.grown." in name
 
     def trains(self, name: str) -> bool:
-        """Their LoRA alone."""
+        """Says whether a parameter belongs to a LoRA."""
         return self.part in name

@@ -1,4 +1,4 @@
-"""G-Train: the added copies train, and so does the up-projection that was there: gate and up of the grown layers."""
+"""G-Train: the added copies train, and so do the original gate and up projections of the grown layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from grow.names import is_growth
 
 @dataclass
 class GTrain(GFreeze):
-    """Trains `mlp.grown` and `mlp.trained`, a copy of the original up-projection that takes its place in the forward
-    pass ("Grow, Don't Overwrite", arXiv 2603.08647), so that the base's own weights stay as they are."""
+    """Trains `mlp.grown` and `mlp.trained`, a copy of the original up-projection that replaces it in the forward pass
+    ("Grow, Don't Overwrite", arXiv 2603.08647), so that the base's own weights stay as they are."""
 
     def add_parameters(self, model: Any) -> None:
         """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
@@ -23,7 +23,7 @@ class GTrain(GFreeze):
                 _copy_up(mlp)
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """A gate and an up for each grown layer."""
+        """Returns the shapes of a gate and an up for each grown layer."""
         own = {
             name.replace(".grown.", "."): name.replace(".grown.", ".trained.")
             for name in shapes
@@ -32,7 +32,7 @@ class GTrain(GFreeze):
         return {trained: shapes[name] for name, trained in own.items()}
 
     def trains(self, name: str) -> bool:
-        """All that growth adds."""
+        """Says whether a parameter was added by growth."""
         return is_growth(name)
 
 

@@ -18,16 +18,16 @@ from grow.methods.method import Method
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 
 _POSITIONS = 64
-"""Of a sequence, at so many places, evenly spread: each costs a row of the vocabulary head, three times over."""
+"""The positions of a sequence that count, evenly spread: each costs three rows of the vocabulary head."""
 
 
 @dataclass
 class KlRegularized(Method):
-    """Training with `kl_weight` times KL(base ‖ model) of the next token added to the loss, on general text.
+    """Trains with `kl_weight` times KL(base ‖ model) of the next token added to the loss, on general text.
 
-    `kl_text` are folders whose split train has rows with a column text; they take turns. It costs a forward pass of
-    the base and a step's work on one sequence more. A method that keeps its base has it inside. Others then hold a
-    second model on every rank, whole, and so do not work with ZeRO-3.
+    `kl_text` are folders whose split train has rows with a column text; they take turns. It costs a forward pass of the
+    base and a step's work on one sequence more. Methods that keep the base inside the model need no more memory. The
+    others hold a whole second model on every rank, and so do not work with ZeRO-3.
     """
 
     kl_weight: float = 0.0
@@ -47,18 +47,18 @@ class KlRegularized(Method):
             self._text(recipe)
 
     def texts_read(self, recipe: Any) -> list[str]:
-        """The folders of general text."""
+        """Names the folders of general text."""
         return self.kl_text if self.kl_weight else []
 
     def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
-        """The bytes of the second model."""
+        """Counts the bytes of the second model."""
         return width * sum(map(prod, shapes.values())) if self.kl_weight and not self.keeps_base else 0
 
     def begin(self, trainer: Any) -> None:
         """Reads the general text, and the base where it is not inside."""
         if not self.kl_weight:
             return
-        from grow.model.loading import load  # imports transformers: not for who only reads a recipe
+        from grow.model.loading import load  # imports transformers, which reading a recipe does not need
 
         base = None
         if not self.keeps_base:
@@ -66,28 +66,29 @@ class KlRegularized(Method):
         self.term = KlTerm(trainer, self._text(trainer.recipe), base)
 
     def _text(self, recipe: Any) -> Any:
-        from grow.data.general_text import general_text  # import transformers and datasets: see above
+        from grow.data.general_text import general_text  # imports transformers and datasets: see above
         from grow.data.of_recipe import tokenizer_of
 
         return general_text(self.kl_text, recipe.max_length, tokenizer_of(recipe), recipe.seed)
 
     def penalty(self) -> Tensor | float:
-        """The KL term times its weight."""
+        """Returns the KL term times its weight."""
         return self.kl_weight * self.term.value() if self.kl_weight else 0.0
 
 
 class KlTerm:
-    """KL(base ‖ model) of the next token, nats, on one sequence of general text a rank and step.
+    """Computes KL(base ‖ model) of the next token, nats, on one sequence of general text a rank and step.
 
-    `text` is a grow.data.general_text.GeneralText. `base` is the frozen base; None: the one inside the model. Which
-    sequence is taken depends on the step alone, so that a resumed run sees what it would have seen.
+    `text` is a grow.data.general_text.GeneralText. `base` is the frozen base, or None for the one inside the model. The
+    sequence depends on the step alone, so that a resumed run sees what it would have seen.
     """
 
     def __init__(self, trainer: Any, text: Any, base: Any = None):
         self.trainer, self.text, self.base, self.step = trainer, text, base, -1
 
     def value(self) -> Tensor | float:
-        """The mean over places: [] fp32; 0 but for the first micro-batch of a step, which stands for all of them."""
+        """Returns the mean over positions, [] fp32, for the first micro-batch of a step, which counts for all; 0 for
+        the others."""
         trainer, args = self.trainer, self.trainer.args
         if trainer.state.global_step == self.step:
             return 0.0
@@ -98,9 +99,10 @@ class KlTerm:
 
 
 def sampled_kl(model: Any, batch: dict[str, Tensor], base: Any = None) -> Tensor:
-    """KL(base ‖ model), nats, the mean over some of the batch's labels, whose others are taken away: [] fp32.
+    """Returns KL(base ‖ model), nats, the mean over a sample of the batch's labels, [] fp32. The other labels are
+    removed.
 
-    `base` None: the one inside the model.
+    `base` is the frozen base, or None for the one inside the model.
     """
     _thin_out(batch["labels"])
     expected = base_logits(model, batch, base)

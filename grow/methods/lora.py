@@ -12,8 +12,8 @@ from grow.methods.peft_method import PeftMethod
 
 @dataclass
 class Lora(KlRegularized, PeftMethod):
-    """W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero at
-    first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. KL regularisation can be added."""
+    """Trains W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero
+    at first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. KL regularisation can be added."""
 
     keeps_base: ClassVar[bool] = True
     part: ClassVar[str] = ".lora_"
@@ -28,7 +28,7 @@ class Lora(KlRegularized, PeftMethod):
             raise UserError("lora_rank must be at least 1")
 
     def config(self, target_modules: list[str]) -> Any:
-        """PEFT's LoraConfig."""
+        """Returns PEFT's LoraConfig."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -36,12 +36,12 @@ class Lora(KlRegularized, PeftMethod):
         )
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """A and B."""
+        """Returns the shapes of A and B."""
         rank = self.lora_rank
         return {".lora_A.weight": (rank, in_features), ".lora_B.weight": (out_features, rank)}
 
     def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
-        """W + scaling · B A."""
+        """Returns W + scaling · B A."""
         down, up = parts["lora_A.weight"], parts["lora_B.weight"]
         scaling = self.lora_alpha / self.lora_rank
         update = LazyTensor(

@@ -1,4 +1,4 @@
-"""What a way to train decides. All else of a run is the same for every method."""
+"""The interface of a training method. Everything else in a run is the same for every method."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from grow.names import of_language_model
 
 @dataclass
 class Method:
-    """Plain training of the whole language model; a method overrides what it does otherwise.
+    """Trains the whole language model; other methods override what they do differently.
 
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults. `grows` says
     that it starts from a grown checkpoint, not from a base; `keeps_base` that its base stays inside, where
@@ -33,7 +33,7 @@ class Method:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError for a recipe that it cannot follow, before anything heavy is loaded."""
+        """Raises UserError for a recipe that the method cannot follow, before anything heavy is loaded."""
         stage = recipe.zero.get("stage", 0)
         if stage not in self.stages:
             raise UserError(
@@ -42,7 +42,7 @@ class Method:
             )
 
     def texts_read(self, recipe: Any) -> list[str]:
-        """Names folders, beside the data, whose rows have a part in what is computed."""
+        """Names folders, beside the data, whose rows affect the result."""
         return []
 
     # What is added.
@@ -50,8 +50,8 @@ class Method:
     def add_parameters(self, model: Any) -> None:
         """Adds parameters to a model that has just been loaded, in place.
 
-        Under ZeRO-3 the model's own are partitioned already (grow.model.gather.gathered has them whole); those that
-        are added need not be: DeepSpeed partitions them when training begins.
+        Under ZeRO-3 the model's own are partitioned already (grow.model.gather.gathered gathers them); the added ones
+        need not be: DeepSpeed partitions them when training begins.
         """
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -80,14 +80,15 @@ class Method:
     # What is added to the loss.
 
     def begin(self, trainer: Any) -> None:
-        """Measures what it needs of the model before that trains.
+        """Measures the model before it trains, if the method needs that.
 
         Every rank calls it, with DeepSpeed in place and, in a run that resumes, before what was trained so far is
         loaded (grow.training.trainer.GrowTrainer).
         """
 
     def token_weights(self, rows: Tensor) -> Tensor | None:
-        """Weights each label's loss: rows [N] int64, the example of each label → [N]. None weights all of them by 1."""
+        """Returns a weight [N] for each label's loss: rows [N] int64, the example of each label. None weights all of
+        them by 1."""
         return None
 
     def penalty(self) -> Tensor | float:
@@ -100,9 +101,9 @@ class Method:
         """Turns what trained (fp32 master weights, by names in memory) into tensors of a checkpoint.
 
         They are tensors that the start has, or that growth adds; with a config of its own an export may bring others.
-        `dtype` is the one that the run computed in. Raises UserError if there is no such form.
+        `dtype` is the one that the run computed in. Raises UserError if the method cannot be exported.
         """
         return Export(trained)
 
     def write_result(self, run: Path, out: Path) -> None:
-        """Writes, on rank 0, what a finished run ends in beside its last checkpoint. Plain training has no more."""
+        """Writes, on rank 0, the result of a finished run beside its last checkpoint. Plain training has no more."""

@@ -1,4 +1,4 @@
-"""What the methods of the PEFT library share: adapters put into the linear layers, a PEFT folder at the end."""
+"""The common part of the PEFT library's methods: adapters put into the linear layers, a PEFT folder at the end."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from grow.names import canonical, of_language_model
 
 @dataclass
 class PeftMethod(Method):
-    """Trains an adapter in every linear layer of the language model, or some; the layers themselves are frozen.
+    """Trains an adapter in every linear layer of the language model, or in some; the layers themselves are frozen.
 
     `part` stands in the names of the adapter's parameters, after that of the layer.
     """
@@ -27,24 +27,25 @@ class PeftMethod(Method):
     part: ClassVar[str]
 
     def config(self, target_modules: list[str]) -> Any:
-        """PEFT's configuration, for these layers."""
+        """Returns PEFT's configuration, for these layers."""
         raise NotImplementedError
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of what a layer gets, by the end of the name, which begins with `part` where it trains."""
+        """Returns the shapes of a layer's adapter, by the ends of their names, which begin with `part` if they
+        train."""
         raise NotImplementedError
 
     def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
-        """A layer's weight with its adapter merged into it, [out, in] fp32, from the base's `own` and the adapter's
-        parameters, by their names within the layer without the adapter's own name."""
+        """Returns a layer's weight with its adapter merged into it, [out, in] fp32. `own` is the base's weight, `parts`
+        are the adapter's parameters, by their names within the layer without the adapter's own name."""
         raise NotImplementedError
 
     def targets(self, name: str) -> bool:
-        """Whether a linear layer gets an adapter, by its name or its weight's."""
+        """Says whether a linear layer gets an adapter, by its name or its weight's."""
         return ".layers." in name and of_language_model(name)
 
     def add_parameters(self, model: Any) -> None:
-        """Puts the adapters in. The model keeps its class, so all else sees the model that it was."""
+        """Puts the adapters in. The model keeps its class, so that other code need not know of them."""
         import peft
 
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -52,7 +53,7 @@ class PeftMethod(Method):
         peft.inject_adapter_in_model(self.config(layers), model)
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The adapters of those layers."""
+        """Returns the shapes of the adapters of those layers."""
         return {
             name.removesuffix(".weight") + part: size
             for name, shape in shapes.items()
@@ -61,7 +62,7 @@ class PeftMethod(Method):
         }
 
     def trains(self, name: str) -> bool:
-        """The adapters."""
+        """Says whether a parameter belongs to an adapter."""
         return self.part in name
 
     def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
@@ -83,7 +84,7 @@ class PeftMethod(Method):
         return layers
 
     def write_result(self, run: Path, out: Path) -> None:
-        """A folder as PEFT writes it: PeftModel.from_pretrained(base, RUN/result) loads it; fp32."""
+        """Writes a folder as PEFT does, in fp32: PeftModel.from_pretrained(base, RUN/result) loads it."""
         zero = ZeroCheckpoint(last_checkpoint(run))
         layers = self._by_layer(zero.trained)
         tensors = {

@@ -1,7 +1,7 @@
-"""The learning rate where a recipe names none, by method and by the size of the base.
+"""The default learning rate, by method and by the size of the base.
 
-Up to half a billion parameters it is what did best in recipes/study and the 270M's recipes; above it a guess from
-these, with nothing tried yet.
+Up to half a billion parameters it is the best one in recipes/study and in the 270M's recipes; above that it is
+extrapolated from these, and untested.
 """
 
 from grow.errors import UserError
@@ -22,7 +22,7 @@ _RATES = {
 
 
 def default_rate(method: str, parameters: int) -> float:
-    """The rate for a base of so many parameters. Raises UserError for a method that has none."""
+    """Returns the rate for a base of so many parameters. Raises UserError for a method that has none."""
     if method not in _RATES:
         raise UserError(f"learning_rate: there is no default for {method}; give one")
     return _RATES[method][parameters > _SMALL]

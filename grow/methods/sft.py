@@ -1,4 +1,4 @@
-"""Plain fine-tuning: every parameter of the language model trains. The rival that forgets."""
+"""Plain fine-tuning: every parameter of the language model trains. It is the baseline that forgets."""
 
 import re
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Sft(KlRegularized):
         super().prepare(model)
 
     def trains(self, name: str) -> bool:
-        """Everything, or those MLPs."""
+        """Says whether a parameter trains: every one, or those of the chosen MLPs."""
         if not self.mlp_layers:
             return super().trains(name)
         mlp = re.match(r"layers\.(\d+)\.mlp\.", canonical(name))

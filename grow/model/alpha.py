@@ -1,6 +1,6 @@
 """The interpolation coefficient α of a model in memory: 0 is its base, exactly, 1 the trained model.
 
-Between them lies what WiSE-FT (arXiv 2109.01903) gets by averaging weights, without a second set of them.
+A value between gives what WiSE-FT (arXiv 2109.01903) gets by averaging weights, without a second set of them.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from grow.model.mlp import GrownMLP, gated_mlps
 def set_alpha(model: nn.Module, alpha: float) -> None:
     """Sets the interpolation coefficient of a grown or adapted model: 0 is its base, exactly, 1 as trained.
 
-    Where the checkpoint gives each layer a coefficient of its own, 1 means these. Other models are left as they are.
-    Raises UserError for a value outside of [0, 1].
+    If the checkpoint gives each layer a coefficient, 1 means these. Other models are left as they are. Raises UserError
+    for a value outside of [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
@@ -32,7 +32,8 @@ def _with_alpha(model: nn.Module) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def base_inside(model: nn.Module) -> Iterator[None]:
-    """Makes a grown or adapted model, or one with LoRAs, its base for a while; then each α is what it was."""
+    """Turns a grown or adapted model, or one with LoRAs, into its base within the context; afterwards each α is
+    restored."""
     before = {mlp: mlp.alpha for mlp in _with_alpha(model)}
     set_alpha(model, 0)
     try:

@@ -3,7 +3,8 @@
     y = m + α · U · gelu(D · m),   m = mlp(x)        D [size, h], U [h, size], with biases
 
 U and its bias are zero at first, so that the adapted model starts as the base exactly. α is the interpolation
-coefficient: 0 the base, 1 as trained. What trained stands in a folder of its own, beside no copy of the base:
+coefficient: 0 is the base, 1 as trained. The trained parameters are in a folder of their own, without a copy of the
+base:
 
     adapter.json           {"base": the base's folder, "adapter_size": size}
     adapter.safetensors    the adapters' parameters, by their names in the model
@@ -18,7 +19,7 @@ FILE, CONFIG = "adapter.safetensors", "adapter.json"
 
 
 class Bottleneck(nn.Module):
-    """D and U: from h to `size` and back."""
+    """Holds the layers D and U: from h to `size` and back."""
 
     def __init__(self, hidden_size: int, size: int, **kind: Any):
         super().__init__()
@@ -28,19 +29,19 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, h] → […, h]."""
+        """Maps […, h] to […, h]."""
         return self.up_proj(nn.functional.gelu(self.down_proj(x)))
 
 
 class AdaptedMLP:
-    """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
+    """Is mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
 
     alpha: float
     own_alpha: float = 1.0
     adapter: Bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, h] → […, h]."""
+        """Maps […, h] to […, h]."""
         output = super().forward(x)  # type: ignore[misc]
         return output if self.alpha == 0 else torch.add(output, self.adapter(output), alpha=self.alpha)
 

@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 keeps in partitions, whole for a while."""
+"""Gathers parameters that ZeRO-3 keeps in partitions."""
 
 import contextlib
 from typing import Any
@@ -8,11 +8,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def gathered(*parameters: nn.Parameter) -> Any:
-    """The whole parameters on every rank, also where ZeRO-3 keeps them in partitions."""
+    """Makes the parameters whole on every rank within the context, also if ZeRO-3 keeps them in partitions."""
     if not hasattr(parameters[0], "ds_id"):
         yield
         return
-    import deepspeed  # where ZeRO-3 is at work it is imported already; elsewhere it takes seconds
+    import deepspeed  # under ZeRO-3 it is imported already; elsewhere the import takes seconds
 
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield

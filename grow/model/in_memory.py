@@ -1,4 +1,4 @@
-"""A loaded model, read as a checkpoint's files are: tensors by name, some rows at a time."""
+"""Reads a loaded model as if it were a checkpoint's files: tensors by name, a block of rows at a time."""
 
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ _NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items(
 
 
 class InMemoryCheckpoint(Checkpoint):
-    """A model in memory in the place of a checkpoint's files; `model` is a PreTrainedModel.
+    """Presents a model in memory as a checkpoint; `model` is a PreTrainedModel.
 
     Tied tensors are there under one name. `path` says where the model was loaded from, for messages.
     """
@@ -28,11 +28,11 @@ class InMemoryCheckpoint(Checkpoint):
         self.tensors = {name: _info(self.path, name, tensor) for name, tensor in self._tensors.items()}
 
     def lazy(self, name: str) -> LazyTensor:
-        """The tensor, to be read by rows, from whatever device it is on."""
+        """Returns the tensor, to be read by rows, from any device."""
         return from_tensor(self._tensors[name].cpu())
 
     def files(self) -> Checkpoint | None:
-        """The checkpoint that the model was loaded from, where it is here."""
+        """Returns the checkpoint that the model was loaded from; None if it is not here."""
         try:
             return Checkpoint(self.path)
         except UserError:

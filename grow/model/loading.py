@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a model in memory: stock or grown, any class that transformers knows."""
+"""Loads a checkpoint folder, stock or grown, as a model of any class that transformers knows."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ _LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 
 
 def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A class whose constructor attaches the growth that stands in the config.
+    """Derives a class whose constructor attaches the growth that stands in the config.
 
     So from_pretrained does all the loading: dtype, device, sharding, ZeRO-3 partitions. Do not call save_pretrained on
     its models: transformers maps names only for the classes that it knows. `grow consolidate` writes them.
@@ -41,9 +41,9 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:
     """Loads a stock or a grown checkpoint, from a folder or by its hub name; `dtype` "auto" is the checkpoint's own.
 
-    A folder of an adapter (grow.model.bottleneck) is loaded with its base. `alpha` is the interpolation
-    coefficient of a grown or an adapted model: 0 is the base, exactly; 1 the trained model (grow.model.mlp).
-    Raises UserError if the checkpoint is not whole: every tensor of the model must be in it, in its shape.
+    A folder of an adapter (grow.model.bottleneck) is loaded with its base. `alpha` is the interpolation coefficient of
+    a grown or an adapted model: 0 is the base, exactly; 1 the trained model (grow.model.mlp). Raises UserError if the
+    checkpoint is not whole: every tensor of the model must be in it, in its shape.
     """
     path = locate(path)
     if (path / bottleneck.CONFIG).is_file():
@@ -61,16 +61,16 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
 
 
 def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
-    """The config of a checkpoint, and the class that it names, with what has grown."""
+    """Returns the config of a checkpoint, and the class that it names, with growth if it has grown."""
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # what a config says wrong ends in errors of many kinds
+    except Exception as error:  # a wrong config raises errors of many kinds
         raise UserError(f"{path}: its config.json is not one that transformers reads ({_short(error)})") from error
     try:
         if (path / "generation_config.json").is_file():
             transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
     except OSError:
-        pass  # transformers goes without one that it cannot read
+        pass  # transformers ignores one that it cannot read
     except Exception as error:
         raise UserError(
             f"{path}: transformers refuses its generation_config.json ({_short(error)}); mend it"
@@ -89,8 +89,8 @@ def _short(error: Exception) -> str:
 
 
 def check_loads(checkpoint: Checkpoint) -> None:
-    """Raises UserError for a checkpoint that `load` would refuse, before a weight is read: of a class that transformers
-    does not know or that has no head, or without a tensor of the language model, or with one of another shape."""
+    """Raises UserError for a checkpoint that `load` would refuse, before a weight is read: if transformers does not
+    know its class, if that has no head, or if a tensor of the language model is missing or of another shape."""
     path = checkpoint.path
     config, cls = _class_of(path)
     try:
@@ -128,7 +128,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrai
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Lets the backward pass compute each layer's activations again, from the lowest layer that trains on."""
+    """Makes the backward pass recompute each layer's activations, from the lowest layer that trains on."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     # transformers lets the embeddings' output require a gradient, which frozen layers do not need without reentry: it
     # would only carry the backward pass on to the bottom, through layers of which nothing trains.
@@ -136,12 +136,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def compute_device() -> str:
-    """What a model is put on that no launcher places: the GPU if there is one."""
+    """Returns the device of a model that no launcher places: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype() -> torch.dtype:
-    """bf16 where this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower than fp32."""
+    """Returns bf16 if this machine multiplies it in hardware, else fp32: emulated bf16 is many times slower."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

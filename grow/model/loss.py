@@ -1,6 +1,6 @@
-"""Logits only where there is a label.
+"""Computes logits only where there is a label, and losses from them.
 
-Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts and padding need none of it. Shape
+Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts and padding do not need it. Shape
 suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabulary.
 """
 
@@ -14,8 +14,8 @@ from grow.data.examples import IGNORED
 from grow.model.alpha import base_inside
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21
-"""Of distributions over the vocabulary, what is in memory at once in fp32: on a GPU so much that its kernels are few;
-on a processor what stays in each core's cache, which takes half the time or less."""
+"""Bytes of distributions over the vocabulary that are in memory at once in fp32: on a GPU enough for few kernels; on a
+processor what stays in each core's cache, which takes half the time or less."""
 
 
 def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,8 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights [N] → [].
+    """Returns the cross-entropy summed over labels, each times its weight, in fp32: logits [N, V], labels and weights
+    [N] → [].
 
     Its gradient is computed in the forward pass, a block of positions at a time, so that of the distributions over the
     vocabulary no more than the logits and their gradient are ever whole in memory, in the logits' own dtype.
@@ -54,7 +55,7 @@ def loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> T
 
 
 class _SummedLoss(torch.autograd.Function):
-    """d loss / d logits is weight · (softmax(logits) − onehot(label))."""
+    """Computes the summed loss; d loss / d logits is weight · (softmax(logits) − onehot(label))."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -76,14 +77,15 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    """The positions of logits [N, V], some at a time."""
+    """Yields the positions of logits [N, V], some at a time."""
     limit = _CORE_BYTES * torch.get_num_threads() if logits.device.type == "cpu" else _GPU_BYTES
     size = max(1, limit // (4 * logits.shape[-1]))
     return (slice(first, first + size) for first in range(0, len(logits), size))
 
 
 def likelihood_and_kl(logits: Tensor, base: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each label: its log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32 each.
+    """Returns each label's log-probability, and KL(base ‖ model) of the next token at its place, in nats; [N] fp32
+    each.
 
     `logits` and `base` are [N, V] in any float type, `labels` [N]. Without a base the KL is zero.
     """
@@ -100,8 +102,8 @@ def likelihood_and_kl(logits: Tensor, base: Tensor | None, labels: Tensor) -> tu
 
 @torch.no_grad()
 def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | None = None) -> Tensor:
-    """Those of a model's base where there is a label, [N, V]: of `base`, or where that is None of the one inside
-    (grow.model.alpha.base_inside); its α stays what it is."""
+    """Returns the logits of a model's base where there is a label, [N, V]. The base is `base`, or if that is None the
+    one inside the model (grow.model.alpha.base_inside); its α is kept."""
     if base is not None:
         return labelled_logits(base, batch)[0]
     with base_inside(getattr(model, "module", model)):
@@ -110,7 +112,7 @@ def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | No
 
 @torch.no_grad()
 def token_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """For each label: its log-probability in nats, whether it is the likeliest token, its row; [N] each."""
+    """Returns each label's log-probability in nats, whether it is the likeliest token, and its row; [N] each."""
     logits, labels = labelled_logits(model, batch)
     likelihoods, hits = torch.zeros_like(labels, dtype=torch.float32), torch.zeros_like(labels, dtype=torch.bool)
     for part in _parts(logits):

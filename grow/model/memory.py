@@ -1,4 +1,4 @@
-"""On a CPU, glibc is told to keep memory that is freed, within bounds.
+"""Makes glibc keep freed memory on a CPU, within bounds.
 
 By default it gives every large block back to the system, and the next one of the same size (the logits of a step, say)
 comes as fresh pages, each zeroed at its first touch: a fifth of a training step. And every thread's own arena grows
@@ -16,8 +16,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def tune_malloc() -> None:
-    """Tells glibc to keep freed memory, from now on in this process, by mallopt(3). Does nothing where there is a GPU,
-    whose memory torch keeps by itself, or no glibc."""
+    """Makes glibc keep freed memory, from now on in this process, by mallopt(3). Does nothing without glibc, or where
+    there is a GPU, whose memory torch keeps by itself."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_M_ARENA_MAX, 1)
@@ -26,19 +26,19 @@ def tune_malloc() -> None:
 
 
 class MallocTrimmer:
-    """Gives the holes in kept memory back to the system, which small blocks leave between large ones. They add up:
+    """Gives the holes in kept memory, which small blocks leave between large ones, back to the system. They add up:
     fine-tuning a 270M with KL regularisation towards the frozen base, whose sequences are of many lengths, takes 0.3 GB
     more with every step."""
 
     GROWN = 1.4
-    """The process may take so many times what it took after its first step, or after the first since it was trimmed."""
+    """A trim is due when the process takes this many times the memory of its first step since the last trim."""
 
     def __init__(self) -> None:
         self.libc, self.process, self.settled = _glibc(), psutil.Process(), 0
 
     def trim(self) -> None:
-        """Trims once the holes have grown to much, and is called after every step; the step after a trim takes some
-        seconds more for as many gigabytes."""
+        """Trims if the holes have grown too much; call it after every step. The step after a trim takes longer, by some
+        seconds for some gigabytes."""
         if self.libc is None:
             return
         taken = self.process.memory_info().rss
@@ -50,6 +50,6 @@ class MallocTrimmer:
 
 
 def _glibc() -> Any:
-    """None where it is not, or where its memory is not what counts."""
+    """Returns glibc; None if it is not there, or on a GPU, where its memory does not matter."""
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "mallopt") and not torch.cuda.is_available() else None

@@ -29,9 +29,9 @@ _MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
 class GrownBranch(nn.Module):
-    """The added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k).
+    """Holds the added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k).
 
-    With biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
+    They have biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
     """
 
     def __init__(self, mlp: Any, width: int):
@@ -43,12 +43,12 @@ class GrownBranch(nn.Module):
         self.act_fn = mlp.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, h] → […, h]."""
+        """Maps […, h] to […, h]."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GrownMLP:
-    """Mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
+    """Is mixed into the class of an MLP that is already there, so that the base's tensors keep their names."""
 
     factor: int
     alpha: float | Tensor
@@ -61,9 +61,10 @@ class GrownMLP:
     act_fn: nn.Module
 
     def add_trained(self, **kind: Any) -> None:
-        """Adds `trained`, an up-projection that takes the base's own's place: gate and up, [p, h], uninitialised.
+        """Adds `trained`, an up-projection that replaces the base's own: gate and up, [p, h], uninitialised.
 
-        `kind`: device and dtype, where they are not torch's defaults."""
+        `kind` has device and dtype, if they are not torch's defaults.
+        """
         self.trained = nn.Module()
         for name in ("gate_proj", "up_proj"):
             own = getattr(self, name)
@@ -75,13 +76,13 @@ class GrownMLP:
             return super().forward(x)  # type: ignore[misc]
         gate, up = self.trained.gate_proj(x), self.trained.up_proj(x)
         if self.alpha != 1:
-            # Between the outputs, which is between the weights: they are linear. Weights may be in ZeRO-3 partitions.
+            # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
             gate = torch.lerp(self.gate_proj(x), gate, self.alpha)
             up = torch.lerp(self.up_proj(x), up, self.alpha)
         return self.down_proj(self.act_fn(gate) * up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, h] → […, h]."""
+        """Maps […, h] to […, h]."""
         base = self._base(x)
         if self.alpha == 0:
             return base
@@ -107,7 +108,8 @@ def grow_mlp(mlp: Any, factor: int) -> None:
 
 
 def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
-    """The gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so not among them."""
+    """Returns the gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so not among
+    them."""
     found = {}
     for name, module in model.named_modules():
         match = _MLP_MODULE.search(name)
@@ -133,5 +135,5 @@ def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
 
 
 def grown_mlps(model: nn.Module) -> Iterator[Any]:
-    """The grown MLPs of a model, lowest layer first; none if it is not grown."""
+    """Returns the grown MLPs of a model, lowest layer first; none if it is not grown."""
     return (mlp for _, mlp in sorted(gated_mlps(model).items()) if isinstance(mlp, GrownMLP))

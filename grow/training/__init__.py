@@ -1,1 +1,1 @@
-"""One training run, from a recipe to a folder (README.md)."""
+"""Training: a recipe is run, and its result is a folder (README.md)."""

@@ -1,7 +1,7 @@
-"""A recipe is put into transformers' and DeepSpeed's terms, and they are asked what they would refuse.
+"""Puts a recipe into transformers' and DeepSpeed's terms, and asks them what they would refuse.
 
 `--check` builds the same arguments as a run does, DeepSpeed's configuration and the schedule too, on no device and for
-as many ranks as are planned: so whatever the libraries refuse is one line before anything is loaded.
+as many ranks as are planned: so anything that the libraries refuse is reported in one line before anything is loaded.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ _SAME = (
     "per_device_train_batch_size", "per_device_eval_batch_size",
 )  # fmt: skip
 _UNKNOWN_STEPS = 1000
-"""Stands for the number of steps that only the data's length tells."""
+"""Stands for the number of steps where that depends on the length of the data."""
 
 
 def planned_ranks() -> int:
-    """Returns how many ranks there are, or will be where a run is only checked. Raises UserError if WORLD_SIZE is no
-    number."""
+    """Returns how many ranks there are, or will be if a run is only checked. Raises UserError if WORLD_SIZE is not a
+    positive number."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if not ranks.isdecimal() or not int(ranks):
         raise UserError(f"WORLD_SIZE is {ranks!r}; it is the number of ranks")
@@ -53,7 +53,7 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None,
     """Returns the recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a
     torch.dtype.
 
-    `universal`: what the run resumes from is in DeepSpeed's universal layout (grow.training.resume).
+    `universal` says that the checkpoint to resume from is in DeepSpeed's universal layout (grow.training.resume).
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
@@ -95,7 +95,7 @@ def check_output(path: str) -> None:
 
 
 def check_arguments(recipe: Recipe) -> None:
-    """Asks transformers and DeepSpeed for their refusals. Raises UserError, one line, for the first of them."""
+    """Asks transformers and DeepSpeed what they would refuse. Raises UserError, one line, for the first refusal."""
     complete_deepspeed(recipe.deepspeed)
     steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
     try:
@@ -107,11 +107,11 @@ def check_arguments(recipe: Recipe) -> None:
         with _refused(f"report_to {recipe.report_to}"):
             _build_reporters(arguments)
     finally:
-        unset_hf_deepspeed_config()  # else what is loaded next in this process is partitioned as it says
+        unset_hf_deepspeed_config()  # else the next model in this process would be partitioned as it says
 
 
 def _on_paper() -> Any:
-    """TrainingArguments that reach for no device, and form no process group."""
+    """Returns TrainingArguments that reach for no device, and form no process group."""
 
     class OnPaper(TrainingArguments):
         device = torch.device("cpu")
@@ -138,10 +138,10 @@ def _check_deepspeed(recipe: Recipe, arguments: Any, steps: int) -> None:
         found = re.sub(r"^- ds (.*) vs hf ", r"\1, the recipe's ", filled.mismatches[0])
         raise UserError(f'{recipe.deepspeed}: contradicts the recipe: {found}; write "auto" there')
     with _refused(recipe.deepspeed):
-        # Some settings can be as large as the model asks for; here it is any model.
+        # Some settings depend on the model's size; any size will do here.
         filled.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=64)), steps)
         own = dict(filled.config)
-        # DeepSpeed, too, divides by the ranks that it finds: here it is one.
+        # DeepSpeed, too, divides by the number of ranks, which is 1 here.
         own["train_batch_size"] = own["train_micro_batch_size_per_gpu"] * own["gradient_accumulation_steps"]
         DeepSpeedConfig(own)
     if filled.is_offload() and filled.config["zero_force_ds_cpu_optimizer"]:
@@ -166,7 +166,7 @@ def _build_schedule(arguments: Any, steps: int) -> None:
 
 def _build_reporters(arguments: Any) -> None:
     problem, hook = "", sys.unraisablehook
-    sys.unraisablehook = lambda _: None  # some that could not be built complain again when they are taken apart
+    sys.unraisablehook = lambda _: None  # some that could not be built complain again when they are deleted
     try:
         for reporter in get_reporting_integration_callbacks(arguments.report_to):
             try:

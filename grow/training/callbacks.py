@@ -1,4 +1,4 @@
-"""Callbacks follow a run from step to step: preemption, a loss that is not finite, memory, throughput."""
+"""Callbacks that follow a run from step to step: preemption, a loss that is not finite, memory, throughput."""
 
 import signal
 import time

@@ -1,8 +1,8 @@
-"""A recipe's DeepSpeed JSON: read, compared with what a recipe decides, and completed.
+"""A recipe's DeepSpeed JSON is read, compared with what a recipe decides, and completed.
 
-The file says how the work is shared out over ranks. What is computed is the recipe's to say: the batch, the rates, the
-clipping, the precision. DeepSpeed passes over a misspelt name without a word, and some of its settings change how
-checkpoints are laid out; so only names that are known here to do neither are taken.
+The file says how the work is shared out over ranks. The recipe decides what is computed: the batch, the rates, the
+clipping, the precision. DeepSpeed ignores a misspelt name silently, and some of its settings change the layout of
+checkpoints; so only names that are known here to be harmless are accepted.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,11 +19,11 @@ FROM_RECIPE: dict[str, Any] = {
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "zero_optimization": {"stage": 0},
-    # Else accelerate puts DeepSpeed's own Adam, which has to be compiled, in the place of torch's.
+    # Else accelerate replaces torch's Adam by DeepSpeed's own, which has to be compiled.
     "zero_force_ds_cpu_optimizer": False,
 }
-"""What stands for a setting that is not in the file: DeepSpeed's own default would be another thing than the recipe
-says, such as no clipping."""
+"""The values of settings that are not in the file: DeepSpeed's own defaults would contradict the recipe, such as no
+clipping."""
 
 _RECIPE_DECIDES = {
     "optimizer": "learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
@@ -56,7 +56,7 @@ _PARTS: dict[str, set[str]] = {
 
 
 def complete_deepspeed(path: str | Path) -> dict[str, Any]:
-    """The settings to hand to DeepSpeed: the file's, and "auto", which is the recipe's value, for what it leaves out.
+    """Returns the settings for DeepSpeed: the file's, and "auto", the recipe's value, for those that it leaves out.
 
     Raises UserError for a setting that contradicts the recipe, that is not known, or whose checkpoints could not be
     read again.
@@ -74,7 +74,7 @@ def complete_deepspeed(path: str | Path) -> dict[str, Any]:
 
 
 def completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings, and the recipe's for what it leaves out."""
+    """Returns a file's settings, and the recipe's for those that it leaves out."""
     settings = FROM_RECIPE | {name: value for name, value in given.items() if value is not None}
     for part in ("bf16", "zero_optimization"):
         settings[part] = FROM_RECIPE[part] | settings[part]
@@ -82,7 +82,8 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The name of a setting in which two files differ, but for what is only shown of a run; None if there is none."""
+    """Returns the name of a setting in which two files differ, except settings that only affect logging; None if there
+    is none."""
     first, second = completed(one), completed(other)
     names = sorted((first.keys() | second.keys()) - _SHOWN)
     return next((name for name in names if first.get(name) != second.get(name)), None)
@@ -109,7 +110,7 @@ def _check_names(path: str | Path, place: str, values: Mapping[str, Any], names:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a setting does anything: not one that is false, null, or an object that says it is not enabled."""
+    """Says whether a setting does anything: one that is false, null, or an object that is not enabled does not."""
     if isinstance(value, dict):
         enabled = value.get("enabled", True)
         return bool(value) and enabled not in (False, "auto")

@@ -1,6 +1,6 @@
-"""Model FLOPs utilisation (MFU) is the arithmetic that a step takes, as a share of what the devices could do meanwhile.
+"""Model FLOPs utilisation (MFU) is the arithmetic of a step as a share of what the devices could do in its time.
 
-Counted is what the method asks for, whether or not a run does more of it (activation checkpoints compute again). The
+It counts the arithmetic that the method needs, even if a run does more (activation checkpointing computes again). The
 attention's products of queries and keys are left out: a few percent at the lengths of packed rows.
 """
 
@@ -21,8 +21,7 @@ _PEAK = {
 
 
 def peak() -> float | None:
-    """Returns the bf16 FLOP/s of this process's GPU at most; None for a device that is not in the table, such as a
-    CPU."""
+    """Returns the peak bf16 FLOP/s of this process's GPU; None for a device that is not in the table, such as a CPU."""
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
@@ -30,13 +29,13 @@ def peak() -> float | None:
 
 
 class StepFlops:
-    """Knows the FLOPs of a training step, from the shapes of the model's linear layers, before ZeRO partitions them or
+    """Counts the FLOPs of a training step, from the shapes of the model's linear layers, before ZeRO partitions them or
     after.
 
     A product of [N, in] and [in, out] is 2·N·in·out. A layer's forward pass is one; its weight's gradient, if that
     trains, another; and the gradient of its input one more, if anything below it trains (Kaplan et al. 2020, arXiv
-    2001.08361, section 2.1, for the case that all trains). The head works at labels, all else at tokens. Exact, but for
-    a few products of the lowest layer that trains, whose modules share an input.
+    2001.08361, section 2.1, for the case that all trains). The head works at labels, all else at tokens. The count is
+    exact, except for a few products of the lowest layer that trains, whose modules share an input.
     """
 
     def __init__(self, model: nn.Module):
@@ -57,5 +56,5 @@ class StepFlops:
             reached = reached or trains
 
     def of(self, tokens: float, labels: float) -> float:
-        """Returns the FLOPs for so many tokens of text, among them so many with a label."""
+        """Returns the FLOPs for a number of tokens of text and of labels among them."""
         return tokens * self.per_token + labels * self.per_label

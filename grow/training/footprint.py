@@ -1,4 +1,4 @@
-"""What a run will take: bytes on each GPU, and sent by it each step, for each ZeRO stage; on disk; seconds to leave.
+"""The resources of a run: bytes on each GPU, and sent by it each step, for each ZeRO stage; on disk; seconds to leave.
 
 Shapes come from the headers of the checkpoint that training starts from, and from the method; nothing is loaded. The
 accounting is that of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) for mixed precision with Adam, where
@@ -19,7 +19,7 @@ from grow.recipe import Recipe
 from grow.training.start import planned_start
 
 DISK_RATE = 0.5e9
-"""Bytes a second that a checkpoint is written and read back at, assumed: a shared file system in a fair mood."""
+"""The assumed rate of writing a checkpoint and reading it back, bytes a second, on a shared file system."""
 PERSISTENCE_THRESHOLD = 100_000
 """Parameters of at most so many values stay whole on every rank in ZeRO-3, unless its JSON says otherwise."""
 REUSE_DISTANCE = 1_000_000_000
@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """What `plan` says of a recipe on so many GPUs: bytes, parameters, seconds.
+    """Returns the result of `plan` for a recipe on a number of GPUs: bytes, parameters, seconds.
 
     Raises UserError if there is no checkpoint to start from, or no GPU.
     """
@@ -75,22 +75,22 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def model_shapes(start: Checkpoint) -> Shapes:
-    """The parameters of the model that a checkpoint holds. A tied head in it is the embedding's second name."""
+    """Returns the shapes of a checkpoint's parameters, without a tied head, which is the embedding's second name."""
     head, _ = second_head(start) or (None, None)
     return {name: info.shape for name, info in start.tensors.items() if name != head}
 
 
 def count(shapes: Shapes) -> int:
-    """How many values."""
+    """Returns the number of values."""
     return sum(prod(shape) for shape in shapes.values())
 
 
 def model_states(
     stage: int, shapes: Shapes, trained: Shapes, world_size: int, width: int, persistent: int
 ) -> dict[str, int]:
-    """Bytes on each rank under a ZeRO stage, for weights and gradients of `width` bytes a value.
+    """Returns the bytes on each rank under a ZeRO stage, for weights and gradients of `width` bytes a value.
 
-    ZeRO-1 accumulates all gradients on every rank, 2 and 3 this rank's share. ZeRO-3 keeps small parameters whole
+    ZeRO-1 accumulates all gradients on every rank, ZeRO-2 and 3 this rank's share. ZeRO-3 keeps small parameters whole
     beside the share of them, once they have been used.
     """
     weights = count(shapes) * width
@@ -103,7 +103,7 @@ def model_states(
 
 
 def offloaded(states: dict[str, int]) -> dict[str, int]:
-    """The same with the optimizer on the host, which then holds the gradients' share too."""
+    """Returns the same bytes with the optimizer on the host, which then holds the gradients' share too."""
     return {
         "weights": states["weights"], "gradients": 0, "optimizer": 0,
         "host": states["gradients"] + states["optimizer"],
@@ -113,10 +113,10 @@ def offloaded(states: dict[str, int]) -> dict[str, int]:
 def collectives(
     stage: int, shapes: Shapes, trained: Shapes, micro_batches: int, width: int, recipe: Recipe
 ) -> dict[str, int]:
-    """Bytes of the whole tensors that pass through each collective in an optimizer step, as DeepSpeed 0.19.8 runs them.
+    """Returns the bytes of the whole tensors in each collective of an optimizer step, as DeepSpeed 0.19.8 runs them.
 
-    The tensor of an all-gather is what comes out, of the others what goes in. The few bytes of losses, norms and flags
-    are left out. Validation and checkpoints come on top.
+    For an all-gather that is its output, for the others their input. The few bytes of losses, norms and flags are left
+    out. Validation and checkpoints come on top.
 
     - ZeRO-1: all-reduce of the T gradients, once a step.
     - ZeRO-2: the same for every micro-batch, since no rank keeps whole gradients to accumulate in. It is an all-reduce
@@ -125,7 +125,7 @@ def collectives(
       gradients more.)
     - Both: all-gather of the T new weights, once a step (utils.py, all_gather_into_tensor_dp_groups).
     - ZeRO-3, every micro-batch: reduce-scatter of the T gradients (stage3.py, __avg_scatter_grads), and all-gather of
-      all weights that are used, trained or not (`gathered`). Once a step, of those that stay whole.
+      all weights that are used, trained or not (`gathered_values`). Once a step, all-gather of those that stay whole.
     """
     size = count(trained) * width
     if stage < 3:
@@ -137,12 +137,13 @@ def collectives(
 
 
 def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
-    """How many values ZeRO-3 gathers on every rank for a micro-batch.
+    """Returns how many values ZeRO-3 gathers on every rank for a micro-batch.
 
-    Forward: each parameter that is not small; of a vision tower none, since text does not use it; a tied embedding once
-    more for the head, unless the head is so near that it is kept. Backward: the head and all layers above the lowest
-    that trains, of which only what trains. gradient_checkpointing gathers those layers once more, for their second
-    forward pass, after which what trains is kept for the backward pass. Not counted: prefetching spares a little.
+    Forward: each parameter that is not small, except those of a vision tower, which text does not use; a tied embedding
+    once more for the head, unless the head is so near that it is kept. Backward: the head, everything in the layers
+    above the lowest that trains, and in that one what trains. gradient_checkpointing gathers those layers once more,
+    for their second forward pass, after which what trains is kept for the backward pass. Prefetching, which spares a
+    little, is not counted.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items() if of_language_model(name)}
     sizes = {name: size for name, size in sizes.items() if size > persistence(recipe)}
@@ -161,7 +162,7 @@ def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
 
 
 def sent(moved: dict[str, int], world_size: int) -> int:
-    """Bytes that a rank sends for them in rings: a share of (N - 1) / N of the tensor, twice for an all-reduce.
+    """Returns the bytes that a rank sends in ring collectives: (N - 1) / N of the tensor, twice that for an all-reduce.
 
     (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".)
     """
@@ -170,22 +171,22 @@ def sent(moved: dict[str, int], world_size: int) -> int:
 
 
 def persistence(recipe: Recipe) -> int:
-    """Of at most how many values a parameter stays whole on every rank in ZeRO-3."""
+    """Returns the size up to which a parameter stays whole on every rank in ZeRO-3, in values."""
     return _setting(recipe, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
 
 
 def _setting(recipe: Recipe, name: str, default: int) -> int:
-    """A number of the DeepSpeed JSON; DeepSpeed's default for "auto", which depends on the model."""
+    """Returns a number of the DeepSpeed JSON; DeepSpeed's default for "auto", which depends on the model."""
     value = recipe.zero.get(name)
     return int(value) if isinstance(value, int | float) else default
 
 
 def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
-    """Bytes that a micro-batch leaves for the backward pass: an estimate.
+    """Estimates the bytes that a micro-batch leaves for the backward pass.
 
-    A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token; all layers
-    do from the lowest trained on, or with gradient_checkpointing one of them at a time, and all their inputs. Logits
-    and their gradient are there in `width` bytes, of as many labels as there are tokens (grow.model.loss).
+    A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token. All layers
+    from the lowest trained on do so; with gradient_checkpointing one of them at a time does, and all keep their inputs.
+    Logits and their gradient are there in `width` bytes, for as many labels as there are tokens (grow.model.loss).
     """
     text = text_config(start.config)
     tokens = recipe.per_device_train_batch_size * recipe.max_length
@@ -204,13 +205,13 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
 
 
 def _lowest(trained: Shapes) -> int:
-    """The lowest layer that trains; -1 if what lies below the layers does."""
+    """Returns the lowest layer that trains; -1 if something below the layers does."""
     layers = [_layer(name) for name in trained]
     return -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
 
 
 def _layer(name: str) -> int | None:
-    """The decoder layer that a parameter belongs to."""
+    """Returns the decoder layer that a parameter belongs to."""
     if "vision_tower." in name:
         return None
     _, found, rest = name.partition(".layers.")

@@ -1,7 +1,7 @@
-"""A run measures, besides its loss, every `eval_steps` its retention and how far it has moved from its base.
+"""A run measures, every `eval_steps`, its retention and how far it has moved from its base, besides its loss.
 
-Where the base is inside the model, the distance from it needs no second one: it is the same forward pass at α = 0. A
-method that does not keep its base has its retention alone.
+If the base is inside the model, the distance from it needs no second model: it is the same forward pass at α = 0. A
+method that does not keep its base measures retention alone.
 """
 
 import json
@@ -72,8 +72,8 @@ def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
 
 
 def _moved(mlp: Any) -> dict[str, float]:
-    """How far a layer's copies have parted from the originals (cosine of gate and up together) and moved from where
-    they started (Frobenius norm over gate, up and down; for k > 2 their start's offsets count too)."""
+    """Returns how far a layer's copies have moved from the originals (cosine of gate and up together) and from where
+    they started (Frobenius norm over gate, up and down; for k > 2 their initial offsets count too)."""
     originals = [getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
     with gathered(*originals, *mlp.grown.parameters()):
         copies = mlp.factor - 1
@@ -88,7 +88,7 @@ def _moved(mlp: Any) -> dict[str, float]:
 
 
 def _weight(layer: Any) -> Tensor:
-    """A linear layer's weight in fp32, with what PEFT's LoRA adds to it, if there is one (g_lora)."""
+    """Returns a linear layer's weight in fp32, with the update of PEFT's LoRA, if there is one (g_lora)."""
     weight = layer.weight.detach().float()
     if hasattr(layer, "get_delta_weight"):
         weight = weight + sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)

@@ -1,4 +1,4 @@
-"""One sees of a run a line that says what runs, one a step interval, and one for each validation.
+"""Prints the progress of a run: a line that says what runs, one for each logging interval, and one for each validation.
 
 They are plain lines on a terminal and in a file alike, of rank 0 alone. TensorBoard and trainer_state.json have all
 figures.
@@ -49,7 +49,8 @@ class ProgressLines(TrainerCallback):
 
 
 def step_line(step: str, logs: dict[str, Any], left: float) -> str:
-    """Returns the line of the steps since the one before; `left` are the seconds that the rest of the run will take."""
+    """Returns the line of the steps since the last one; `left` is the time, in seconds, that the rest of the run will
+    take."""
     parts = [
         step,
         f"loss {logs['loss']:.4f}",

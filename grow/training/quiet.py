@@ -1,4 +1,4 @@
-"""Libraries are imported, or asked, without what they log of it."""
+"""Silences libraries while they are imported or called."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Lets nothing below an error be logged meanwhile: beside a command's one line it is of no use."""
+    """Suppresses log messages below the level of an error: beside a command's one line they are useless."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -20,16 +20,16 @@ from grow.model.gather import gathered
 
 
 def needs_universal(zero: ZeroCheckpoint) -> bool:
-    """Returns whether ZeRO's files, cut for the ranks that wrote them, were cut for another number than there are."""
+    """Says whether ZeRO's files were written by another number of ranks than there are."""
     return zero.stage > 0 and zero.world_size != dist.get_world_size()
 
 
 def load_checkpoint(engine: Any, zero: ZeroCheckpoint, folder: Path) -> None:
     """Loads what trained and its optimizer's state into a DeepSpeed engine that has not trained yet.
 
-    What `needs_universal` is converted to DeepSpeed's universal layout, in `RUN/checkpoint-N.universal`, which is
-    removed when it is loaded; the engine's configuration then says "load_universal" (grow.training.arguments). Every
-    rank calls it. Raises UserError if DeepSpeed cannot load it.
+    A checkpoint that `needs_universal` is converted to DeepSpeed's universal layout, in `RUN/checkpoint-N.universal`,
+    which is removed when it is loaded; the engine's configuration then says "load_universal" (grow.training.arguments).
+    Every rank calls it. Raises UserError if DeepSpeed cannot load it.
     """
     if needs_universal(zero):
         _load_universal(engine, zero, folder.with_name(f"{folder.name}.universal"))
@@ -44,8 +44,8 @@ def _load_universal(engine: Any, zero: ZeroCheckpoint, out: Path) -> None:
     dist.barrier()
     decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(out), tag="step")
-    # ZeRO-3 gives every group of parameters the settings of the first, and norms would decay like weights; and all of
-    # them one tensor as their count of steps, which Adam would then advance once for each of them.
+    # ZeRO-3 gives every group of parameters the settings of the first, so that norms would decay like weights. It also
+    # gives all of them one tensor as their count of steps, which Adam would advance once for each of them.
     for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
         group["weight_decay"] = own
     for state in engine.optimizer.state.values():

@@ -36,7 +36,7 @@ def first_day(run: Path) -> str:
 def write_run_file(
     run: Path, recipe: Recipe, start: Checkpoint, data: dict[str, PackedDataset], dtype: str, model: nn.Module
 ) -> None:
-    """Writes run.json on rank 0; every rank calls it. `data` are the sequences of each split.
+    """Writes run.json on rank 0; every rank calls it. `data` has the sequences of each split.
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
@@ -94,7 +94,8 @@ def data_facts(data: dict[str, PackedDataset], version: int) -> dict[str, Any]:
 
 
 def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
-    """Returns XXH3-128 of the tokens and labels of all rows, in their order; runs begun before version 2 have 1."""
+    """Returns XXH3-128 of the tokens and labels of all rows, in their order. Runs begun before there was a version 2
+    keep version 1."""
     if version > 1:
         return sequences.examples.checksum()
     digest = xxh3_128()
@@ -104,14 +105,14 @@ def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Returns on every rank what `make` returns on rank 0, where alone it is called; all ranks call this."""
+    """Calls `make` on rank 0 alone, and returns its result on every rank; all ranks call this."""
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
 def device_name() -> str:
-    """Returns a GPU's name, or what a processor's vector units can do, as torch sees them."""
+    """Returns a GPU's name, or the capability of a processor's vector units, as torch sees them."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"

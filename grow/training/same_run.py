@@ -1,6 +1,6 @@
-"""Whether a run that resumes is the run that began: by what its recipe says, not by how paths are typed.
+"""Whether a run that resumes is the run that began, by what its recipe says, not by how paths are typed.
 
-A folder may have moved, the run's own too: what is in it is compared, by checksums. A name on the hub is compared as
+A folder may have moved, even the run's own: its contents are compared, by checksums. A name on the hub is compared as
 text.
 """
 
@@ -18,19 +18,19 @@ from grow.training.deepspeed_json import first_difference
 
 NAME = "run.json"
 
-# Fields that may differ when a run resumes: they change what is seen of it, not what it computes.
+# Fields that may differ when a run resumes: they change what it logs and keeps, not what it computes.
 _FREE = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
     "probe_rows", "metric", "options", "retention_sets",
 }  # fmt: skip
-# The run is in the folder that it is looked for in; and a DeepSpeed JSON is compared by what it says.
+# The run's folder may have moved, and a DeepSpeed JSON is compared by its settings.
 _ELSEWHERE = {"output_dir", "deepspeed"}
 _PLACES = {"base", "grown", "data", "retention", "kl_text", "chat_template"}
 
 
 def places(recipe: Recipe) -> dict[str, Any]:
-    """What run.json keeps to know moved folders by: which fields named folders (or files) of this machine, what the
-    DeepSpeed JSON says, and checksums of the texts, beside the data, that a method reads."""
+    """Returns the entries of run.json that identify moved folders: which fields named folders (or files) of this
+    machine, the settings of the DeepSpeed JSON, and checksums of the texts, beside the data, that a method reads."""
     return {
         "local": sorted(name for name in _PLACES if _is_local(recipe.values().get(name))),
         "deepspeed": read_deepspeed(recipe.deepspeed),
@@ -65,7 +65,7 @@ def _is_same(name: str, old: Any, now: Any, before: dict[str, Any]) -> bool:
     if old == now or name not in _PLACES:
         return bool(old == now)
     was_local = name in before["local"] if isinstance(before.get("local"), list) else _was_local(old)
-    # Checksums of what is in it, in run.json, say whether it is the same; of text, only newer ones do.
+    # Checksums in run.json say whether the contents are the same; older files have none of general text.
     return was_local and _is_local(now) and (name != "kl_text" or "text_checksums" in before)
 
 
@@ -75,7 +75,7 @@ def _is_local(value: Any) -> bool:
 
 
 def _was_local(value: Any) -> bool:
-    """Of a run.json that does not say: anything but what could be a name on the hub."""
+    """Guesses for a run.json that does not say: anything that could not be a name on the hub was local."""
     return _is_local(value) or (isinstance(value, str) and bool(value) and not HUB_NAME.fullmatch(value))
 
 
@@ -99,7 +99,7 @@ def _check_deepspeed(run: Path, recipe: Recipe, before: dict[str, Any]) -> None:
 
 
 def _checksum(path: Path) -> str | None:
-    """XXH3-128 of a file, or of a folder's data files and their names; None of a name on the hub."""
+    """Returns XXH3-128 of a file, or of a folder's data files and their names; None for a name on the hub."""
     if not path.exists():
         return None
     digest = xxh3_128()

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from."""
+"""Finds the checkpoint that a run starts from, and checks it."""
 
 import dataclasses
 from math import prod
@@ -18,8 +18,8 @@ from grow.recipe_values import begun_with
 
 
 def starting_checkpoint(recipe: Recipe) -> Checkpoint:
-    """The recipe's base, or `grown` for a method that grows. Raises UserError, which says how to make it, if it is not
-    there or is the other of the two, or grew from another base."""
+    """Returns the recipe's base, or `grown` for a method that grows. Raises UserError, which says how to make it, if it
+    is not there, is the other of the two, or grew from another base."""
     grows = recipe.make_method().grows
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
@@ -38,7 +38,8 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
 
 
 def planned_start(recipe: Recipe) -> Checkpoint:
-    """The starting checkpoint; or, where a run is to make its own grown one and has not yet, the base that will grow.
+    """Returns the starting checkpoint; or, if a run is to make its own grown one and has not yet, the base that will
+    grow.
 
     Raises UserError as starting_checkpoint does, and for a base that cannot grow.
     """
@@ -78,7 +79,7 @@ def expand_start(recipe: Recipe, progress: Progress = no_progress) -> None:
 
 
 def with_learning_rate(recipe: Recipe) -> Recipe:
-    """The recipe with a rate: its own, or that of the run that has begun, or the default for the base's size."""
+    """Returns the recipe with a rate: its own, that of the run that has begun, or the default for the base's size."""
     if recipe.learning_rate is not None:
         return recipe
     rate = begun_with(recipe.output_dir).get("learning_rate")
@@ -89,8 +90,8 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:
-    """Whether the base at this path, if there is one, is not the one inside: by the first row of every tensor, since to
-    read all of both would take as long as to grow."""
+    """Says whether the base at this path, if there is one, differs from the one inside. It compares the first row of
+    every tensor, since reading all of both would take as long as growing."""
     try:
         base = Checkpoint(path)
     except UserError:
@@ -110,7 +111,7 @@ def _first_row(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def _base(recipe: Recipe) -> Path:
-    """The base's folder. Raises UserError, which says how to get it, if it is not here."""
+    """Returns the base's folder. Raises UserError, which says how to get it, if it is not here."""
     try:
         return locate(recipe.base_name)
     except UserError:

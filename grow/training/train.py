@@ -57,7 +57,7 @@ from grow.training.trainer import GrowTrainer, changed_frozen
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains as the recipe says. Every rank calls it; ranks come from the environment (one if none are set).
 
-    Raises UserError for what is the user's to mend, Fault for what broke, Preempted if the system preempted it.
+    Raises UserError for mistakes of the user, Fault for failures, Preempted if the system preempted the run.
     """
     run = Path(recipe.output_dir)
     recipe = with_learning_rate(recipe)
@@ -88,7 +88,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
-    """The model, as the method prepares it, and the data, in a trainer; writes run.json."""
+    """Returns a trainer with the model, as the method prepares it, and the data; writes run.json."""
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
@@ -122,7 +122,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
 
 
 def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dtype: Any) -> str:
-    """A run in a line: method, parameters, ranks, device, data, steps."""
+    """Describes a run in a line: method, parameters, ranks, device, data, steps."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
     ranks = dist.get_world_size()
@@ -134,7 +134,7 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
 
 
 def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
-    """Sees that what was frozen is what it was, and writes what the run ends in, the marker last."""
+    """Checks that the frozen parameters are unchanged, and writes the run's result, the marker last."""
     on_disk = {canonical(name): name for name in start.tensors}
     changed = changed_frozen(trainer.model, on_disk, start.read)
     if changed:
@@ -158,8 +158,7 @@ def _result(trainer: Any) -> dict[str, Any]:
 
 
 def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = starting_checkpoint) -> Checkpoint:
-    """Checks what can be checked before anything heavy is loaded. Raises UserError; returns the checkpoint to start
-    from."""
+    """Checks the run before anything heavy is loaded. Returns the checkpoint to start from. Raises UserError."""
     run, world_size = Path(recipe.output_dir), planned_ranks()
     check_output(recipe.output_dir)
     start = find_start(recipe)
@@ -178,8 +177,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
 
 
 def check_all(recipe: Recipe) -> None:
-    """Finds what `train` would find wrong before it trains, but for the machine. It reads the rows into the cache, and
-    says on stderr what they come to."""
+    """Checks a run without starting it, as far as the machine does not matter. Reads the rows into the cache, and
+    prints a summary of them on stderr. Raises UserError for whatever `train` would find wrong before it trains."""
     recipe = with_learning_rate(recipe)
     start = check_run(recipe, planned_start)
     if (Path(recipe.output_dir) / MARKER).exists():
@@ -201,8 +200,8 @@ def check_all(recipe: Recipe) -> None:
 
 
 def _check_scores(recipe: Recipe) -> None:
-    """What `eval` would find wrong after training. Raises UserError for options that no row has; a test split that is
-    not there is said."""
+    """Checks what `eval` needs after training. Raises UserError for options that no row has; a missing test split is
+    only reported."""
     for row in rows_of(recipe, recipe.validation_split)[:1000] if recipe.options else ():
         with contextlib.suppress(ValueError):  # a bad row
             right_option(recipe, row)
@@ -225,7 +224,7 @@ def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, Pa
 
 
 def _sound_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint that is whole; says which are not."""
+    """Returns the newest complete checkpoint that is not corrupted; reports those that are."""
     for checkpoint in complete_checkpoints(run):
         problem = find_corruption(checkpoint)
         if problem is None:
@@ -235,7 +234,7 @@ def _sound_checkpoint(run: Path) -> Path | None:
 
 
 def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
-    """What measures retention while the run trains; None if the recipe names no rows for it."""
+    """Returns the probe that measures retention while the run trains; None if the recipe names no rows for it."""
     if not recipe.retention or not recipe.probe_rows:
         return None
     rows = retention_rows(recipe)
@@ -247,7 +246,7 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
 
 
 def _single_process_defaults() -> None:
-    """The environment that a launcher would have set, for a run of one process without one."""
+    """Sets the environment that a launcher would have set, for a run of one process without one."""
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

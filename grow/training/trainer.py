@@ -1,7 +1,7 @@
-"""GrowTrainer is transformers.Trainer, with what it gets wrong for a mostly frozen model put right.
+"""GrowTrainer is transformers.Trainer, corrected for a mostly frozen model.
 
-Schedules, logging, TensorBoard and the loop are Trainer's. Here: the loss (labels only), and validation that ranks
-share out exactly; checkpoints are grow.training.trainer_checkpoints.
+Schedules, logging, TensorBoard and the loop are Trainer's. Here are the loss (labels only), and validation shared out
+exactly among ranks; checkpoints are in grow.training.trainer_checkpoints.
 """
 
 import itertools
@@ -64,14 +64,14 @@ class GrowTrainer(CheckpointingTrainer):
         tokens = sum((batch["rows"] >= 0).sum() for batch in samples)
         counts = self.accelerator.reduce(torch.as_tensor([labels, tokens], device=device), "sum")
         self.meter.step(counts)
-        # A method may take labels away; a batch that has none left has no loss, not one of 0/0.
+        # A method may remove labels; without this, a batch that has none left would have a loss of 0/0.
         return samples, counts[0].clamp(min=1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Returns the share of this micro-batch in the mean loss, times world_size, since DeepSpeed averages over
-        ranks."""
+        """Returns this micro-batch's share of the mean loss, times world_size, since DeepSpeed averages over ranks; and
+        the method's penalty."""
         logits, labels = labelled_logits(model, inputs)
         weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
         loss = loss_sum(logits, labels, weights) / num_items_in_batch * self.accelerator.num_processes
@@ -79,7 +79,7 @@ class GrowTrainer(CheckpointingTrainer):
         return loss + self.method.penalty() / self.args.gradient_accumulation_steps
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Returns 0: Trainer's estimate walks through all parameters in every step; ours is grow.training.flops."""
+        """Returns 0: Trainer's estimate walks through all parameters in every step; grow.training.flops is used."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -92,7 +92,8 @@ class GrowTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Measures, over the validation rows' labels, the mean loss and the share that are the likeliest token."""
+        """Returns the mean loss over the validation rows' labels, and the share of them that are the likeliest
+        token."""
         start = time.monotonic()
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
@@ -111,8 +112,8 @@ class GrowTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def start_losses(self) -> list[Tensor]:
         """Returns the loss in nats of every label of the training rows that the run comes to, in the model as it is:
-        one tensor an example, fp32, as long as its labels, NaN where there is none and for all other rows. The rows are
-        shared out to the ranks; each has all losses."""
+        one tensor an example, fp32, as long as its labels; NaN where there is no label, and for all other rows. The
+        rows are shared out to the ranks; each has all losses."""
         sequences = self.train_dataset.sequences
         lengths = sequences.examples.lengths.tolist()
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)
@@ -127,8 +128,8 @@ class GrowTrainer(CheckpointingTrainer):
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
 
     def own_batches(self, sequences: Any) -> Iterator[dict[str, Tensor]]:
-        """Yields this rank's share of the sequences, for a forward pass. All ranks have as many batches (ZeRO-3 gathers
-        weights in each); sequences that fill the last ones up have no labels."""
+        """Yields this rank's share of the sequences, for a forward pass. All ranks have the same number of batches
+        (ZeRO-3 gathers weights in each); sequences that fill up the last ones have no labels."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         self.model_wrapped.eval()
         for start in range(0, len(sequences), size * world):
@@ -142,8 +143,7 @@ class GrowTrainer(CheckpointingTrainer):
 
 
 def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:
-    """Returns the names of frozen parameters that are not, bit for bit, what the starting checkpoint holds, on any
-    rank.
+    """Returns the names of frozen parameters that differ, on any rank, by a bit or more from the starting checkpoint.
 
     `on_disk` maps a parameter's canonical name to its name in the checkpoint, which `read` reads.
     """

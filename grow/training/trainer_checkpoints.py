@@ -1,8 +1,8 @@
-"""Checkpoints hold what trains and no more, and are marked when they are complete; runs resume from them.
+"""Checkpoints hold only what trains, and are marked when they are complete; runs resume from them.
 
-transformers.Trainer has no public way to either: it writes the whole model, and loads strictly, which fails on what a
-checkpoint leaves out (asked for in huggingface/transformers#26503 and #29015, given to PEFT's models alone). So three
-of its private methods are overridden here, after a look at whether it still has them.
+transformers.Trainer has no public way to do either: it writes the whole model, and loads strictly, which fails on
+parameters that a checkpoint leaves out (asked for in huggingface/transformers#26503 and #29015, given to PEFT's models
+alone). So three of its private methods are overridden here, after a check that it still has them.
 """
 
 import os
@@ -27,12 +27,12 @@ _OVERRIDDEN = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
 }
-"""Trainer's private methods as this was written for them, transformers 5.23."""
+"""The signatures of Trainer's private methods in transformers 5.23, for which this was written."""
 
 
 def check_trainer() -> None:
-    """Raises UserError if the installed Trainer lacks what is overridden here: it would go its own way, without a
-    word."""
+    """Raises UserError if the installed Trainer lacks a method that is overridden here, which it would ignore
+    silently."""
     for name, parameters in _OVERRIDDEN.items():
         method = getattr(transformers.Trainer, name, None)
         if method is None or list(signature(method).parameters) != parameters:
@@ -103,8 +103,8 @@ class CheckpointingTrainer(transformers.Trainer):
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """Leaves what trains in a state dict, as its hook, each parameter under one name. DeepSpeed's own
-    exclude_frozen_parameters keeps the second name of tied embeddings, a head of their size."""
+    """Removes everything but the trained parameters from a state dict, as its hook, and keeps each under one name.
+    DeepSpeed's own exclude_frozen_parameters keeps the second name of tied embeddings, a head of their size."""
     trained = trained_names(module)
     for name in list(state):
         if name.removeprefix(prefix) not in trained:

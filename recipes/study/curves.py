@@ -15,7 +15,7 @@ _MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both, task and general text; by their loss on the task."""
+    """Returns the Pareto-optimal points in the losses on task and general text, by their loss on the task."""
     best, least = [], float("inf")
     for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
         if one["text"] < least:
@@ -25,10 +25,11 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -> None:
-    """Task against general text: left each method over its rates, at α = 1, where half of
-    the way is left at most; right the best of all its rates and α (its frontier), where most of the task is learnt.
+    """Draws task against general text. The left picture has each method over its rates, at α = 1, from the best loss to
+    half of the way back to the base; the right one has each method's frontier over all its rates and α, where most of
+    the task is learnt.
 
-    `methods` has the points of each, by rate and α (report.over_seeds).
+    `methods` has the points of each method, by rate and α (report.over_seeds).
     """
     figure, (left, right) = new_figure(12, 5.4, columns=2)
     points = [one for own in methods.values() for one in own]
@@ -58,10 +59,10 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
-    """How far each layer's MLP moved, Frobenius norm: a line for each method, at the rate that has learnt
-    the task best, at its best α.
+    """Draws how far each layer's MLP moved, Frobenius norm: a line for each method, at the rate that has learnt the
+    task best, at its best α.
 
-    Means over seeds. `lines` are those of a results.jsonl.
+    Values are means over seeds. `lines` are those of a results.jsonl.
     """
     rates: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -85,8 +86,8 @@ def _least_loss(line: dict[str, Any]) -> float:
 
 
 def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
-    """How each row, of a method and so many seeds, is drawn. Those with the most seeds have the colour of their method
-    and a marker of their own; the others are grey, share one name, and are told apart in the tables."""
+    """Returns how each row, of a method and a number of seeds, is drawn. Rows with the most seeds have the colour of
+    their method and a marker of their own; the others are grey, share one name, and are told apart in the tables."""
     colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(method for method, _ in rows.values()))}
     most = max(seeds for _, seeds in rows.values())
     others = [label for label, (_, seeds) in rows.items() if seeds < most]
@@ -94,7 +95,7 @@ def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
     taken: Counter[str] = Counter()
     for label, (method, _) in rows.items():
         if label in others:
-            name = "others, of fewer seeds" if label == others[0] else "_"  # which matplotlib leaves out of a legend
+            name = "others, of fewer seeds" if label == others[0] else "_"  # matplotlib leaves "_" out of a legend
             looks[label] = {"color": "0.8", "marker": ".", "linewidth": 0.8, "zorder": 0, "label": name}
             continue
         marker, line = _MARKERS[taken[method] % len(_MARKERS)], _LINES[taken[method] % len(_LINES)]
@@ -104,8 +105,8 @@ def _looks(rows: dict[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
 
 
 def draw_steps(lines: list[dict[str, Any]], path: Path) -> None:
-    """Over the steps of training: left the task's validation loss, right what the probe says of retention (the
-    change of a row's log-likelihood). A line for each method and rate, means over seeds."""
+    """Draws, over the steps of training, the task's validation loss on the left and the probe's retention (the change
+    of a row's log-likelihood) on the right. There is a line for each method and rate, of means over seeds."""
     runs: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
     for line in lines:
         runs[f"{line['label']}, {line['learning_rate']:g}"].append(line["history"])

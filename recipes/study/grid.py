@@ -1,10 +1,10 @@
-"""What a grid asks for: its cells, each one training run.
+"""The grid of a study: its cells, each one training run.
 
-A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and at which α. Under
-`methods` it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of
-a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
-`learn_alphas`, the arguments of that command. A cell is a row at one rate with one seed; its name is all that a result
-is known by, so a row that is changed needs another label.
+A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and at which α. Under `methods`
+it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of a method
+that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one; `learn_alphas`, the
+arguments of that command. A cell is a row at one rate with one seed. Results are identified by its name alone, so a row
+that is changed needs another label.
 """
 
 import sys
@@ -21,9 +21,9 @@ from grow.methods import METHODS
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a grid. `layers` is empty for methods that grow none; `fields` are the recipe's; `average` is
-    how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command, if each layer
-    gets an α of its own."""
+    """Describes one training run of a grid. `layers` is empty for methods that do not grow; `fields` are the recipe's;
+    `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
+    if each layer gets an α of its own."""
 
     label: str
     method: str
@@ -37,7 +37,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What `--only` calls it."""
+        """Returns the name of the cell, as `--only` takes it."""
         return f"{self.label} {self.learning_rate:g} seed {self.seed}"
 
 
@@ -46,7 +46,7 @@ _ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "lea
 
 
 def read_grid(path: Path) -> dict[str, Any]:
-    """Reads and checks it. Raises UserError, one line, if it is not a grid or has a row that makes no sense."""
+    """Reads and checks a grid. Raises UserError, one line, if it is not a grid or has a row that makes no sense."""
     try:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
@@ -68,7 +68,7 @@ def read_grid(path: Path) -> dict[str, Any]:
 
 
 def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
-    """All of a grid, one seed after the other."""
+    """Yields all cells of a grid, one seed after the other."""
     for seed in seeds:
         for label, row in grid["methods"].items():
             for rate in row["learning_rate"]:

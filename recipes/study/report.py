@@ -1,4 +1,4 @@
-"""What a study's results.jsonl (run.py) comes to: tables, and pictures of who learns most and forgets least.
+"""Reports a study's results.jsonl (run.py): tables, and pictures of which method learns most and forgets least.
 
     python recipes/study/report.py recipes/study/results.jsonl --out FOLDER [--json]
 
@@ -26,17 +26,17 @@ from grow.cli.arguments import checked
 from grow.errors import UserError, one_line
 
 MARGIN = 0.01
-"""Kept is what costs no more than this share more than it cost the base, a token of general text or an answer: 99 % of
-what was known. Where the 95 % interval crosses that bound, it is undecided."""
+"""General text or answers count as kept if a token or an answer costs at most this share more than with the base. They
+are undecided if the 95 % interval crosses that bound."""
 MARKS = {"kept": "✓", "undecided": "?", "lost": "✗"}
 _SPREAD = {"loss": ".3f", "text": "+.3f", "questions": "+.2f"}
-"""What is shown of every seed, and how."""
+"""The figures whose spread over seeds is shown, and their formats."""
 _MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results.jsonl, in which older ones call their scores at each α "dial". Raises UserError for
-    anything else."""
+    """Returns the lines of a results.jsonl, in which older ones call their scores at each α "dial". Raises UserError
+    for anything else."""
     try:
         lines = [json_module.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         lines = [{("by_alpha" if key == "dial" else key): value for key, value in line.items()} for line in lines]
@@ -51,18 +51,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def point(line: dict[str, Any], scores: dict[str, Any]) -> Point:
-    """One run at one α.
+    """Returns the figures of one run at one α.
 
-    `loss` of the task, nats per token, and `accuracy`, the share of rows answered rightly where an answer is one of
-    several options, else of tokens; `text`, the rise of what a token of general text costs, nats, and
-    `text_margin`, half its 95 % interval (sets are independent: their variances add); `questions` and
-    `questions_margin`, the change of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and
-    `set_margins`.
+    `loss` of the task, nats per token, and `accuracy`, the share of rows answered correctly where an answer is one of
+    several options, else of tokens; `text`, the rise of what a token of general text costs, nats, and `text_margin`,
+    half its 95 % interval (sets are independent: their variances add); `questions` and `questions_margin`, the change
+    of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and `set_margins`.
     """
     texts, sets, widths = set(line["general_text"]), {}, {}
     for name, known in scores["retention"].items():
         change, before = known["from_base"], line["base"]["retention"][name]
-        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0  # of text negative: a cost rises
+        unit = before["loss"] / before["log_likelihood"] if name in texts else 1.0  # negative for text: a cost rises
         sets[name] = change["log_likelihood"] * unit
         widths[name] = (change["interval"][1] - change["interval"][0]) / 2 * abs(unit)
     groups = {"text": [name for name in sets if name in texts], "questions": [n for n in sets if n not in texts]}
@@ -81,10 +80,10 @@ def _accuracy(task: dict[str, Any]) -> float:
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
-    """Writes OUT/study.md, which compares the leading methods, those with the most seeds; and of each grid GRID.md,
-    which compares all and has every point, GRID.png, GRID-layers.png, GRID-effective-rank-CELL.png of the cells that
-    have it and, where validation was frequent, GRID-over-steps.png. Grids are of different size and stand apart. Raises
-    UserError as read_lines does."""
+    """Writes OUT/study.md, which compares the leading methods, those with the most seeds. For each grid it also writes
+    GRID.md, which compares all methods and has every point, GRID.png, GRID-layers.png, GRID-effective-rank-CELL.png of
+    the cells that have it and, where validation was frequent, GRID-over-steps.png. Grids are of different size and are
+    not mixed. Raises UserError as read_lines does."""
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
@@ -122,16 +121,17 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
 
 
 def _runs(lines: list[dict[str, Any]]) -> str:
-    """How many, how long, and on which GPUs, if on any."""
+    """Says how many runs there are, how long they are, and on which GPUs they ran, if on any."""
     runs = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
     gpus = Counter(line["device"] for line in lines if not line.get("device", "CPU").startswith("CPU"))
     return ", ".join([f"{runs} of {lines[0]['max_steps']} steps", *(f"{n} on {gpu}" for gpu, n in gpus.items())])
 
 
 def over_seeds(points: list[Point]) -> list[Point]:
-    """Means over the seeds of a method, rate and α; `seeds` says of how many, `ranges` from where to where they go.
+    """Returns means over the seeds of a method, rate and α, with `seeds`, how many there are, and `ranges`, their least
+    and most.
 
-    Margins are not narrower than one seed's: all score the same rows, whose own chance does not average out.
+    Margins are not narrower than one seed's: all seeds score the same rows, whose own chance does not average out.
     """
     groups: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
     for one in points:
@@ -147,17 +147,17 @@ def over_seeds(points: list[Point]) -> list[Point]:
 
 
 def verdict(rise: float, margin: float, bound: float) -> str:
-    """Whether what costs so much more, ± the margin, is "kept", "lost" or "undecided"."""
+    """Says whether a rise in cost, ± the margin, is "kept", "lost" or "undecided"."""
     return "kept" if rise + margin <= bound else "lost" if rise - margin > bound else "undecided"
 
 
 def at_most(points: Iterable[Point], loss: float) -> Point | None:
-    """Of the points that have learnt the task at least to that loss, the one that forgot least; None if none has."""
+    """Returns the point that forgot least among those with at most this task loss; None if there is none."""
     return min((one for one in points if one["loss"] <= loss), key=lambda p: p["text"], default=None)
 
 
 def _methods(points: list[Point]) -> dict[str, list[Point]]:
-    """The points of each method, by rate and then by α."""
+    """Returns the points of each method, by rate and then by α."""
     methods: dict[str, list[Point]] = defaultdict(list)
     for one in points:
         methods[one["label"]].append(one)
@@ -165,13 +165,14 @@ def _methods(points: list[Point]) -> dict[str, list[Point]]:
 
 
 def targets(points: list[Point], base_loss: float) -> list[float]:
-    """Five task losses at which to compare: the best that any method reached, rounded up, and parts of the way back."""
+    """Returns five task losses at which to compare: the best of any method, rounded up, and parts of the way back."""
     best = min(one["loss"] for one in points)
     return [round(best + (base_loss - best) * share + 0.005, 2) for share in (0.0, 0.025, 0.05, 0.1, 0.2)]
 
 
 def _leading(points: list[Point]) -> str:
-    """Task and general text at each α: a row for each method and rate, of the points with the most seeds alone."""
+    """Returns a table of task and general text at each α: a row for each method and rate, for points with the most
+    seeds."""
     most = max(one["seeds"] for one in points)
     leading = [one for one in points if one["seeds"] == most]
     ahead = frontier(leading)
@@ -190,7 +191,7 @@ def _leading(points: list[Point]) -> str:
 
 
 def _matched(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
-    """Forgetting at matched task score: a row for each method as trained, and one over all α."""
+    """Returns a table of forgetting at matched task score: a row for each method as trained, and one over all α."""
     losses = targets([one for own in methods.values() for one in own], line["base"]["task"]["loss"])
     questions = [name for name in line["base"]["retention"] if name not in line["general_text"]]
     rows = []
@@ -216,7 +217,7 @@ def _forgot(one: Point | None, questions: list[str]) -> str:
 
 
 def _kept(methods: dict[str, list[Point]], line: dict[str, Any]) -> str:
-    """In which range of rates a method, as trained, keeps general text."""
+    """Returns a table of the rates at which a method, as trained, keeps general text."""
     known = line["base"]["retention"]
     bound = MARGIN * fmean(known[name]["loss"] for name in line["general_text"]) if line["general_text"] else nan
     rows = []
@@ -242,12 +243,12 @@ _HEAD = ("method", "rate", "α", "seeds")
 
 
 def _head(one: Point) -> list[str]:
-    """A point's cells under _HEAD."""
+    """Returns a point's cells under _HEAD."""
     return [one["label"], f"{one['learning_rate']:g}", f"{one['alpha']:g}", str(one["seeds"])]
 
 
 def _seeds(points: list[Point]) -> list[str]:
-    """How much the points that have several seeds differ from seed to seed: a table, or none."""
+    """Returns a table of how much the points with several seeds differ from seed to seed, or no table."""
     rows = []
     for one in (one for one in points if one["seeds"] > 1):
         row = _head(one)

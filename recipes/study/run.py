@@ -4,13 +4,13 @@
                                      [--work FOLDER] [--keep]
 
 GRID is a YAML file such as recipes/study/translation.yaml (grid.py says what stands in it). Each cell is trained,
-consolidated and scored at each α; then one line of JSON goes into `results.jsonl` beside GRID,
-and its checkpoints are removed (unless `--keep`: `rank` and `effective-rank` read them). `--only` names a row, or one
-cell of it. A cell that has a line there is run again only if `--only` names it, scored where it was and where the grid
-says, or at `--alphas`; its new line takes the place of the old. Stopped in the middle of a cell, it resumes from its
-last checkpoint; preempted (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several may
-run side by side in one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): a cell that one runs,
-the others leave to it.
+consolidated and scored at each α; then one line of JSON goes into `results.jsonl` beside GRID, and its checkpoints are
+removed (unless `--keep`: `rank` and `effective-rank` read them). `--only` names a row, or one cell of it. A cell that
+has a line is run again only if `--only` names it; it is scored at its earlier α and the grid's, or at `--alphas`, and
+its new line replaces the old one. Stopped in the middle of a cell, a study resumes from the cell's last checkpoint;
+preempted (SIGTERM or SIGUSR1), it makes one first and exits with 75, as `train` does. Several studies may run side by
+side in one work folder, one for each GPU (on a cluster `STUDY=GRID slurm/sweep.sh`): each skips the cells that another
+is running.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 
 class Study:
-    """A grid, where its results are, and where it works."""
+    """Runs a grid; knows its results and its work folder."""
 
     def __init__(self, path: Path, work: Path, alphas: str = "", keep: bool = False):
         self.path, self.work, self.keep = path, work, keep
@@ -53,22 +53,22 @@ class Study:
         self.base, self.retention = settings.base, Path(sliced(settings.retention or "")[0]).name
 
     def lock(self, name: str) -> FileLock:
-        """What one of several runners holds while it makes something that they share."""
+        """Returns a lock for what several runners share, which one of them holds while it makes that."""
         return FileLock(self.work / f"{name}.lock".replace("/", "_"))
 
     def done(self) -> dict[str, list[float]]:
-        """The cells that have a result, by name, and at which α."""
+        """Returns the cells that have a result, by name, and at which α."""
         lines = map(json.loads, self.results.read_text().splitlines() if self.results.exists() else [])
         mine = (line for line in lines if line["grid"] == self.path.name)
         return {line["cell"]: [scores["alpha"] for scores in line.get("by_alpha") or line["dial"]] for line in mine}
 
     def places(self, cell: Cell) -> str:
-        """The α at which a cell is scored, with commas."""
+        """Returns the α at which a cell is scored, with commas."""
         alphas = {*map(float, self.grid["alphas"]), *self.done().get(cell.name, ())}
         return self.alphas or ",".join(f"{alpha:g}" for alpha in sorted(alphas))
 
     def note(self, line: dict[str, Any]) -> None:
-        """Puts a cell's line into the results; in the place of an older one, if it has one."""
+        """Puts a cell's line into the results, in place of an older one if there is one."""
         with self.lock("results"):
             lines = self.results.read_text().splitlines() if self.results.exists() else []
             same = [(old["grid"], old["cell"]) == (line["grid"], line["cell"]) for old in map(json.loads, lines)]
@@ -76,11 +76,11 @@ class Study:
             write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
 
     def fields(self, **more: Any) -> list[str]:
-        """The grid's fields and more, as arguments."""
+        """Returns the grid's fields and `more` as arguments."""
         return arguments(self.grid["fields"] | more)
 
     def base_scores(self) -> Path:
-        """The base's scores, made once for what is scored."""
+        """Returns the file of the base's scores, made once for each choice of what is scored."""
         scored = json.dumps([self.grid[key] for key in ("recipe", "fields", "limit", "retention_limit")])
         out = self.work / f"base-{xxh3_64_hexdigest(scored.encode())}.json"
         with self.lock("base"):
@@ -89,14 +89,14 @@ class Study:
         return out
 
     def score(self, checkpoint: str | Path, out: Path, *more: str) -> None:
-        """Runs `eval`."""
+        """Runs `eval` on a checkpoint."""
         grow(
             "eval", checkpoint, "--recipe", self.recipe, "--out", out, f"--limit={self.grid['limit']}",
             f"--retention-limit={self.grid['retention_limit']}", *self.fields(), *more,
         )  # fmt: skip
 
     def start(self, cell: Cell) -> Path:
-        """What the cell's training starts from: the base, or the base grown."""
+        """Returns the checkpoint that the cell's training starts from: the base, or the base grown."""
         if not cell.layers:
             return Path(self.base)
         grown = self.work / f"grown-{cell.layers.replace('/', '_')}-{cell.factor}"
@@ -106,7 +106,7 @@ class Study:
         return grown
 
     def run(self, cell: Cell) -> None:
-        """Trains and scores one cell, and notes what it came to before its checkpoints go."""
+        """Trains and scores one cell, and adds its line to the results before its checkpoints are removed."""
         against, start = self.base_scores(), self.start(cell)
         run, trained, out = (self.work / f"{cell.name}{end}".replace(" ", "-") for end in ("", "-trained", "-scores"))
         grow(
@@ -127,11 +127,11 @@ class Study:
             remove(left)
 
     def ranked(self, cell: Cell) -> bool:
-        """Whether the grid wants this cell's effective ranks."""
+        """Says whether the grid wants this cell's effective ranks."""
         return cell.name in self.grid.get("effective_rank", ())
 
     def by_layer(self, cell: Cell, trained: Path) -> Path:
-        """The checkpoint with an α of its own in each layer, if the cell wants that; else the one given."""
+        """Returns the checkpoint with an α for each layer, if the cell wants that; else the one given."""
         if not cell.learn_alphas:
             return trained
         out = trained.with_name(f"{trained.name}-by-layer")
@@ -140,10 +140,10 @@ class Study:
         return out
 
     def line(self, cell: Cell, run: Path, scored: Path, base: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        """What stays of a cell."""
+        """Returns a cell's line in the results."""
         facts, ranking = read_json(run / "run.json"), read_json(Path(f"{run}-ranking", "ranking.json"))
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
-        # By step: a run that resumes validates once more where it resumes from.
+        # Keyed by step: a run that resumes validates again at the step that it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
         points = [self.point(scores) for scores in result.get("by_alpha", [result])]
         alphas = ",".join(f"{scores['alpha']:g}" for scores in points)
@@ -175,7 +175,7 @@ class Study:
         }
 
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
-        """What a line keeps of the scores at one α: no single rows."""
+        """Returns the part of the scores at one α that a line keeps: no single rows."""
         sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
         keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
@@ -185,7 +185,7 @@ class Study:
 
 
 def effective_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What a line keeps of what `effective-rank` wrote: of each matrix its ranks, and those of noise."""
+    """Returns the part of the result of `effective-rank` that a line keeps: each matrix's ranks, and those of noise."""
     kept = []
     for found in read_json(folder / "effective_rank.json")["updates"]:
         same = {key: found[key] for key in ("layer", "matrix")} | {"rounding": {"ratio": found["rounding"]["ratio"]}}
@@ -195,7 +195,7 @@ def effective_ranks(folder: Path) -> list[dict[str, Any]]:
 
 
 def remove(folder: Path) -> None:
-    """Under another name first: what is half gone would be taken for whole by a later run of the cell."""
+    """Removes a folder, renamed first: a later run of the cell would take a folder that is half removed for whole."""
     gone = folder.with_name(f"{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -203,14 +203,14 @@ def remove(folder: Path) -> None:
 
 
 def arguments(values: dict[str, Any]) -> list[str]:
-    """Of a command: a list with commas."""
+    """Returns values as arguments of a command, a list with commas."""
     return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
 
 
 def grow(*words: str | Path) -> None:
-    """Runs a command of `grow`; what it says stays on stderr. Its exit code ends the study if it is not 0. A signal is
+    """Runs a command of `grow`, whose output goes to stderr. An exit code other than 0 ends the study. A signal is
     passed on; whatever the command makes of that, the study ends with 75."""
-    # -P: the same `grow` as here, whatever is in the folder that the process starts in.
+    # -P keeps the working folder out of sys.path, so that the same `grow` is imported as here.
     command = [sys.executable, "-P", "-m", "grow", *map(os.path.expandvars, map(str, words))]
     environment = os.environ | {"TQDM_DISABLE": "1"}
     asked = []
@@ -229,13 +229,13 @@ def grow(*words: str | Path) -> None:
 
 
 def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
-    """Runs what is missing of a grid; see the top of this file."""
+    """Runs the cells of a grid that have no result yet; see the top of this file."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
     path = Path(grid).resolve()
     for alpha in alphas.split(",") if alphas else ():
         number("--alphas", alpha, float)
     runner = Study(path, Path(work) if work else cache / "study" / path.stem, alphas, keep)
-    seed = only.partition(" seed ")[2]  # in which a cell's name ends
+    seed = only.partition(" seed ")[2]  # a cell's name ends with it
     named = [number("--seeds", one) for one in (seeds or seed).split(",") if one]
     wanted = [cell for cell in cells(runner.grid, named or runner.grid["seeds"]) if only in ("", cell.label, cell.name)]
     if not wanted:

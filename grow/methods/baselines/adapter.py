@@ -37,7 +37,7 @@ class Adapter(KlRegularized):
             adapt_mlp(mlp, self.adapter_size)
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Two layers with biases after each MLP."""
+        """Returns the shapes of two layers with biases after each MLP."""
         found: dict[str, tuple[int, ...]] = {}
         size = self.adapter_size
         for prefix in mlp_prefixes(shapes).values():
@@ -50,18 +50,19 @@ class Adapter(KlRegularized):
         return found
 
     def trains(self, name: str) -> bool:
-        """The adapters."""
+        """Says whether a parameter belongs to an adapter."""
         return ".mlp.adapter." in name
 
     def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
-        """Raises UserError: there is no such form of it."""
+        """Raises UserError: an adapter cannot be exported."""
         raise UserError(
             "adapter: a bottleneck is not linear, so no weights of a stock model can hold it; "
             "give `eval` the run's folder result/, which has the adapter"
         )
 
     def write_result(self, run: Path, out: Path) -> None:
-        """The adapter's own folder, with the base's tokenizer, fp32; grow.model.loading.load loads it."""
+        """Writes the adapter in a folder of its own, with the base's tokenizer, in fp32; grow.model.loading.load loads
+        it."""
         zero = ZeroCheckpoint(last_checkpoint(run))
         start = Checkpoint(read_json(run / "run.json")["start"])
         with OutputFolder(out, {"adapter of": zero.identity()}) as folder:

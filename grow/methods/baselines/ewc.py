@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: weights on which retention depends are pulled back to where they were."""
+"""Elastic weight consolidation: a penalty keeps weights that matter for retention near the base's."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from grow.model.loss import labelled_logits, loss_sum
 
 @dataclass
 class Ewc(Method):
-    """Plain fine-tuning with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)², where θ* is the base and F the diagonal of its
-    Fisher information (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", eq. 3).
+    """Fine-tunes with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)², where θ* is the base and F the diagonal of its Fisher
+    information (Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", eq. 3).
 
     F is the empirical one: the mean of (∂ log p(completion) / ∂θ_i)² over the first `ewc_rows` rows of the recipe's
     `retention` data, from its split `ewc_split`; `eval` scores the split test. F (fp32) and θ* are kept on every rank,
     and parameters are compared in the dtype that they are computed with.
     """
 
-    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # ZeRO-3 has no parameter whole where the penalty needs it
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # under ZeRO-3 no parameter is whole where the penalty needs it
 
     ewc_lambda: float = 100.0
     ewc_rows: int = 200
     ewc_split: str = "train"
 
     def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
-        """F and θ*."""
+        """Counts the bytes of F and θ*."""
         return (4 + width) * sum(prod(shape) for name, shape in shapes.items() if self.trains(name))
 
     def check(self, recipe: Any) -> None:
@@ -49,7 +49,7 @@ class Ewc(Method):
         return [recipe.retention]
 
     def _examples(self, recipe: Any) -> Any:
-        # These import transformers and datasets: not for who only reads a recipe.
+        # Imported here because they import transformers and datasets, which reading a recipe does not need.
         from grow.data.of_recipe import retention_rows, retention_template, tokenizer_of
         from grow.data.tokens import encode
 
@@ -62,7 +62,7 @@ class Ewc(Method):
         return examples
 
     def begin(self, trainer: Any) -> None:
-        """Notes the base's parameters, and measures F with the rows shared out to the ranks."""
+        """Keeps the base's parameters, and measures F with the rows shared out to the ranks."""
         examples = self._examples(trainer.recipe)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         fisher = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
@@ -77,7 +77,7 @@ class Ewc(Method):
         self.anchors = [(p, p.detach().clone(), f) for p, f in zip(parameters, fisher, strict=True)]
 
     def penalty(self) -> Tensor | float:
-        """The penalty at the present parameters."""
+        """Returns the penalty at the present parameters."""
         return self.ewc_lambda / 2 * sum(squared_distance(*anchor) for anchor in self.anchors)
 
 
@@ -92,7 +92,7 @@ def _row_loss(trainer: Any, example: Any) -> Tensor:
 
 
 def squared_distance(parameter: Tensor, start: Tensor, weights: Tensor) -> Tensor:
-    """Σ w (θ − θ*)² over a parameter, in fp32: three tensors of one shape, the weights fp32 → [].
+    """Returns Σ w (θ − θ*)² over a parameter, in fp32: three tensors of one shape, the weights fp32, give [].
 
     Autograd's own backward pass would keep and make several copies in fp32, four bytes a parameter each; this one goes
     by blocks and keeps none.
@@ -101,7 +101,7 @@ def squared_distance(parameter: Tensor, start: Tensor, weights: Tensor) -> Tenso
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """d / d θ is 2 w (θ − θ*)."""
+    """Computes the squared distance; its gradient d / d θ is 2 w (θ − θ*)."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

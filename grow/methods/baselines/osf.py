@@ -1,4 +1,4 @@
-"""Orthogonal subspace fine-tuning: each weight's strongest singular directions stay, the rest trains beside them."""
+"""Orthogonal subspace fine-tuning: each weight's strongest singular directions stay, the others train beside them."""
 
 import operator
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ from grow.methods.peft_method import PeftMethod
 
 @dataclass
 class Osf(PeftMethod):
-    """W = U S V, split at a share `osf_kept` of the singular values, counted from the largest: the part above is
-    frozen, U, S and V of the part below train, their gradients projected to be orthogonal to what is frozen ("Sculpting
-    Subspaces", arXiv 2504.07097); as PEFT does it.
+    """Splits W = U S V at a share `osf_kept` of the singular values, counted from the largest, as PEFT does it: the
+    part above is frozen; U, S and V of the part below train, their gradients projected to be orthogonal to the frozen
+    part ("Sculpting Subspaces", arXiv 2504.07097).
 
-    PEFT computes W x + (U' S' V' − U S V) x, whose sum is zero at step 0 only up to rounding. Gradients are orthogonal;
-    Adam's steps, scaled element by element, are not: a third of what U changes by can lie in the frozen subspace.
+    PEFT computes W x + (U' S' V' − U S V) x, in which the term in brackets is zero at step 0 only up to rounding.
+    Gradients are orthogonal; Adam's steps, scaled element by element, are not: a third of U's change can lie in the
+    frozen subspace.
     """
 
     part: ClassVar[str] = ".osf_svd_params."
-    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # PEFT decomposes the weights when it is put in; ZeRO-3 has cut them
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # PEFT decomposes whole weights; ZeRO-3 has cut them
 
     osf_kept: float = 0.5
 
@@ -36,13 +37,13 @@ class Osf(PeftMethod):
             raise UserError(f"osf_kept {self.osf_kept:g}: a share of the singular values is needed, between 0 and 1")
 
     def config(self, target_modules: list[str]) -> Any:
-        """PEFT's OSFConfig."""
+        """Returns PEFT's OSFConfig."""
         from peft import OSFConfig
 
         return OSFConfig(effective_rank=self.osf_kept, target_modules=target_modules, task_type="CAUSAL_LM")
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """U, S and V: of the stronger directions, which are frozen, and of the weaker."""
+        """Returns the shapes of U, S and V: of the stronger directions, which are frozen, and of the weaker."""
         rank = min(out_features, in_features)
         kept = int(rank * self.osf_kept)
         found: dict[str, tuple[int, ...]] = {}
@@ -51,7 +52,7 @@ class Osf(PeftMethod):
         return found
 
     def merged(self, own: LazyTensor, parts: dict[str, LazyTensor], dtype: str) -> LazyTensor:
-        """W + U' S' V' − U S V. PEFT does not save the latter: it is found again as it was."""
+        """Returns W + U' S' V' − U S V. PEFT does not save U S V, so it is computed again."""
         u, s, v = (parts[f"osf_svd_params.{name}_low"] for name in "USV")
 
         def update(begin: int, end: int) -> Rows:
@@ -61,9 +62,9 @@ class Osf(PeftMethod):
         return elementwise(operator.add, "F32", own, LazyTensor(own.shape, "F32", update))
 
 
-@lru_cache(maxsize=4)  # weights are asked for in blocks of rows, and about as many threads write
+@lru_cache(maxsize=4)  # weights are read in blocks of rows, by about as many threads
 def _weak_part(weight: LazyTensor, kept: float, dtype: str) -> Tensor:
-    """U S V of the weaker singular values, [out, in] fp32, from factors rounded as PEFT rounds them."""
+    """Returns U S V of the weaker singular values, [out, in] fp32, from factors rounded as PEFT rounds them."""
     rounded = getattr(torch, dtype.removeprefix("torch."))
     u, s, v = torch.linalg.svd(weight.load().to(rounded).float(), full_matrices=False)
     first = int(len(s) * kept)

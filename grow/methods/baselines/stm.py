@@ -1,4 +1,4 @@
-"""Selective token masking: what the base finds improbable, token by token, is not trained on."""
+"""Selective token masking: tokens that the base finds improbable are not trained on."""
 
 from dataclasses import dataclass
 from math import log
@@ -12,19 +12,19 @@ from grow.methods.method import Method
 
 @dataclass
 class Stm(Method):
-    """Plain fine-tuning on the labels whose perplexity under the base, 1/p, is at most `stm_threshold` (selective
-    token masking, arXiv 2501.14315, which uses 2.5)."""
+    """Fine-tunes on the labels whose perplexity under the base, 1/p, is at most `stm_threshold` (selective token
+    masking, arXiv 2501.14315, which uses 2.5)."""
 
     stm_threshold: float = 2.5
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError also for a threshold that no token is under."""
+        """Raises UserError also for a threshold that excludes every token."""
         super().check(recipe)
         if self.stm_threshold <= 1:
             raise UserError(f"stm_threshold {self.stm_threshold:g}: a perplexity above 1 is needed, such as 2.5")
 
     def begin(self, trainer: Any) -> None:
-        """Takes the labels away whose loss in the base is too high. Raises UserError if none is left."""
+        """Removes the labels whose loss in the base is too high. Raises UserError if none is left."""
         dropped = ~(torch.cat(trainer.start_losses()) <= log(self.stm_threshold))
         trainer.train_dataset.sequences.examples.drop_labels(dropped.cpu().numpy())
         if dropped.all():

@@ -3,8 +3,8 @@
 With any other version they step aside, and rank 0 says so: the run computes the same, slower. Whoever moves to a new
 version reads the files beside what they replace, runs tests/training/test_deepspeed_patches.py, and raises WRITTEN_FOR.
 
-What a step takes without, over what it takes with (tests/benchmarks/patches.py: real 270M, two cores, ZeRO-1; in
-brackets the same of processor time, which other processes do not disturb), and what each waits for:
+The table has the time of a step without each patch over that with it (tests/benchmarks/patches.py: real 270M, two
+cores, ZeRO-1; in brackets processor time, which other processes do not disturb), and the upstream issue it waits for:
 
 | | SFT, all trains | G-Freeze | spares | upstream |
 |---|---|---|---|---|
@@ -29,7 +29,7 @@ WRITTEN_FOR = "0.19.8"
 
 
 def patch_engine(engine: Any) -> None:
-    """Applies all of them to an engine that has not trained yet, in place; none to an engine of another version."""
+    """Applies all patches to an engine that has not trained yet, in place; none if DeepSpeed has another version."""
     version = deepspeed.__version__.partition("+")[0]
     if version != WRITTEN_FOR:
         if dist.get_rank() == 0:
@@ -40,21 +40,21 @@ def patch_engine(engine: Any) -> None:
     engine.checkpoint_engine = StreamEngine()
 
 
-# These two replace nothing that works, so they look at what is there, not at the version.
+# These two replace nothing that works, so they check what is there, not the version.
 
 
 def compile_nothing() -> None:
     """Keeps DeepSpeed from compiling its shared-memory operation for CPUs, before the process group is made.
 
-    It serves inference, and takes a compiler. Of a run that is killed meanwhile torch leaves a lock file behind, for
-    which every later run waits for ever (pytorch/pytorch#189245).
+    That operation serves inference, and needs a compiler. If a run is killed meanwhile, torch leaves a lock file
+    behind, for which every later run waits for ever (pytorch/pytorch#189245).
     """
     operations = getattr(deepspeed.ops, "__compatible_ops__", {})
     operations["deepspeed_shm_comm"] = False
 
 
 def add_defaults(optimizer: Any) -> None:
-    """Gives ZeRO's optimizer the `defaults` of the one inside, which some schedules ask for and it lacks
+    """Gives ZeRO's optimizer the `defaults` of the optimizer inside it, which it lacks and some schedules ask for
     (huggingface/accelerate#208)."""
     zero = getattr(optimizer, "optimizer", None)  # inside accelerate's own
     if zero is not None and not hasattr(zero, "defaults"):

@@ -1,10 +1,10 @@
-"""Adam steps over ZeRO's share of the weights, some values at a time.
+"""Adam steps over ZeRO's share of the weights, a block of values at a time.
 
 DeepSpeed 0.19.8 (stage_1_and_2.py, step) lays all gradients end to end, copies them to fp32, scales them, updates the
-master weights and copies those to the model's: five passes over memory and, with gradients in bf16, 6 bytes a value
-for the two copies. With gradients in bf16 it looks for what is not finite before, in two passes more (the default since
-deepspeedai/DeepSpeed#8035). Here each piece goes all that way while it is in the cache, through one buffer, and what is
-not finite shows in the norm.
+master weights and copies those to the model's: five passes over memory and, with gradients in bf16, 6 bytes a value for
+the two copies. With gradients in bf16 it also looks for values that are not finite first, in two passes more (the
+default since deepspeedai/DeepSpeed#8035). Here each block goes all that way while it is in the cache, through one
+buffer, and the norm shows whether a value is not finite.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from torch.optim.adamw import adamw
 BLOCK = 2**20
 """Values that go through a processor at a time."""
 GPU_BLOCK = 2**26
-"""And through a GPU, which is only kept busy by many."""
+"""Values that go through a GPU at a time, which only many keep busy."""
 
 
 def step_by_blocks(optimizer: Any) -> None:
-    """Lets a ZeRO-1 or 2 optimizer step by blocks, in place. Others are left as they are, and so is one that is on the
-    host, is not torch's AdamW, or has master weights in bf16 or a GradScaler. What ZeRO keeps and saves is the same as
-    ever."""
+    """Makes a ZeRO-1 or 2 optimizer step by blocks, in place. Other optimizers are left as they are, and so is one that
+    is on the host, is not torch's AdamW, or has master weights in bf16 or a GradScaler. The state that ZeRO keeps and
+    saves is unchanged."""
     if (
         type(optimizer) is not DeepSpeedZeroOptimizer
         or optimizer.cpu_offload
@@ -40,8 +40,8 @@ def step_by_blocks(optimizer: Any) -> None:
 
     def step(closure: Any = None) -> None:
         norm = optimizer.scaled_global_norm()
-        if not norm.isfinite() or norm < 0:  # by -1 DeepSpeed means one that is not finite
-            whole_step(closure)  # which leaves the step out, or not, as its settings say
+        if not norm.isfinite() or norm < 0:  # DeepSpeed writes -1 for a norm that is not finite
+            whole_step(closure)  # skips the step, or not, as its settings say
             return
         optimizer.micro_step_id, optimizer.overflow = INITIAL_MICRO_STEP_ID, False
         optimizer._global_grad_norm = norm / optimizer.loss_scale
@@ -65,7 +65,7 @@ def step_by_blocks(optimizer: Any) -> None:
 
 
 def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
-    """One group of parameters with settings of its own: this rank's share of them."""
+    """Steps this rank's share of one group of parameters, which has settings of its own."""
     rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
     master = optimizer.single_partition_of_fp32_groups[index]
     weights = optimizer.parallel_partitioned_bit16_groups[index][rank]
@@ -89,7 +89,7 @@ def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
             [state["exp_avg"][place]],
             [state["exp_avg_sq"][place]],
             [],
-            [steps.clone()],  # which it counts up
+            [steps.clone()],  # adamw counts it up
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -111,8 +111,8 @@ def _block(master: Tensor) -> int:
 
 
 def _blocks(optimizer: Any, index: int, size: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """This rank's share of the gradients, `size` values at a time but for the last: the pieces that lie there end to
-    end, and the place of the first. LoRA has hundreds of gradients that one block holds."""
+    """Yields this rank's share of the gradients in blocks of `size` values (the last may be smaller): the pieces that
+    lie there end to end, and the place of the first. A block may hold hundreds of LoRA's gradients."""
     flat = optimizer._get_preflattened_grad_partition(index)
     start, pieces, room = 0, [], size
     for gradient in optimizer.averaged_gradients[index] if flat is None else [flat]:

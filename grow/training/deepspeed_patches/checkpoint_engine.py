@@ -1,4 +1,4 @@
-"""DeepSpeed's files are written and summed at once, so that nothing of them is read back."""
+"""DeepSpeed's files are hashed while they are written, so that nothing is read back."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ _BLOCK = 2**20
 
 
 class StreamEngine(TorchCheckpointEngine):
-    """Saves a file durably, and keeps its bytes and checksum in `written`, by path since `create`; otherwise it is
-    DeepSpeed's own engine. The file is one of torch.save, which torch.load reads as any other, mapped too."""
+    """Works as DeepSpeed's own engine, but saves files durably, and keeps their bytes and checksums in `written`, by
+    path since `create`. The files are those of torch.save, which torch.load reads as any other, mapped too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class StreamEngine(TorchCheckpointEngine):
             stream: Any = _Summed(file.fileno())
             try:
                 torch.save(state_dict, stream)
-            except RuntimeError as error:  # what torch makes of ours when it closes the file nonetheless
+            except RuntimeError as error:  # torch wraps our error when it closes the file nonetheless
                 raise (error.__context__ or error) from None
             os.fsync(file.fileno())
         self.written[Path(path)] = [stream.file.written, stream.digest.hexdigest()]
@@ -42,7 +42,7 @@ class StreamEngine(TorchCheckpointEngine):
 
 @contextlib.contextmanager
 def _no_crc32() -> Iterator[None]:
-    """The zip format's own checksums take a third of what writing takes; ours are better."""
+    """Turns off the zip format's own checksums, which take a third of the writing time; ours are better."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -52,7 +52,7 @@ def _no_crc32() -> Iterator[None]:
 
 
 class _Summed:
-    """What torch.save writes to."""
+    """Hashes what torch.save writes."""
 
     def __init__(self, descriptor: int) -> None:
         self.file, self.digest = Stream(descriptor), xxh3_128()
@@ -61,7 +61,7 @@ class _Summed:
         data = memoryview(data).cast("B")
         for begin in range(0, len(data), _BLOCK):
             block = data[begin : begin + _BLOCK]
-            self.digest.update(block)  # which leaves it in the processor's cache
+            self.digest.update(block)  # leaves the block in the processor's cache
             self.file.write(block)
         return len(data)
 

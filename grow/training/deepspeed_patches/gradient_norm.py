@@ -14,14 +14,14 @@ _BLOCK = 2**18
 
 
 def one_pass_norm(optimizer: Any) -> None:
-    """Lets a ZeRO optimizer take its norms in one pass, in place. What is not finite shows in the norm, by which ZeRO
-    leaves the step out as ever."""
+    """Makes a ZeRO optimizer take its norms in one pass, in place. A value that is not finite shows in the norm, by
+    which ZeRO skips the step as before."""
     if not hasattr(optimizer, "get_grad_norm_direct"):
         return  # ZeRO-0
     combine = optimizer.get_grad_norm_direct
 
     def get_grad_norm_direct(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        # One value that has the norm of all. DeepSpeed marks what it pads a share with, which does not count.
+        # One value stands for all: it has their norm. DeepSpeed marks the padding of a share, which does not count.
         own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         return combine([norm(own)[None]] if own else [], params[:1], norm_type)
 
