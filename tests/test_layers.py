@@ -15,7 +15,7 @@ BELOW: dict[str, set[str]] = {
     "names": {"errors"},
     "plan": {"errors", "names"},
     "recipe_values": {"errors"},
-    "recipe": {"errors", "recipe_values"},
+    "recipe": {"errors", "plan", "recipe_values"},
     "checkpoint": FOUNDATION,
     "data": FOUNDATION | {"checkpoint"},
     "model": FOUNDATION | {"checkpoint", "data"},

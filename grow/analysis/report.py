@@ -74,9 +74,10 @@ def table(scores: list[dict[str, Any]]) -> str:
 def samples(scores: list[dict[str, Any]]) -> str:
     """Returns what each checkpoint writes for the same prompts, side by side, as Markdown."""
     lines = []
-    for index, sample in enumerate(scores[0]["samples"] if scores else []):
+    written = [(row["name"], row.get("samples", [])) for row in scores]  # none of a checkpoint that could not generate
+    for index, sample in enumerate(max((own for _, own in written), key=len, default=[])):
         lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]
-        lines += [f"| {row['name']} | {row['samples'][index]['output']} |" for row in scores if row["samples"][index:]]
+        lines += [f"| {name} | {own[index]['output']} |" for name, own in written if own[index:]]
         lines += [f"| *reference* | {sample['reference']} |", ""]
     return "\n".join(lines)
 

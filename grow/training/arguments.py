@@ -62,8 +62,7 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None,
         settings["checkpoint"] = {"load_universal": True}
     return (kind or TrainingArguments)(
         **{name: getattr(recipe, name) for name in _SAME},
-        deepspeed=complete_deepspeed(recipe.deepspeed)
-        | ({"checkpoint": {"load_universal": True}} if universal else {}),
+        deepspeed=settings,
         max_steps=steps,
         gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.per_device_train_batch_size),
         bf16=dtype == torch.bfloat16,

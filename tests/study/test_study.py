@@ -87,7 +87,8 @@ def test_a_row_that_makes_no_sense_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("methods: [", "is not YAML"), ("recipe: x.yaml", "does not say fields"), ("", "is not a grid")]
+    ("text", "message"),
+    [("methods: [", "is not YAML"), ("recipe: x.yaml", "does not say fields"), ("", "is not a grid")],
 )
 def test_what_is_no_grid_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(text)
