@@ -74,8 +74,10 @@ def table(scores: list[dict[str, Any]]) -> str:
 def samples(scores: list[dict[str, Any]]) -> str:
     """Returns what each checkpoint writes for the same prompts, side by side, as Markdown."""
     lines = []
-    written = [(row["name"], row.get("samples", [])) for row in scores]  # none of a checkpoint that could not generate
-    for index, sample in enumerate(max((own for _, own in written), key=len, default=[])):
+    # A checkpoint that could not generate has none.
+    written: list[tuple[str, list[dict[str, str]]]] = [(row["name"], row.get("samples", [])) for row in scores]
+    longest: list[dict[str, str]] = max((own for _, own in written), key=len, default=[])
+    for index, sample in enumerate(longest):
         lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]
         lines += [f"| {name} | {own[index]['output']} |" for name, own in written if own[index:]]
         lines += [f"| *reference* | {sample['reference']} |", ""]

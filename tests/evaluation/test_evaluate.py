@@ -84,6 +84,10 @@ def test_over_the_dial_and_against_the_base(
         means = own["log_likelihood"] - base["retention_sets"][name]["log_likelihood"]
         assert own["from_base"]["log_likelihood"] == pytest.approx(means, abs=1e-3)
     assert report((str(out),), str(tmp_path / "report"))["text"].count("α = ") == 3
+    for point in found["by_alpha"]:
+        point.pop("samples")  # as where generation failed
+    out.write_text(json.dumps(found | {"name": "trained"}))
+    assert report((str(out),), str(tmp_path / "report"))["text"].count("α = ") == 3
     # The same of a stock model and its base, whose weights are interpolated.
     consolidate(str(trained), str(tmp_path / "half"), alpha=0.5)
     wide = here(capsys, "eval", tmp_path / "half", "--start", text_base, "--alpha", "0,1", "--recipe", recipe, code=2)
