@@ -84,7 +84,7 @@ esac
 
 # Mistakes are found here, in one process and one line, before a launcher multiplies them; and the grown checkpoint is
 # made here where the recipe names none.
-run=$(WORLD_SIZE=$world grow train "$@" --check --expand)
+run=$(WORLD_SIZE=$world grow train "$@" --expand --check)
 if [[ -f $run/COMPLETE ]]; then
     echo "$run: done already"
     exit 0
