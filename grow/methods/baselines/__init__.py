@@ -1,0 +1,1 @@
+"""Methods that growth is compared against; they are not recommended."""
