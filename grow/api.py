@@ -4,6 +4,7 @@ The formats are those of the commands: `grow attach` reads packages that `save_g
 packages that `grow growth` or a run wrote.
 """
 
+import contextlib
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.consolidate import stock_config, stock_tensors
 from grow.checkpoint.expand import added_tensors, base_identity, make_plan
+from grow.checkpoint.hub import locate
 from grow.checkpoint.lazy import LazyTensor, from_tensor
 from grow.checkpoint.metadata import GROWTH_NAME, read_growth, without_checksums, write_growth
-from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing
+from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing, side_files
 from grow.checkpoint.package import check_shard, matches, package_folder
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.trained_weights import TrainedWeights, load_trained
@@ -161,8 +163,9 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) 
     """Writes a grown model as a stock checkpoint, which loads anywhere: one MLP a layer, `factor` times as wide.
 
     The model's interpolation coefficient is folded into the weights. Stock models have one width, so where only some
-    layers have grown `uniform` pads the others with neurons that are zero. The tokenizer is not saved: save it beside
-    the checkpoint. Raises UserError where `uniform` is needed and not given, or if the folder is there already.
+    layers have grown `uniform` pads the others with neurons that are zero. The tokenizer of the folder that the
+    model was loaded from goes with it. Raises UserError where `uniform` is needed and not given, or if the folder is
+    there already.
     """
     out = Path(folder)
     refuse_existing(out)
@@ -183,7 +186,16 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     stock.save_pretrained(partial)
+    _copy_side_files(model, partial)
     partial.rename(out)
+
+
+def _copy_side_files(model: PreTrainedModel, out: Path) -> None:
+    """Copies the tokenizer and what else lies beside the weights from which the model was loaded, if these are here."""
+    with contextlib.suppress(UserError):
+        for file in side_files(locate(model.name_or_path)):
+            if not (out / file.name).exists():
+                shutil.copy(file, out / file.name)
 
 
 def _plan_of(model: PreTrainedModel) -> GrowthPlan:

@@ -17,6 +17,7 @@ import grow
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.verify import verify
+from grow.data.tokenizer import load_tokenizer
 from grow.model.loading import load
 from tests.helpers.running import consolidate, train
 from tests.helpers.tiny import ROOT, folder_checksums, logits, make_base, make_recipe, tokens
@@ -86,6 +87,7 @@ def test_ones_own_training(text_base: Path, tmp_path: Path, way: str, method: st
     # A stock checkpoint, at the coefficient that the model is at.
     grow.to_stock(again, tmp_path / "half", uniform=True)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert load_tokenizer(str(tmp_path / "half"))("1+1").input_ids == load_tokenizer(str(text_base))("1+1").input_ids
     assert type(stock) is transformers.Gemma3ForCausalLM and stock.config.intermediate_size == 96
     assert torch.allclose(logits(stock.eval()), half, atol=1e-4)
     with pytest.raises(grow.UserError, match="uniform"):
@@ -203,7 +205,7 @@ def test_the_readmes_example(text_base: Path, tmp_path: Path, monkeypatch: pytes
     names: dict[str, Any] = {"rows": rows}
     exec(compile(code, "README.md", "exec"), names)
     trained, base = names["model"].cpu().eval(), names["base"].eval()
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma-mine")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma-half")
     assert torch.allclose(logits(stock.eval()), logits(base), atol=1e-4)
     grow.set_alpha(base, 1)
     assert torch.equal(logits(base), logits(trained))

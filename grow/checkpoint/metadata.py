@@ -90,7 +90,10 @@ def changed_files(folder: Path) -> list[str]:
         return [f"{GROWTH_NAME}: changed since it was written (checksum)"]
     small = facts.get("small_files")
     if not isinstance(small, dict):
-        raise UserError(f"{folder / GROWTH_NAME}: has no checksums of files; is {folder} a growth package?")
+        raise UserError(
+            f"{folder / GROWTH_NAME}: has no checksums of files: {folder} is a growth package; attach it to its base, "
+            "and verify that"
+        )
     problems = []
     for name, expected in small.items():
         plain_name(name.removeprefix(f"{BASE_FOLDER}/"), folder / GROWTH_NAME)

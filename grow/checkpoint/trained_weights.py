@@ -123,7 +123,8 @@ def load_trained(
         )
     if checkpoint.config.get("growth") is None:
         raise UserError(
-            f"{folder}: a stock checkpoint already, nothing to consolidate (--start BASE says what it was trained from)"
+            f"{folder}: a stock checkpoint already, which has no growth: nothing to consolidate or to take out "
+            "(--start BASE says what it was trained from)"
         )
     _check_grown(checkpoint)
     return TrainedWeights(

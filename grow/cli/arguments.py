@@ -23,6 +23,8 @@ def checked(
     """
     if not arguments or arguments[0] in _HELP:
         return "", [], {"help": True}
+    if arguments == ["--version"]:
+        return "", [], {"version": True}
     name, *rest = arguments
     if name not in commands:
         raise UserError(unknown(name, commands, "command"))

@@ -90,6 +90,8 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
     """
     from grow.checkpoint.verify import verify as run
 
+    if os.path.isfile(os.path.join(checkpoint, "run.json")):
+        raise UserError(f"{checkpoint}: is a run; make a checkpoint of it first: grow consolidate {checkpoint} OUT")
     if forward and base is None:
         raise UserError("--forward compares with a base: name it with --base")
     result = run(checkpoint, base)

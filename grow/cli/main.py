@@ -1,9 +1,12 @@
 """grow COMMAND …: growing language models, and training what has grown."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
 
+import grow
 from grow.cli import analysis, checkpoints, evaluation, runs
 from grow.cli.arguments import checked
 from grow.errors import LEFT, Fault, Preempted, UserError, one_line
@@ -28,10 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         words = _by_new_name(sys.argv[1:] if arguments is None else arguments)
         name, positional, flags = checked(words, COMMANDS)
         if "help" in flags:
-            import fire
-
-            # After "--" Fire itself takes it, else a command with **fields would take it for a field.
-            fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
+            _print_help(name)
+        elif "version" in flags:
+            print(grow.__version__)
         else:
             said = COMMANDS[name](*positional, **flags)
             if said:  # empty on ranks other than 0
@@ -49,9 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"grow: {one_line(left)}", file=sys.stderr)
         return LEFT
-    except SystemExit as leaving:  # Fire's help
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("grow: interrupted; the same command again resumes from what is complete", file=sys.stderr)
+        return 130
+    except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
+
+
+def _print_help(name: str) -> None:
+    import fire  # slow to import, and of use here alone
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):  # Fire writes its help there
+        # After "--" Fire itself takes it, else a command with **fields would take it for a field.
+        fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
+    print("\n".join(line for line in said.getvalue().splitlines() if not line.startswith("INFO: ")).strip())
 
 
 def _by_new_name(words: list[str]) -> list[str]:

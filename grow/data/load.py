@@ -70,6 +70,8 @@ def data_paths(
         folder = Path(data)
         there = [path.relative_to(folder).as_posix() for path in files_below(data)]
         return [folder / name for name in split_files(there, folder.joinpath, split, data_dir, config, data)]
+    if data_format(data):
+        raise UserError(f"{data}: no such file; it is looked for from {os.getcwd()}")
     if data.startswith((".", "/", "~")) or not _DATA_NAME.fullmatch(data):
         hint = " (python recipes/gemma3_270m/fetch.py brings it)" if "gemma3_270m" in data else ""
         raise UserError(f"{data}: no such folder of data{hint}")

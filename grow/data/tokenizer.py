@@ -9,10 +9,18 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError, innermost
 from grow.names import canonical
 
+_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+_ENDINGS = (".model", ".tiktoken", ".spm")
+
 
 def load_tokenizer(name: str) -> Any:
     """Loads the tokenizer of a checkpoint's folder or hub name. Raises UserError if transformers cannot load it."""
     folder = locate(name)
+    if not any(file.name.startswith(_FILES) or file.suffix in _ENDINGS for file in folder.iterdir()):
+        # transformers would make one up, of a handful of tokens
+        raise UserError(
+            f"{folder}: has no tokenizer; save the base's there: tokenizer.save_pretrained({str(folder)!r})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder

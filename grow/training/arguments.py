@@ -73,6 +73,7 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
+        logging_first_step=True,
         disable_tqdm=True,  # lines instead of a bar (grow.training.progress)
     )
 

@@ -115,7 +115,7 @@ def _base(recipe: Recipe) -> Path:
     try:
         return locate(recipe.base_name)
     except UserError:
-        if "gemma3_270m" not in recipe.base:
+        if Path(recipe.base).parts[-2:] != ("gemma3_270m", "model"):
             raise
         raise UserError(
             f"{recipe.base_name}: no checkpoint there; python recipes/gemma3_270m/fetch.py brings it"

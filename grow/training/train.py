@@ -46,7 +46,7 @@ from grow.training.arguments import (
 from grow.training.callbacks import GracefulShutdown
 from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
-from grow.training.quiet import quiet
+from grow.training.quiet import hush_accumulation, quiet
 from grow.training.resume import needs_universal
 from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, write_run_file
 from grow.training.same_run import check_same_run
@@ -70,6 +70,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     shutdown = GracefulShutdown()
     compile_nothing()
+    hush_accumulation()
     deepspeed.init_distributed(verbose=False)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer = _trainer(recipe, run, start, shutdown, checkpoint)

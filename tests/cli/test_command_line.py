@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grow import __version__
 from grow.methods import METHODS, read_recipe
 from tests.helpers.tiny import ROOT, grow, make_base, make_data, make_recipe, run
 
@@ -72,6 +73,7 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["expand", "{data}", "{out}"], "config.json"),
         (["consolidate", "{base}", "{out}"], "nothing to consolidate"),
         (["verify", "{base}", "--forward"], "--base"),
+        (["preview", "{recipe}", "--data", "rows.csv"], "rows.csv: no such file; it is looked for from"),
         (["report", "--out", "{out}"], "at least one run"),
         (["eval", "{base}", "--recipe", "{out}"], "no recipe there"),
         (["eval", "{base}"], "name what to score it on"),
@@ -150,6 +152,10 @@ def test_recipes_are_sound(path: Path, method: str) -> None:
 
 SOURCED = ("common.sh", "allocation.sh", "hosts.sh")
 SCRIPTS = [path for path in sorted(ROOT.glob("*/*.sh")) if path.name not in SOURCED]
+
+
+def test_the_version_is_said() -> None:
+    assert grow("--version").stdout.strip() == __version__
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -17,7 +17,9 @@ from grow.data.examples import IGNORED
 from grow.data.load import load_rows
 from grow.data.packing import PackedDataset
 from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode, encode_cached
+from grow.errors import UserError
 from grow.evaluation.generation import generate
 from grow.model.loading import load
 from tests.helpers.running import here
@@ -219,3 +221,12 @@ def test_padding_without_a_pad_token(text_base: Path, tmp_path: Path) -> None:
     item = PackedDataset(examples, 8, 0)[0]
     assert item["labels"].tolist() == [IGNORED, tokenizer("2").input_ids[0], 258, *[IGNORED] * 5]
     assert np.all(item["rows"].numpy() == [0, 0, 0, -1, -1, -1, -1, -1]) and io.BytesIO() is not None
+
+
+def test_a_folder_without_a_tokenizer(text_base: Path, tmp_path: Path) -> None:
+    """transformers would make up one of five tokens by the class that the config names."""
+    shutil.copytree(text_base, tmp_path / "base")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no tokenizer; save the base's there"):
+        load_tokenizer(str(tmp_path / "base"))

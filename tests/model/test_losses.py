@@ -1,7 +1,6 @@
 """What flow, stm and ewc do to the loss, against their formulas computed another way."""
 
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from grow.data.examples import IGNORED
 from grow.data.load import load_rows
 from grow.data.packing import Epochs, PackedDataset
 from grow.data.template import Template
-from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.methods import read_recipe
@@ -95,16 +93,8 @@ def test_stm_masks_what_the_base_finds_improbable(text_base: Path, sums: Path) -
 
 
 def test_ewc_holds_weights_by_their_fisher_information(text_base: Path, sums: Path) -> None:
-    fields = {"retention_template": Template("{question}", "{answer}"), "max_length": 32}
-    trainer = stub(
-        text_base,
-        sums,
-        retention=str(sums),
-        retention_rows=partial(load_rows, str(sums)),
-        start=str(text_base),
-        tokenizer=partial(load_tokenizer, str(text_base)),
-        **fields,
-    )
+    fields = {"retention_prompt": "{question}", "retention_completion": "{answer}", "max_length": 32}
+    trainer = stub(text_base, sums, retention=str(sums), start=str(text_base), **fields)
     method = Ewc(ewc_lambda=3.0, ewc_rows=5, ewc_split="test")
     method.begin(trainer)
     assert torch.as_tensor(method.penalty()).item() == 0
