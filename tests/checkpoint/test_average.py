@@ -54,7 +54,7 @@ def test_a_mean_of_weights(
     out = tmp_path / "out"
     assert "3 complete checkpoints" in here(capsys, "consolidate", run, out, "--average", "4", code=2)
     assert "--average 0" in here(capsys, "consolidate", run, out, "--average", "0", code=2)
-    assert "no run's folder" in here(capsys, "consolidate", run / "checkpoint-4", out, "--average", "2", code=2)
-    assert "no run's folder" not in here(capsys, "consolidate", tmp_path / "none", out, "--average", "2", code=2)
+    assert "is not a run's folder" in here(capsys, "consolidate", run / "checkpoint-4", out, "--average", "2", code=2)
+    assert "is not a run's folder" not in here(capsys, "consolidate", tmp_path / "none", out, "--average", "2", code=2)
     assert "a number" in here(capsys, "consolidate", run, out, "--average", "two", code=2)
     assert not out.exists()

@@ -41,11 +41,11 @@ def test_a_log_is_lines_from_rank_0(text_base: Path, tmp_path: Path) -> None:
         lines[first],
     )
     # Every other line until the run's last is one of a step or of a validation.
-    kinds = [re.sub(r"^step (\d+/\d+)  (loss|validation) .*$", r"\1 \2", line) for line in lines[first + 1 : first + 6]]
-    assert kinds == ["0/4 validation", "2/4 loss", "2/4 validation", "4/4 loss", "4/4 validation"]
-    assert lines[first + 6].startswith(f"{tmp_path / 'run'}: done, 4 steps")
-    assert len(step_lines(said)) == 2
+    kinds = [re.sub(r"^step (\d+/\d+)  (loss|validation) .*$", r"\1 \2", line) for line in lines[first + 1 : first + 7]]
+    assert kinds == ["0/4 validation", "1/4 loss", "2/4 loss", "2/4 validation", "4/4 loss", "4/4 validation"]
+    assert lines[first + 7].startswith(f"{tmp_path / 'run'}: done, 4 steps")
+    assert len(step_lines(said)) == 3
 
     history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    assert [entry.keys() >= FIGURES for entry in history if "loss" in entry] == [True, True]
+    assert [entry.keys() >= FIGURES for entry in history if "loss" in entry] == [True, True, True]
     assert list((tmp_path / "run" / "logs").glob("events*"))
