@@ -185,6 +185,10 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     if checked.get("method", Recipe.method) not in methods:
         raise UserError(f"{path}: {unknown(checked['method'], methods, 'method')}")
     method = methods[checked.get("method", Recipe.method)]
+    rates = checked.get("learning_rate")
+    for name in rates if isinstance(rates, dict) else ():
+        if name not in methods:
+            raise UserError(f"{path}: learning_rate: {unknown(name, methods, 'method')}")
     own = {f.name for f in dataclasses.fields(method)}
     general = {f.name for f in dataclasses.fields(Recipe)}
     method_fields = {name: value for name, value in checked.items() if name in own}
@@ -238,9 +242,7 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
     rate = recipe.learning_rate
     if isinstance(rate, dict):
-        if recipe.method not in rate:
-            raise UserError(f"{path}: learning_rate names no rate for {recipe.method}")
-        rate = rate[recipe.method]
+        rate = rate.get(recipe.method)
     parse_factor(recipe.factor)
     check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):

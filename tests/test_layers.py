@@ -22,7 +22,8 @@ BELOW: dict[str, set[str]] = {
     "methods": FOUNDATION | {"checkpoint", "data", "model"},
 }
 BELOW |= {name: set(BELOW) for name in ("training", "evaluation", "analysis")}
-BELOW["api"] = BELOW["cli"] = set(BELOW)
+BELOW["api"], BELOW["cli"] = set(BELOW), set(BELOW)
+BELOW["cli"] |= {"__init__"}  # for the version
 BELOW["__init__"] = {"api", "errors"}
 BELOW["__main__"] = {"cli", "errors"}
 

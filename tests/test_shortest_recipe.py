@@ -90,6 +90,10 @@ def test_a_run_keeps_what_it_began_with(text_base: Path, sums: Path, tmp_path: P
     assert settings.learning_rate == 1e-3 and settings.zero["stage"] == 2
     other = with_learning_rate(read_recipe(str(recipe), {"output_dir": str(tmp_path / "other")}))
     assert other.learning_rate == 2e-5 and other.zero["stage"] == 1
+    of_others = write(tmp_path / "of.yaml", text_base, sums, method="sft", learning_rate={"lora": 1e-3})
+    assert with_learning_rate(read_recipe(str(of_others), {"output_dir": str(tmp_path / "of")})).learning_rate == 2e-5
+    with pytest.raises(UserError, match="learning_rate: stf is not a method; did you mean"):
+        read_recipe(str(write(tmp_path / "of.yaml", text_base, sums, learning_rate={"stf": 1e-3})))
 
 
 def test_rates() -> None:

@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
             said = COMMANDS[name](*positional, **flags)
             if said:  # empty on ranks other than 0
                 print(said)
+    except BrokenPipeError:  # of `grow … | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and name == "train":
             raise  # in other commands it means the disk or the network; here it could be anything

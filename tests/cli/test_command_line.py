@@ -10,6 +10,7 @@ import pytest
 
 from grow import __version__
 from grow.methods import METHODS, read_recipe
+from grow.methods.rates import default_rate
 from tests.helpers.tiny import ROOT, grow, make_base, make_data, make_recipe, run
 
 RECIPES = sorted((ROOT / "recipes").glob("gemma3_*/*.yaml"))  # a study's grid is no recipe
@@ -146,7 +147,8 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_recipes_are_sound(path: Path, method: str) -> None:
     recipe = read_recipe(str(path), {"method": method})
-    assert isinstance(recipe.learning_rate, float) and Path(recipe.deepspeed).is_file()
+    rate = recipe.learning_rate if recipe.learning_rate is not None else default_rate(method, 1)
+    assert isinstance(rate, float) and Path(recipe.deepspeed).is_file()
     assert method in recipe.output_dir
 
 
