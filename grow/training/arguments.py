@@ -56,7 +56,6 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None,
     `universal` says that the checkpoint to resume from is in DeepSpeed's universal layout (grow.training.resume).
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "logs"))
     settings = complete_deepspeed(recipe.deepspeed)
     if universal:
         settings["checkpoint"] = {"load_universal": True}

@@ -100,6 +100,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
     universal = checkpoint is not None and needs_universal(ZeroCheckpoint(checkpoint))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "logs"))  # read by transformers as it begins
     args = training_arguments(recipe, steps, dtype, universal=universal)
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
