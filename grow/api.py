@@ -5,14 +5,13 @@ packages that `grow growth` or a run wrote.
 """
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,11 +19,11 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.consolidate import stock_config, stock_tensors
 from grow.checkpoint.expand import added_tensors, base_identity, make_plan
 from grow.checkpoint.hub import locate
-from grow.checkpoint.lazy import LazyTensor, from_tensor
-from grow.checkpoint.metadata import GROWTH_NAME, read_growth, without_checksums, write_growth
+from grow.checkpoint.lazy import LazyTensor
+from grow.checkpoint.metadata import GROWTH_NAME, without_checksums, write_growth
 from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing, side_files
-from grow.checkpoint.package import check_shard, matches, package_folder
-from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.package import check_base_tensors, matches, open_package
+from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.trained_weights import TrainedWeights, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, checksum, parse_size, split_into_shards
 from grow.errors import UserError
@@ -32,10 +31,11 @@ from grow.methods import METHODS, export_trained
 from grow.methods.g_freeze import GFreeze
 from grow.model import loading
 from grow.model.alpha import set_alpha
+from grow.model.bottleneck import CONFIG as ADAPTER_CONFIG
 from grow.model.gather import gathered
 from grow.model.in_memory import InMemoryCheckpoint
 from grow.model.mlp import add_growth, grown_mlps
-from grow.names import canonical, is_growth
+from grow.names import canonical, is_growth, named_beside, own_name
 from grow.plan import FORMAT_VERSION, GrowthPlan
 
 __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable"]
@@ -88,7 +88,11 @@ def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
     own = InMemoryCheckpoint(model)
     files = own.files()
     names = _names_in_files(own, files) if files is not None and "growth" not in files.config else {}
-    added = {_named_beside(name, names): own.lazy(name) for name in own.tensors if is_growth(name)}
+    added = {
+        named_beside(name, names.get(own_name(name), own_name(name))): own.lazy(name)
+        for name in own.tensors
+        if is_growth(name)
+    }
     base, base_tensors = _base_identity(own, files if names else None, names)
     facts = without_checksums(model.config.growth) | {
         "trained": model.config.growth.get("trained") or {},
@@ -96,7 +100,7 @@ def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
         "base": base,
     }
     shards = split_into_shards(added, parse_size("max_shard_size", GROWTH_SHARD_SIZE), "growth")
-    with OutputFolder(folder, {"growth in memory": [checksum(tensor) for tensor in added.values()]}) as out:
+    with OutputFolder(folder, {"growth in memory": uuid4().hex}) as out:
         sums = out.write_shards(shards, no_progress)
         write_growth(out, facts | {"tensors": sums, "base_tensors": base_tensors})
 
@@ -108,25 +112,15 @@ def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     be in another float type than the one that grew, if one is the other rounded. Raises UserError for another base:
     growth is a difference from that base's every value.
     """
-    folder = package_folder(str(package))
-    facts = read_growth(folder)
+    facts, added = open_package(str(package))
     own = InMemoryCheckpoint(model)
     if any(is_growth(name) for name in own.tensors):
         raise UserError(f"{own.path}: is grown already; load its base anew")
-    known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
-    for name in own.tensors:
-        if not matches(own.lazy(name), known.get(canonical(name))):
-            raise UserError(f"{folder}: grew from another base, {facts['base']['name']}: {name} of {own.path} differs")
-    tensors: dict[str, LazyTensor] = {}
-    for shard in sorted(folder.glob("growth-*.safetensors")):
-        check_shard(shard, facts["tensors"])
-        tensors |= {name: from_tensor(tensor) for name, tensor in load_file(shard).items()}
-    if set(tensors) != set(facts["tensors"]):
-        raise UserError(f"{folder}: its shards do not hold the tensors that its {GROWTH_NAME} names; is one missing?")
+    check_base_tensors(own, facts)
     plan = GrowthPlan.from_config({"growth": facts})
     assert plan is not None
     _add(model, plan)
-    _fill(model, tensors)
+    _fill(model, {name: added.lazy(name) for name in added.tensors})
     set_alpha(model, 1.0)
     model.config.growth = without_checksums(facts)
     return model
@@ -144,7 +138,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0
         raise UserError(f"{folder}: a growth package; load its base, and grow.attach(base, {str(folder)!r})")
     if not (folder / "run.json").is_file():
         return loading.load(path, dtype, alpha)
-    if METHODS.get(read_json(folder / "run.json").get("recipe", {}).get("method"), GFreeze) is METHODS["adapter"]:
+    if (folder / "result" / ADAPTER_CONFIG).is_file():  # in no other form
         return loading.load(folder / "result", dtype, alpha)
     source = load_trained(str(folder), start, export=export_trained)
     if source.config is not None or (alpha != 1 and source.plan is None):
@@ -183,19 +177,12 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) 
     if left:
         raise UserError(f"{out}: the model in memory has no {left[0]}, which {type(stock).__name__} needs")
     stock.generation_config = model.generation_config
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    stock.save_pretrained(partial)
-    _copy_side_files(model, partial)
-    partial.rename(out)
-
-
-def _copy_side_files(model: PreTrainedModel, out: Path) -> None:
-    """Copies the tokenizer and what else lies beside the weights from which the model was loaded, if these are here."""
-    with contextlib.suppress(UserError):
-        for file in side_files(locate(model.name_or_path)):
-            if not (out / file.name).exists():
-                shutil.copy(file, out / file.name)
+    with OutputFolder(out, {"stock from memory": uuid4().hex}) as written:
+        stock.save_pretrained(written.partial)
+        with contextlib.suppress(UserError):  # the folder that the model was loaded from need not be here
+            for file in side_files(locate(model.name_or_path)):
+                if not (written.partial / file.name).exists():
+                    written.copy(file)
 
 
 def _plan_of(model: PreTrainedModel) -> GrowthPlan:
@@ -234,30 +221,24 @@ def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str
     return names if all(names.values()) else {}
 
 
-def _named_beside(name: str, names: dict[str, str]) -> str:
-    """Returns the name of an added tensor that goes with the base's own names in its files."""
-    kind = ".mlp.grown." if ".mlp.grown." in name else ".mlp.trained."
-    own = name.replace(kind, ".mlp.")
-    return names.get(own, own).replace(".mlp.", kind)
-
-
 def _base_identity(
     own: InMemoryCheckpoint, files: Checkpoint | None, names: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns what identifies the base in memory: "base" and "base_tensors" of growth.json."""
-    in_memory = {name: checksum(own.lazy(name)) for name in own.tensors if not is_growth(name)}
-    if files is None:
-        return {"name": str(own.path), "files": {}}, in_memory
-    facts, in_files = base_identity(files)
-    base = {**base_facts(files), "files": facts}
-    if all(matches(own.lazy(name), in_files[names[name]]) for name in in_memory):
-        return base, in_files
-    changed = [name for name, digest in in_memory.items() if not matches(files.lazy(names[name]), digest)]
-    if not changed:  # loaded in a type that rounds what stands in the files
-        return base, {names[name]: digest for name, digest in in_memory.items()}
-    warnings.warn(
-        f"the base in memory is not that of {files.path}: {changed[0]} differs. The growth is saved for the base as it "
-        "is in memory",
-        stacklevel=3,
-    )
-    return {"name": str(own.path), "files": {}}, {names[name]: digest for name, digest in in_memory.items()}
+    base_names = [name for name in own.tensors if not is_growth(name)]
+    if files is not None:
+        facts, in_files = base_identity(files)
+        base = {**base_facts(files), "files": facts}
+        if all(matches(own.lazy(name), in_files[names[name]]) for name in base_names):
+            return base, in_files
+    in_memory = {names.get(name, name): checksum(own.lazy(name)) for name in base_names}
+    if files is not None:
+        changed = [name for name, digest in in_memory.items() if not matches(files.lazy(name), digest)]
+        if not changed:  # loaded in a type that rounds what stands in the files
+            return base, in_memory
+        warnings.warn(
+            f"the base in memory is not that of {files.path}: {changed[0]} differs. The growth is saved for the base "
+            "as it is in memory",
+            stacklevel=3,
+        )
+    return {"name": str(own.path), "files": {}}, in_memory

@@ -51,6 +51,16 @@ def is_growth(key: str) -> bool:
     return ".mlp.grown." in key or ".mlp.trained." in key
 
 
+def own_name(key: str) -> str:
+    """Returns the name of the base's own tensor that an added one is a copy of."""
+    return key.replace(".mlp.grown.", ".mlp.").replace(".mlp.trained.", ".mlp.")
+
+
+def named_beside(key: str, own: str) -> str:
+    """Returns the name of an added tensor beside the base's own tensor `own`, in the layout of its name."""
+    return own.replace(".mlp.", ".mlp.grown." if ".mlp.grown." in key else ".mlp.trained.")
+
+
 def canonical(key: str) -> str:
     """Returns the part of a tensor's name that all layouts of a model share.
 

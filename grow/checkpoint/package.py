@@ -26,7 +26,7 @@ from grow.checkpoint.writer import (
     split_into_shards,
 )
 from grow.errors import UserError
-from grow.names import canonical
+from grow.names import canonical, named_beside, own_name
 
 
 def _open_grown(
@@ -88,22 +88,16 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     Raises UserError for another base than the one it grew from: growth is a difference from that base's every bit.
     """
     refuse_existing(Path(out))
-    folder_in = package_folder(package)
-    facts, shards = read_growth(folder_in), sorted(folder_in.glob("growth-*.safetensors"))
-    added = Checkpoint.of_files(folder_in, shards)
-    if set(added.tensors) != set(facts["tensors"]):
-        raise UserError(f"{package}: its shards do not hold the tensors that its growth.json names; is one missing?")
+    facts, added = open_package(package)
     own = Checkpoint(base_path)
     if "growth" in own.config:
         raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
     base = _check_same_base(own, facts)
-    for shard in shards:
-        check_shard(shard, facts["tensors"])
-    tensors = _as_of(own, added, facts)
-    with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in shards]]}) as folder:
+    tensors = _as_of(own, added)
+    with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in added.shards]]}) as folder:
         link_base(folder, own)
         if all(tensor is None for tensor in tensors.values()):
-            for shard in shards:
+            for shard in added.shards:
                 folder.link(shard, shard.name)
             weight_map = {name: info.file.name for name, info in added.tensors.items()}
             sizes = {name: info.nbytes for name, info in added.tensors.items()}
@@ -135,11 +129,21 @@ def package_folder(name: str) -> Path:
     return (source.cached(choose) or source.fetch(choose))[0].parent
 
 
-def check_shard(shard: Path, sums: dict[str, str]) -> None:
-    """Raises UserError if a tensor of a growth package is not the one that was written."""
-    for name, digest in file_checksums(shard)[1].items():
-        if digest != sums.get(name):
-            raise UserError(f"{shard}: {name} changed since it was written (checksum)")
+def open_package(name: str) -> tuple[dict[str, Any], Checkpoint]:
+    """Opens a growth package, a folder or a name on the hub: what its growth.json says, and its tensors.
+
+    Raises UserError if it is not one, or not as it was written.
+    """
+    folder = package_folder(name)
+    facts, shards = read_growth(folder), sorted(folder.glob("growth-*.safetensors"))
+    added = Checkpoint.of_files(folder, shards)
+    if set(added.tensors) != set(facts["tensors"]):
+        raise UserError(f"{name}: its shards do not hold the tensors that its growth.json names; is one missing?")
+    for shard in shards:
+        for tensor, digest in file_checksums(shard)[1].items():
+            if digest != facts["tensors"][tensor]:
+                raise UserError(f"{shard}: {tensor} changed since it was written (checksum)")
+    return facts, added
 
 
 def matches(tensor: LazyTensor, digest: str | None) -> bool:
@@ -159,24 +163,28 @@ def _check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
     if files:
         _check_base(own.path, {grown_name(shard): shard for shard in own.shards}, files)
         return {}
-    known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
-    tied = second_head(own) or ("",)
-    for name in own.tensors:
-        if name != tied[0] and not matches(own.lazy(name), known.get(canonical(name))):
-            raise UserError(f"{own.path}: is not what this growth grew from: {name} differs")
+    check_base_tensors(own, facts)
     files, tensors = base_identity(own)
     return {"base": {**base_facts(own), "files": files}, "base_tensors": tensors}
 
 
-def _as_of(own: Checkpoint, added: Checkpoint, facts: dict[str, Any]) -> dict[str, LazyTensor | None]:
+def check_base_tensors(own: Checkpoint, facts: dict[str, Any]) -> None:
+    """Raises UserError if a tensor of the base is not the one that growth grew from, by its checksum."""
+    known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
+    tied = second_head(own) or ("",)
+    for name in own.tensors:
+        if name != tied[0] and not matches(own.lazy(name), known.get(canonical(name))):
+            raise UserError(f"{own.path}: the growth grew from another base, {facts['base']['name']}: {name} differs")
+
+
+def _as_of(own: Checkpoint, added: Checkpoint) -> dict[str, LazyTensor | None]:
     """Returns the growth's tensors, named to go with this base's own and in its dtype; None where the package has them
     so already. Growth that was saved from memory may have other names and another dtype."""
     on_disk = {canonical(name): name for name in own.tensors}
     found: dict[str, LazyTensor | None] = {}
     for name, info in added.tensors.items():
-        kind = ".grown." if ".mlp.grown." in name else ".trained."
-        beside = on_disk[canonical(name.replace(f".mlp{kind}", ".mlp."))]
-        called, dtype = beside.replace(".mlp.", f".mlp{kind}"), own.tensors[beside].dtype
+        beside = on_disk[canonical(own_name(name))]
+        called, dtype = named_beside(name, beside), own.tensors[beside].dtype
         found[called] = None if (called, dtype) == (name, info.dtype) else added.lazy(name).to(dtype)
     return found
 
