@@ -135,6 +135,11 @@ class Recipe:
         return bool(self.method_class.grows) and self.grown == own_grown(self.output_dir)
 
     @property
+    def plans_growth(self) -> bool:
+        """Says whether layers or factor are other than their defaults."""
+        return (self.layers, self.factor) != (Recipe.layers, Recipe.factor)
+
+    @property
     def start(self) -> str:
         """Returns the checkpoint that training starts from."""
         return self.grown if self.method_class.grows else self.base_name
@@ -182,9 +187,10 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
-    if checked.get("method", Recipe.method) not in methods:
-        raise UserError(f"{path}: {unknown(checked['method'], methods, 'method')}")
-    method = methods[checked.get("method", Recipe.method)]
+    chosen = checked.get("method", Recipe.method)
+    if chosen not in methods:
+        raise UserError(f"{path}: {unknown(chosen, methods, 'method')}")
+    method = methods[chosen]
     rates = checked.get("learning_rate")
     for name in rates if isinstance(rates, dict) else ():
         if name not in methods:
@@ -236,7 +242,7 @@ def own_grown(output_dir: str) -> str:
 
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     output_dir = recipe.output_dir.replace("{method}", recipe.method)
-    if recipe.grown and recipe.grown != own_grown(output_dir) and (recipe.layers, recipe.factor) != ("all", 2):
+    if recipe.grown and recipe.grown != own_grown(output_dir) and recipe.plans_growth:
         raise UserError(f"{path}: layers and factor are for a run that makes its own grown checkpoint; take out grown")
     if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")

@@ -5,10 +5,12 @@ its value, would make a number of a file called 12, and takes as long to import 
 """
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grow.errors import UserError, unknown
+from grow.errors import UserError, one_line, unknown
 
 _HELP = ("-h", "--help")
 
@@ -103,3 +105,20 @@ def number(flag: str, value: str, kind: type = int) -> Any:
         return kind(value)
     except ValueError:
         raise UserError(f"{flag} {value}: a number is needed") from None
+
+
+def run_script(function: Callable[..., Any], about: str) -> None:
+    """Runs a script whose command line is that of one function, and whose help is `about`.
+
+    Ends the process with exit code 2 and one line for a UserError.
+    """
+    name = function.__name__
+    try:
+        _, words, flags = checked([name, *(sys.argv[1:] or ["--help"])], {name: function})
+        if "help" in flags:
+            print(about)
+        else:
+            function(*words, **flags)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -44,23 +44,26 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and name == "train":
             raise  # in other commands it means the disk or the network; here it could be anything
-        if os.environ.get("RANK", "0") == "0":  # every rank has the same error
-            print(f"grow: {one_line(error)}", file=sys.stderr)
+        _say_once(one_line(error))
         return 2 if isinstance(error, UserError) else 1
     except Fault as error:
         print(f"grow: {one_line(error)}", file=sys.stderr)
         return 1
     except Preempted as left:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"grow: {one_line(left)}", file=sys.stderr)
+        _say_once(one_line(left))
         return LEFT
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("grow: interrupted; the same command again resumes from what is complete", file=sys.stderr)
+        _say_once("interrupted; the same command again resumes from what is complete")
         return 130
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
+
+
+def _say_once(line: str) -> None:
+    """Prints a line that every rank has, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"grow: {line}", file=sys.stderr)
 
 
 def _print_help(name: str) -> None:

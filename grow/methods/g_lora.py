@@ -1,7 +1,5 @@
 """G-LoRA: the added copies get a low-rank update; all original weights are frozen."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from grow.methods.g_freeze import GFreeze

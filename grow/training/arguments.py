@@ -95,7 +95,6 @@ def check_output(path: str) -> None:
 
 def check_arguments(recipe: Recipe) -> None:
     """Asks transformers and DeepSpeed what they would refuse. Raises UserError, one line, for the first refusal."""
-    complete_deepspeed(recipe.deepspeed)
     steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
     try:
         with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):

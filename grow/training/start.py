@@ -61,7 +61,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     A recipe that leaves layers and factor to their defaults takes what is there: LAYERS and FACTOR may have told
     launch/expand.sh others, as slurm/pipeline.sh --pilot does.
     """
-    if (recipe.layers, recipe.factor) == ("all", 2):
+    if not recipe.plans_growth:
         return
     there = GrowthPlan.from_config(grown.config)
     wanted = (recipe.factor, parse_layers(recipe.layers, len(mlp_prefixes(grown.tensors))))

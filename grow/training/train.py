@@ -99,7 +99,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
-    universal = checkpoint is not None and needs_universal(ZeroCheckpoint(checkpoint))
+    zero = None if checkpoint is None else ZeroCheckpoint(checkpoint)
+    universal = zero is not None and needs_universal(zero)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "logs"))  # read by transformers as it begins
     args = training_arguments(recipe, steps, dtype, universal=universal)
     set_seed(recipe.seed)
@@ -120,6 +121,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         shutdown=shutdown,
         about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
+        zero=zero,
     )
 
 

@@ -43,14 +43,18 @@ def check_trainer() -> None:
 
 
 class CheckpointingTrainer(transformers.Trainer):
-    """Writes checkpoints of what trains, and resumes from them. A class derived from it has `recipe` and `method`."""
+    """Writes checkpoints of what trains, and resumes from them: `zero` is the one to resume from, opened.
+
+    A class derived from it has `recipe` and `method`.
+    """
 
     recipe: Any
     method: Any
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, zero: ZeroCheckpoint | None = None, **kwargs: Any):
         check_trainer()
         super().__init__(**kwargs)
+        self.zero = zero
         self.model.register_state_dict_post_hook(drop_frozen)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -92,9 +96,9 @@ class CheckpointingTrainer(transformers.Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # loads nothing
         patch_engine(self.model_wrapped)
         self.method.begin(self)
-        if resume_from_checkpoint is not None:
+        zero, self.zero = self.zero, None  # its files are mapped only until they are loaded
+        if zero is not None:
             folder = Path(resume_from_checkpoint)
-            zero = ZeroCheckpoint(folder)
             if set(zero.trained) != trained_names(self.model):
                 raise UserError(f"{folder}: holds other parameters than this recipe trains")
             load_checkpoint(self.model_wrapped, zero, folder)

@@ -9,7 +9,6 @@ learns to answer briefly gains on questions what it loses elsewhere.
 """
 
 import json as json_module
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from math import isnan, nan, sqrt
@@ -22,8 +21,8 @@ from curves import Point, draw_curves, draw_layers, draw_steps, frontier
 from grow.analysis.effective_rank import draw_ranks, rank_table
 from grow.analysis.figures import markdown
 from grow.checkpoint.files import write_text
-from grow.cli.arguments import checked
-from grow.errors import UserError, one_line
+from grow.cli.arguments import run_script
+from grow.errors import UserError
 
 MARGIN = 0.01
 """General text or answers count as kept if a token or an answer costs at most this share more than with the base. They
@@ -294,12 +293,4 @@ def report(results: str, out: str, json: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _, words, flags = checked(["report", *(sys.argv[1:] or ["--help"])], {"report": report})
-        if "help" in flags:
-            print(__doc__)
-        else:
-            report(*words, **flags)  # type: ignore[arg-type]
-    except UserError as error:
-        print(f"report.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    run_script(report, str(__doc__))

@@ -30,9 +30,9 @@ from xxhash import xxh3_64_hexdigest
 from grow.checkpoint.files import write_text
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
-from grow.cli.arguments import checked, number
+from grow.cli.arguments import number, run_script
 from grow.data.of_recipe import sliced
-from grow.errors import UserError, one_line
+from grow.errors import UserError
 from grow.methods import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -248,12 +248,4 @@ def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: st
 
 
 if __name__ == "__main__":
-    try:
-        _, words, flags = checked(["study", *(sys.argv[1:] or ["--help"])], {"study": study})
-        if "help" in flags:
-            print(__doc__)
-        else:
-            study(*words, **flags)  # type: ignore[arg-type]
-    except UserError as error:
-        print(f"run.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    run_script(study, str(__doc__))
