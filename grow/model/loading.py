@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json, refuse_adapter
+from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
 from grow.model.mlp import add_growth, gated_mlps
+from grow.model.switch import put_switch
 from grow.names import canonical
 from grow.plan import GrowthPlan
 
@@ -57,6 +59,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
         if info[problem]:
             raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")
     set_alpha(model, alpha)
+    if "switch" in (getattr(config, "growth", None) or {}):
+        put_switch(model, read_switch(config.growth["switch"], path / "config.json"))
     return model.eval()
 
 

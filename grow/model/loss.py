@@ -4,6 +4,7 @@ Gemma's vocabulary head is 262,144 wide, most of a small model's work; prompts a
 suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,9 +35,11 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
         return (inputs[0][mask_BL], *inputs[1:])
 
     handle: Any = head.register_forward_pre_hook(select)
+    deciding = unwrapped.switch.of_batch(batch) if hasattr(unwrapped, "switch") else contextlib.nullcontext()
     try:
         # Packed rows stay apart only without an attention mask and without a cache.
-        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        with deciding:
+            output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     finally:
         handle.remove()
     return output.logits, labels_BL[mask_BL]

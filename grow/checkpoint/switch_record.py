@@ -1,0 +1,71 @@
+"""What a checkpoint or a run knows of its switch: a JSON object, under "switch" in the growth's metadata, or in a
+file of a run's own, RUN/switch/switch.json."""
+
+import base64
+import binascii
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grow.checkpoint.shards import read_json
+from grow.errors import UserError
+
+KINDS = ("row", "token", "answer", "call")
+FOLDER, NAME = "switch", "switch.json"
+
+
+@dataclass(frozen=True)
+class SwitchRecord:
+    """Says when what was trained acts: where w · x > threshold, x [h] being the input of the MLP of layer `layer`.
+
+    `kind` is where that is read, and for which tokens it holds: "row", at the last token of the prompt, for the whole
+    row; "answer", there too, for the row from that token on; "token", at each token for itself. The kind "call" reads
+    nothing: the skill is on from the last place in the prompt where `tokens` stand. `weight` is w, fp32 [h]. `facts`
+    are what is known of the fit.
+    """
+
+    kind: str
+    layer: int = -1
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
+    threshold: float = 0.0
+    tokens: tuple[int, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """Returns the JSON object; w is written as little-endian fp32 in base64."""
+        if self.kind == "call":
+            return {"kind": self.kind, "tokens": list(self.tokens), "facts": self.facts}
+        weight = base64.b64encode(self.weight.astype("<f4").tobytes()).decode()
+        return {
+            "kind": self.kind, "layer": self.layer, "threshold": self.threshold, "weight": weight, "facts": self.facts,
+        }  # fmt: skip
+
+
+def read_switch(values: Any, where: Path) -> SwitchRecord:
+    """Reads the JSON object. Raises UserError, naming the file `where` it stands, if it makes no sense."""
+    try:
+        kind, facts = values["kind"], values["facts"]
+        if kind not in KINDS or not isinstance(facts, dict):
+            raise ValueError(f"kind {kind!r}")
+        if kind == "call":
+            tokens = values["tokens"]
+            if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+                raise ValueError("no tokens")
+            return SwitchRecord(kind, tokens=tuple(tokens), facts=facts)
+        weight = np.frombuffer(base64.b64decode(values["weight"], validate=True), "<f4").copy()
+        layer, threshold = values["layer"], float(values["threshold"])
+        sound = type(layer) is int and layer >= 0 and len(weight) and np.isfinite(weight).all()
+        if not sound or not math.isfinite(threshold):
+            raise ValueError("layer, weight or threshold")
+        return SwitchRecord(kind, layer, weight, threshold, facts=facts)
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise UserError(f"{where}: its switch is not what this program writes ({error})") from None
+
+
+def switch_of_run(run: Path) -> SwitchRecord | None:
+    """Returns a run's switch; None if it has none."""
+    file = run / FOLDER / NAME
+    return read_switch(read_json(file), file) if file.is_file() else None

@@ -1,0 +1,105 @@
+"""The rows in a batch of sequences, and the token of each that decides whether a switch is on (grow.model.switch).
+
+Shape suffixes: B sequences, L tokens, R rows. Columns count a sequence's tokens, those in a KV cache included.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.data.examples import IGNORED
+
+NEVER = torch.iinfo(torch.int64).max
+"""The column from which a row is on that is off."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Holds the row of each token, int64 [B, L]; the sequence of each row and the column of its token that decides,
+    int64 [R]. `past` columns are in a KV cache. `matters_R` says which rows are used for anything, bool [R]; None: all
+    are."""
+
+    row_BL: Tensor
+    sequence_R: Tensor
+    decides_R: Tensor
+    past: int = 0
+    matters_R: Tensor | None = None
+
+    def at(self, value_BL: Tensor) -> Tensor:
+        """Returns the values at the tokens that decide, [R]."""
+        return value_BL[self.sequence_R, (self.decides_R - self.past).clamp(0, value_BL.shape[1] - 1)]
+
+
+def packed_rows(position_ids_BL: Tensor, labels_BL: Tensor) -> Rows:
+    """Returns the rows of packed sequences, which begin where positions do; `labels_BL[b, t]` is the token that should
+    follow token t. A row without a label, such as the padding, does not matter."""
+    row_BL, sequence_R = _by_positions(position_ids_BL)
+    columns_BL = torch.arange(row_BL.shape[1], device=row_BL.device).expand_as(row_BL)
+    first_R = torch.full_like(sequence_R, NEVER)
+    first_R.scatter_reduce_(0, row_BL.flatten(), columns_BL.where(labels_BL != IGNORED, NEVER).flatten(), "amin")
+    matters_R = first_R != NEVER
+    return Rows(row_BL, sequence_R, first_R.where(matters_R, 0), matters_R=matters_R)
+
+
+def rows_of_inputs(inputs: dict[str, Any], past: int) -> Rows:
+    """Returns the rows of a forward pass, from its arguments by name.
+
+    Each sequence is a row, unless positions restart in it and there is neither mask nor cache: then it is packed.
+    """
+    ids_BL = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
+    count, length = ids_BL.shape
+    mask, positions, labels = (inputs.get(name) for name in ("attention_mask", "position_ids", "labels"))
+    if labels is not None:  # transformers' own: labels[b, t] is token t
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if mask is None and positions is not None and not past and length > 1 and positions.shape[0] == count:
+        row_BL, sequence_R = _by_positions(positions)
+        if labels is not None:
+            return packed_rows(positions, following)
+        columns_BL = torch.arange(length, device=row_BL.device).expand_as(row_BL)
+        last_R = torch.zeros_like(sequence_R).scatter_reduce_(0, row_BL.flatten(), columns_BL.flatten(), "amax")
+        return Rows(row_BL, sequence_R, last_R)
+    sequence_R = torch.arange(count, device=ids_BL.device)
+    columns_L = torch.arange(length, device=ids_BL.device)
+    there_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        there_BL = mask[:, -length:].bool()
+    last_R = columns_L.where(there_BL, -1).amax(1)
+    if labels is not None:
+        first_R = columns_L.where(following != IGNORED, NEVER).amin(1)
+        last_R = last_R.minimum(first_R)
+    return Rows(sequence_R[:, None].expand(count, length), sequence_R, last_R.clamp(0) + past, past)
+
+
+def on_tokens(rows: Rows, start_R: Tensor) -> Tensor:
+    """Returns which tokens are on, bool [B, L]: those of a row from the column `start_R` on.
+
+    Rows that do not matter are on where all others are, so that such a batch needs no gathering.
+    """
+    if rows.matters_R is not None:
+        start_R = start_R.masked_fill(~rows.matters_R, 0 if bool((start_R[rows.matters_R] == 0).all()) else NEVER)
+    columns_L = torch.arange(rows.past, rows.past + rows.row_BL.shape[1], device=rows.row_BL.device)
+    return columns_L >= start_R[rows.row_BL]
+
+
+def called_columns(input_ids_BL: Tensor, tokens: tuple[int, ...], rows: Rows) -> Tensor:
+    """Returns for each row the column where `tokens` stand last in its prompt; NEVER where they do not, int64 [R]."""
+    length = len(tokens)
+    found_R = torch.full_like(rows.decides_R, -1)
+    if input_ids_BL.shape[1] >= length:
+        windows = input_ids_BL.unfold(1, length, 1)
+        hit = (windows == torch.tensor(tokens, device=input_ids_BL.device)).all(-1)
+        row, ends = rows.row_BL[:, : hit.shape[1]], rows.row_BL[:, length - 1 :]
+        columns = torch.arange(hit.shape[1], device=hit.device).expand_as(hit) + rows.past
+        hit = hit & (row == ends) & (columns + length - 1 <= rows.decides_R[row])
+        found_R = found_R.scatter_reduce(0, row[hit], columns[hit], "amax")
+    return found_R.masked_fill(found_R < 0, NEVER)
+
+
+def _by_positions(position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the row of each token, and the sequence of each row, where a row begins at each position 0."""
+    begins_BL = position_ids_BL == 0
+    begins_BL[:, 0] = True
+    row_BL = begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
+    return row_BL, begins_BL.nonzero()[:, 0]

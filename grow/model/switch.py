@@ -1,0 +1,252 @@
+"""A switch: what was trained acts where it is needed, and nowhere else; there the model is its base, bit for bit.
+
+A linear classifier reads the base's own features, at a layer that training cannot change:
+
+    on = w · x > threshold        x [h], the input of the MLP of the switch's layer at the token that decides
+
+That token is the one before a row's first label; without labels, the last one that is not padding. What is decided in
+the first pass over a prompt holds to the end of the answer, with a KV cache and without. Where the switch's layer lies
+above the lowest one that training has changed, a first pass of the base up to that layer decides.
+
+A switch acts whenever the model is not in training mode; one of the kind "call", which is found in the prompt's
+tokens, acts in training too. Shape suffixes: B sequences, L tokens, R rows (several in a packed sequence), H hidden
+size. Columns count the tokens of a sequence, those in a KV cache included.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from grow.checkpoint.switch_record import SwitchRecord
+from grow.errors import UserError
+from grow.model.alpha import base_inside
+from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
+
+MODES = ("auto", "on", "off")
+
+
+class Switch:
+    """Decides, in each forward pass of a model, where what was trained acts.
+
+    `on` says it of the pass under way: True, False, or bool [B, L]. `decided` says of each row of the last pass whether
+    it was on, bool [R]; for the kind "token" of each token, bool [B, L].
+    """
+
+    def __init__(self, record: SwitchRecord, first_pass: bool):
+        self.record, self.first_pass = record, first_pass
+        self.mode = "auto"
+        self.on: bool | Tensor = True
+        self.decided: Tensor | None = None
+        self._weight_H = torch.from_numpy(record.weight)
+        self._batch: Rows | None = None  # of a batch whose labels are known
+        self._rows: Rows | None = None  # of the pass under way, if something is to be decided in it
+        self._asking = self._partitioned = False  # in a pass that decides and does no more; under ZeRO-3
+        self._generating = False
+        self._start_R: Tensor | None = None  # the column from which each row is on
+        self._caches: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # what their contents were computed with
+
+    @contextlib.contextmanager
+    def of_batch(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        """Lets passes over packed sequences, within the context, decide at the token before each row's first label.
+
+        `batch` holds position_ids and labels, int64 [B, L]; `labels[b, t]` is the token that should follow token t.
+        """
+        self._batch = packed_rows(batch["position_ids"], batch["labels"])
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    # What every forward pass calls: begin, read from within it, end.
+
+    def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds where this pass is to decide, and decides already if it need not read features for it."""
+        if self._asking:
+            return
+        if self.mode != "auto" or (model.training and self.record.kind != "call"):
+            self.on = self.mode != "off"
+            return
+        inputs = _named(model, args, kwargs)
+        cache = inputs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        rows = self._batch or rows_of_inputs(inputs, past)
+        held_R = self._start_R if self._generating else self._caches.get(cache) if past else None
+        if self.record.kind == "token":
+            self._rows = rows
+        elif held_R is not None:
+            # In beam search each sequence stands in the batch several times.
+            self._set(rows, held_R.repeat_interleave(max(1, len(rows.decides_R) // len(held_R))))
+        elif self.record.kind == "call":
+            self._set(rows, called_columns(inputs["input_ids"], self.record.tokens, rows))
+        else:
+            self._rows = rows
+            if self.first_pass:
+                self._ask(model, inputs)
+
+    def read(self, x_BLH: Tensor) -> None:
+        """Decides, from the input of the MLP of the switch's layer."""
+        rows = self._rows
+        if rows is None:
+            return
+        score_BL = x_BLH.detach().float() @ self._weight_H.to(x_BLH.device)
+        on_BL = score_BL > self.record.threshold
+        if self.record.kind == "token":
+            self.decided, self.on = on_BL, _short(on_BL)
+        else:
+            on_R = rows.at(on_BL)
+            start_R = rows.decides_R if self.record.kind == "answer" else torch.zeros_like(rows.decides_R)
+            self._set(rows, start_R.masked_fill(~on_R, NEVER))
+        self._rows = None
+        if self._asking and not self._partitioned:
+            raise _Decided
+
+    def end(self, output: Any) -> None:
+        """Notes with which decision a KV cache was filled."""
+        cache = getattr(output, "past_key_values", None)
+        if not self._asking and cache is not None and self._start_R is not None:
+            self._caches[cache] = self._start_R
+
+    def _set(self, rows: Rows, start_R: Tensor) -> None:
+        self._start_R, self.decided = start_R, start_R != NEVER
+        self.on = _short(on_tokens(rows, start_R))
+
+    def _ask(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Runs the base up to the layer that is read, over a prompt without a KV cache, and decides."""
+        left_out = ("past_key_values", "labels", "use_cache", "cache_position", "logits_to_keep")
+        inputs = {name: value for name, value in inputs.items() if name not in left_out}
+        # Under ZeRO-3 no pass may end early: every rank gathers the parameters of every layer.
+        self._asking, self._partitioned = True, hasattr(next(model.parameters()), "ds_id")
+        try:
+            with torch.no_grad(), base_inside(model), contextlib.suppress(_Decided):
+                model(**inputs, use_cache=False)
+        finally:
+            self._asking = False
+
+    def _is_stale(self, filled_R: Tensor | None) -> bool:
+        """Says whether a KV cache holds another model's keys than those of the decision just made."""
+        if filled_R is None:
+            return True
+        if self.record.kind == "answer":  # what was on is an answer of before, which is a part of the prompt now
+            return bool((filled_R != NEVER).any())
+        return not torch.equal(filled_R, self._start_R)  # type: ignore[arg-type]
+
+    # What `generate` calls.
+
+    @contextlib.contextmanager
+    def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
+        self._generating, self._start_R = True, None
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        try:
+            cache = kwargs.get("past_key_values")
+            reads = self.mode == "auto" and self.record.kind in ("row", "answer")
+            if reads and ids is not None and cache is not None and cache.get_seq_length():
+                taken = inspect.signature(type(model).forward).parameters
+                inputs = {name: value for name, value in kwargs.items() if name in taken} | {"input_ids": ids}
+                self._rows = rows_of_inputs(inputs, 0)
+                self._ask(model, inputs)
+                if self._is_stale(self._caches.get(cache)):
+                    _empty(cache, model)
+            yield
+            if self.decided is not None and ids is not None and self.decided.ndim == 1:
+                self.decided = self.decided[:: max(1, len(self.decided) // len(ids))]
+        finally:
+            self._generating = False
+
+
+class _Decided(Exception):
+    """Ends a pass that only decides."""
+
+
+class SwitchedModel:
+    """Is mixed into the class of a model that has a switch."""
+
+    switch: Switch
+
+    @property
+    def switched(self) -> Tensor | None:
+        """Returns whether each row of the last pass was on, bool [R]; None before the first one."""
+        return self.switch.decided
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates as the model does, on or off for each prompt until its answer ends."""
+        with self.switch.generating(self, args, kwargs):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def put_switch(model: Any, record: SwitchRecord) -> None:
+    """Gives a grown model a switch, in place. Raises UserError if it does not fit."""
+    mlps = gated_mlps(model)
+    grown = [layer for layer, mlp in mlps.items() if isinstance(mlp, GrownMLP)]
+    first_pass = bool(grown) and record.layer > min(grown)
+    check_fits(record, mlps, first_pass)
+    cls = type(model)
+    members = {"__module__": cls.__module__, "stock_class": getattr(cls, "stock_class", cls)}
+    model.__class__ = type(f"Switched{cls.__name__}", (SwitchedModel, cls), members)
+    switch: Any = Switch(record, first_pass)
+    model.switch = switch
+    model.register_forward_pre_hook(switch.begin, with_kwargs=True)
+    model.register_forward_hook(lambda _, __, output: switch.end(output))
+    if record.kind != "call":
+        mlps[record.layer].register_forward_pre_hook(lambda _, inputs: switch.read(inputs[0]))
+    for layer in grown:
+        mlps[layer].switch = switch
+
+
+def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool) -> None:
+    """Raises UserError for a switch that a model with these MLPs cannot have."""
+    if record.kind == "call":
+        return
+    if record.layer not in mlps:
+        raise UserError(f"the switch reads layer {record.layer}; the model has gated MLPs in layers {sorted(mlps)}")
+    mlp: Any = mlps[record.layer]
+    if len(record.weight) != mlp.gate_proj.in_features:
+        raise UserError(
+            f"the switch reads {len(record.weight)} features; the model's hidden size is {mlp.gate_proj.in_features}"
+        )
+    if record.kind == "token" and first_pass:
+        raise UserError(
+            f"a switch for each token reads layer {record.layer}, below which layers have grown; let it read the "
+            "lowest grown layer or one below"
+        )
+
+
+def set_switch(model: Any, mode: str) -> None:
+    """Sets a model's switch to "on", to "off" (the base), or to "auto", as it was fitted.
+
+    Raises UserError for another mode, or for a model without a switch.
+    """
+    if mode not in MODES:
+        raise UserError(f"set_switch: {mode!r}: there are {', '.join(MODES)}")
+    if not isinstance(model, SwitchedModel):
+        raise UserError(f"set_switch: {type(model).__name__} has no switch; fit one (grow fit-switch), or load a run's")
+    model.switch.mode = mode
+
+
+def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a forward pass by name; those that are None are left out."""
+    given = dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
+    given.pop("self", None)
+    given |= given.pop("kwargs", {})
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _short(on_BL: Tensor) -> bool | Tensor:
+    """Returns True where all tokens are on, and False where none is."""
+    count = int(on_BL.sum())
+    return on_BL if 0 < count < on_BL.numel() else count > 0
+
+
+def _empty(cache: Any, model: Any) -> None:
+    """Empties a KV cache in place, so that `generate` computes the whole prompt."""
+    if isinstance(cache, DynamicCache):
+        cache.layers = DynamicCache(config=model.config).layers
+    else:
+        cache.reset()

@@ -1,0 +1,316 @@
+"""A switch that is off leaves the base, bit for bit, however the model is run; on, it leaves the grown model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import grow
+from grow.checkpoint.switch_record import SwitchRecord
+from grow.data.examples import all_learnt
+from grow.data.packing import PackedDataset, collate
+from grow.errors import UserError
+from grow.model.loss import labelled_logits
+from grow.model.mlp import gated_mlps, grown_mlps
+from grow.model.switch import put_switch, set_switch
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+PROMPTS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(3))
+GENERATE: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 256, "eos_token_id": None}
+
+
+def base_of(path: Path, dtype: torch.dtype) -> Any:
+    # Frozen, as all models here are: of a head that is not, torch multiplies a last token's slice by another kernel.
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+
+
+def trained(path: Path, dtype: torch.dtype, layers: str = "2,3", method: str = "g_freeze") -> Any:
+    """A grown model whose growth has moved far."""
+    model = grow.grow_model(base_of(path, dtype), layers=layers)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in grow.trainable(model, method):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def features(path: Path, layer: int, prompts: torch.Tensor) -> torch.Tensor:
+    """The inputs of a layer's MLP at the last token, [B, H] fp32."""
+    base, seen = base_of(path, torch.float32), []
+    gated_mlps(base)[layer].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1].float()))
+    with torch.no_grad():
+        base(prompts)
+    return seen[0]
+
+
+def record_for(path: Path, layer: int, prompts: torch.Tensor = PROMPTS, kind: str = "row") -> SwitchRecord:
+    """A switch that is on for half of the prompts: those whose first feature is large."""
+    found = features(path, layer, prompts)
+    weight = torch.zeros(found.shape[1])
+    weight[int(found.std(0).argmax())] = 1.0
+    scores = (found @ weight).sort().values
+    middle = len(scores) // 2
+    return SwitchRecord(kind, layer, weight.numpy(), float(scores[middle - 1 : middle + 1].mean()))
+
+
+def on_of(path: Path, record: SwitchRecord, prompts: torch.Tensor = PROMPTS) -> torch.Tensor:
+    on = features(path, record.layer, prompts) @ torch.from_numpy(record.weight) > record.threshold
+    assert on.any() and not on.all()
+    return on
+
+
+def three(path: Path, dtype: torch.dtype, record: SwitchRecord, **how: Any) -> tuple[Any, Any, Any]:
+    """The base, the grown model without a switch, and with it."""
+    switched = trained(path, dtype, **how)
+    put_switch(switched, record)
+    return base_of(path, dtype), trained(path, dtype, **how), switched
+
+
+@torch.no_grad()
+def run(model: Any, **inputs: Any) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+def test_rows_that_are_off_are_the_base(tiny_base: Path, dtype: torch.dtype, method: str, layers: str) -> None:
+    """In one batch with rows that are on; with all layers grown a first pass of the base decides."""
+    record = record_for(tiny_base, 2)
+    on = on_of(tiny_base, record)
+    base, grown, switched = three(tiny_base, dtype, record, layers=layers, method=method)
+    expected, full = run(base, input_ids=PROMPTS), run(grown, input_ids=PROMPTS)
+    found = run(switched, input_ids=PROMPTS)
+    assert torch.equal(switched.switched, on)
+    assert torch.equal(found[~on], expected[~on])
+    assert torch.allclose(found[on].float(), full[on].float(), atol=0.2 if dtype == torch.bfloat16 else 1e-4)
+    assert not torch.equal(full[~on], expected[~on]) and not torch.equal(found[on], expected[on])
+    for rows, other in ((on, full), (~on, expected)):  # alone, they are what they are without a switch
+        alone = run(switched, input_ids=PROMPTS[rows])
+        reference = run(grown if other is full else base, input_ids=PROMPTS[rows])
+        assert torch.equal(alone, reference)
+
+
+@BOTH
+def test_modes_and_alpha(tiny_base: Path, dtype: torch.dtype) -> None:
+    record = record_for(tiny_base, 2)
+    base, grown, switched = three(tiny_base, dtype, record)
+    set_switch(switched, "on")
+    assert torch.equal(run(switched, input_ids=PROMPTS), run(grown, input_ids=PROMPTS))
+    set_switch(switched, "off")
+    assert torch.equal(run(switched, input_ids=PROMPTS), run(base, input_ids=PROMPTS))
+    set_switch(switched, "auto")
+    on = on_of(tiny_base, record)
+    for model in (grown, switched):
+        grow.set_alpha(model, 0.5)
+    found = run(switched, input_ids=PROMPTS[on])
+    assert torch.equal(found, run(grown, input_ids=PROMPTS[on]))
+    grow.set_alpha(switched, 0)
+    assert torch.equal(run(switched, input_ids=PROMPTS), run(base, input_ids=PROMPTS))
+    with pytest.raises(UserError, match="auto, on, off"):
+        set_switch(switched, "maybe")
+    with pytest.raises(UserError, match="has no switch"):
+        set_switch(grown, "on")
+
+
+def padded(left: bool) -> dict[str, torch.Tensor]:
+    """The prompts, shortened by up to five tokens at their beginning and padded again."""
+    ids, mask = torch.full((6, 12), 256), torch.zeros(6, 12, dtype=torch.int64)
+    for index, prompt in enumerate(PROMPTS):
+        kept = prompt[index:]
+        place = slice(index, 12) if left else slice(0, 12 - index)
+        ids[index, place], mask[index, place] = kept, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@BOTH
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+def test_padding(tiny_base: Path, dtype: torch.dtype, left: bool, layers: str) -> None:
+    """The last token that is not padding decides."""
+    last = torch.cat([features(tiny_base, 2, prompt[None, index:]) for index, prompt in enumerate(PROMPTS)])
+    record = record_for(tiny_base, 2)
+    scores = last @ torch.from_numpy(record.weight)
+    record = SwitchRecord("row", 2, record.weight, float(scores.sort().values[2:4].mean()))
+    base, _, switched = three(tiny_base, dtype, record, layers=layers)
+    inputs = padded(left)
+    found = run(switched, **inputs)
+    on = scores > record.threshold
+    assert torch.equal(switched.switched, on)
+    there = inputs["attention_mask"].bool()
+    off = there & ~on[:, None]
+    assert torch.equal(found[off], run(base, **inputs)[off])
+
+
+@BOTH
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+def test_packed_rows(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
+    """Each row of a packed sequence is decided by itself, before its first label, or at its last token without."""
+    record = record_for(tiny_base, 2)
+    on = on_of(tiny_base, record)
+    base, grown, switched = three(tiny_base, dtype, record, layers=layers)
+    rows = [[*prompt.tolist(), 7, 8, 9] for prompt in PROMPTS]
+    examples = all_learnt(rows)
+    examples.drop_labels(torch.tensor([place % 14 < 11 for place in range(6 * 14)]).numpy())
+    batch = collate(list(PackedDataset(examples, 32, 256)))
+    assert (batch["rows"] == -1).any(), "there is padding"
+    labelled = batch["rows"][batch["labels"] != -100]
+    with torch.no_grad():
+        expected, _ = labelled_logits(base, batch)
+        full, _ = labelled_logits(grown, batch)
+        found, _ = labelled_logits(switched, batch)
+    is_on = on[labelled]
+    assert torch.equal(found[~is_on], expected[~is_on])
+    assert torch.allclose(found[is_on].float(), full[is_on].float(), atol=0.2 if dtype == torch.bfloat16 else 1e-4)
+    without = {"input_ids": PROMPTS.view(2, 36), "position_ids": torch.arange(12).repeat(2, 3)}
+    found, expected = (run(model, **without, use_cache=False).view(6, 12, -1) for model in (switched, base))
+    assert torch.equal(switched.switched, on) and torch.equal(found[~on], expected[~on])
+    labels = torch.full((6, 15), -100)
+    labels[:, 12:] = 7
+    whole = torch.tensor(rows)
+    run(switched, input_ids=whole, labels=labels)  # as transformers has them: labels[t] is token t
+    assert torch.equal(switched.switched, on)
+
+
+GENERATIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "without a cache": {"do_sample": False, "use_cache": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "several": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("how", GENERATIONS)
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+def test_generate(tiny_base: Path, dtype: torch.dtype, how: str, layers: str) -> None:
+    """What is decided at the prompt holds to the answer's end, left padding included."""
+    record = record_for(tiny_base, 2)
+    base, grown, switched = three(tiny_base, dtype, record, layers=layers)
+    inputs = padded(left=True)
+    options = GENERATE | GENERATIONS[how] | {"output_scores": True, "return_dict_in_generate": True}
+
+    def written(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        out = model.generate(**inputs, **options)
+        return out.sequences[:, 12:].reshape(6, -1), torch.stack(out.scores, 1)
+
+    (base_ids, base_scores), (grown_ids, _), (ids, scores) = map(written, (base, grown, switched))
+    on = switched.switched
+    several = len(scores) // 6
+    scores, base_scores = scores[::several], base_scores[::several]
+    assert on.shape == (6,) and on.any() and not on.all()
+    steps = 1 if options["do_sample"] else None  # later ones continue what was drawn for all rows together
+    assert torch.equal(scores[~on][:, :steps], base_scores[~on][:, :steps])
+    if not options["do_sample"]:
+        assert torch.equal(ids[~on], base_ids[~on])
+        if dtype == torch.float32:
+            assert torch.equal(ids[on], grown_ids[on])
+    assert not torch.equal(base_ids, grown_ids)
+
+
+def test_generate_of_one_kind(tiny_base: Path) -> None:
+    """A batch that is off writes what the base writes, sampled too."""
+    record = record_for(tiny_base, 2)
+    on = on_of(tiny_base, record)
+    base, grown, switched = three(tiny_base, torch.float32, record)
+    for rows, other in ((~on, base), (on, grown)):
+        said = []
+        for model in (other, switched):
+            torch.manual_seed(1)
+            said.append(model.generate(PROMPTS[rows], **GENERATE, do_sample=True, top_k=0))
+        assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("kind", ["row", "answer"])
+def test_turns_of_a_conversation(text_base: Path, layers: str, kind: str) -> None:
+    """Each prompt decides anew; where that changes, a cache that was kept is filled again."""
+    record = record_for(text_base, 2, kind=kind)
+    on = on_of(text_base, record)
+    base, _, switched = three(text_base, torch.float32, record, layers=layers)
+    first, second = PROMPTS[on][:1], PROMPTS[~on][:1]
+    cache = DynamicCache(config=switched.config)
+    answer = switched.generate(first, past_key_values=cache, **GENERATE, do_sample=False)
+    assert switched.switched.tolist() == [True]
+    prompt = torch.cat((answer, second), 1)
+    threshold = features(text_base, 2, prompt) @ torch.from_numpy(record.weight)
+    switched.switch.record = SwitchRecord(kind, 2, record.weight, float(threshold) + 1)
+    answer = switched.generate(prompt, past_key_values=cache, **GENERATE, do_sample=False)
+    assert switched.switched.tolist() == [False]
+    assert torch.equal(answer, base.generate(prompt, **GENERATE, do_sample=False)), "after a turn that was on"
+    kept = cache.get_seq_length()
+    third = torch.cat((answer, second), 1)
+    passes: list[int] = []
+    switched.register_forward_pre_hook(
+        lambda _, __, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    answer = switched.generate(third, past_key_values=cache, **GENERATE, do_sample=False)
+    if switched.switched.tolist() == [False]:
+        assert torch.equal(answer, base.generate(third, **GENERATE, do_sample=False))
+        assert third.shape[1] - kept in passes, "the cache was kept"
+
+
+@BOTH
+def test_answer(tiny_base: Path, dtype: torch.dtype) -> None:
+    """On from the last token of the prompt: all tokens before it are the base's."""
+    record = record_for(tiny_base, 2, kind="answer")
+    on = on_of(tiny_base, record)
+    base, _, switched = three(tiny_base, dtype, record)
+    found, expected = (run(model, input_ids=PROMPTS) for model in (switched, base))
+    assert torch.equal(found[~on], expected[~on]) and torch.equal(found[:, :-1], expected[:, :-1])
+    assert not torch.equal(found[on, -1], expected[on, -1])
+
+
+@BOTH
+def test_each_token(tiny_base: Path, dtype: torch.dtype) -> None:
+    """A token is the base's as long as no earlier one of its sequence was on."""
+    record = record_for(tiny_base, 2, kind="token")
+    base, _, switched = three(tiny_base, dtype, record)
+    found, expected = (run(model, input_ids=PROMPTS) for model in (switched, base))
+    on = switched.switched
+    assert on.shape == PROMPTS.shape and on.any() and not on.all()
+    before = on.long().cumsum(1) == 0
+    assert torch.equal(found[before], expected[before]) and not torch.equal(found[~before], expected[~before])
+    with pytest.raises(UserError, match="lowest grown layer or one below"):
+        put_switch(trained(tiny_base, dtype, layers="all"), record)
+
+
+CALL = (3, 4)
+
+
+@BOTH
+def test_call(tiny_base: Path, dtype: torch.dtype) -> None:
+    """On from the last place where the call stands in the prompt; also while the model trains."""
+    record = SwitchRecord("call", tokens=CALL)
+    prompts = PROMPTS.clone()
+    prompts[:, 5:7] = torch.tensor(CALL)
+    prompts[3:, 5] = 5
+    prompts[0, 1:3] = torch.tensor(CALL)  # an earlier one
+    base, _, switched = three(tiny_base, dtype, record, layers="all")
+    expected = run(base, input_ids=prompts)
+    for mode in (switched.eval, switched.train):
+        found = run(mode(), input_ids=prompts)
+        assert switched.switched.tolist() == [True] * 3 + [False] * 3
+        assert torch.equal(found[3:], expected[3:]) and torch.equal(found[:3, :5], expected[:3, :5])
+        assert not torch.equal(found[:3, 5], expected[:3, 5])
+    switched.eval()
+    cached = switched.generate(prompts, **GENERATE, do_sample=False)
+    assert torch.equal(cached, switched.generate(prompts, **GENERATE, do_sample=False, use_cache=False))
+
+
+def test_training_is_always_on(text_base: Path) -> None:
+    record = record_for(text_base, 2)
+    _, grown, switched = three(text_base, torch.float32, record)
+    assert torch.equal(run(switched.train(), input_ids=PROMPTS), run(grown.train(), input_ids=PROMPTS))
+
+
+def test_it_must_fit(text_base: Path) -> None:
+    record, model = record_for(text_base, 2), trained(text_base, torch.float32)
+    with pytest.raises(UserError, match="reads layer 9"):
+        put_switch(model, SwitchRecord("row", 9, record.weight, 0.0))
+    with pytest.raises(UserError, match="reads 3 features"):
+        put_switch(model, SwitchRecord("row", 2, record.weight[:3], 0.0))
+    assert all(mlp.switch is None for mlp in grown_mlps(model))
