@@ -11,6 +11,7 @@ For a training loop of your own:
 
     grow.attach(base, "french-growth")                    # on the same base, loaded anew
     grow.set_alpha(base, 0.5)                             # between the base (0) and what was trained (1)
+    grow.set_switch(base, "off")                          # or "on", or "auto", as it was fitted; if it has a switch
     grow.load("runs/gemma3_1b-translation-g_freeze")      # a grown checkpoint, or a finished run
 
 Recipes, launchers and offline conversion are commands: `grow --help`.
@@ -20,17 +21,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grow.api import attach, grow_model, load, save_growth, set_alpha, to_stock, trainable
+    from grow.api import attach, grow_model, load, save_growth, set_alpha, set_switch, to_stock, trainable
     from grow.errors import UserError
 
 __version__ = "0.1.0"
 
 # Names are resolved when they are used: `import grow` itself loads neither torch nor transformers.
 _PLACES = dict.fromkeys(
-    ("attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable"), "grow.api"
+    ("attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable"), "grow.api"
 ) | {"UserError": "grow.errors"}
 __all__ = [
-    "UserError", "attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable",
+    "UserError", "attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable",
 ]  # fmt: skip
 
 

@@ -35,10 +35,11 @@ from grow.model.bottleneck import CONFIG as ADAPTER_CONFIG
 from grow.model.gather import gathered
 from grow.model.in_memory import InMemoryCheckpoint
 from grow.model.mlp import add_growth, grown_mlps
+from grow.model.switch import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
 from grow.plan import FORMAT_VERSION, GrowthPlan
 
-__all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "to_stock", "trainable"]
+__all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable"]
 
 
 def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2) -> PreTrainedModel:
@@ -123,6 +124,7 @@ def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     _fill(model, {name: added.lazy(name) for name in added.tensors})
     set_alpha(model, 1.0)
     model.config.growth = without_checksums(facts)
+    loading.put_own_switch(model)
     return model
 
 
@@ -150,20 +152,23 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0
     if source.plan is not None:
         model.config.growth = source.growth_facts()
         set_alpha(model, alpha)
+        loading.put_own_switch(model)
     return model
 
 
-def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False) -> None:
+def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, without_switch: bool = False) -> None:
     """Writes a grown model as a stock checkpoint, which loads anywhere: one MLP a layer, `factor` times as wide.
 
     The model's interpolation coefficient is folded into the weights. Stock models have one width, so where only some
-    layers have grown `uniform` pads the others with neurons that are zero. The tokenizer of the folder that the
-    model was loaded from goes with it. Raises UserError where `uniform` is needed and not given, or if the folder is
-    there already.
+    layers have grown `uniform` pads the others with neurons that are zero. They have no switch either: `without_switch`
+    writes a model that has one as it is when it is on. The tokenizer of the folder that the model was loaded from goes
+    with it. Raises UserError where one of both is needed and not given, or if the folder is there already.
     """
     out = Path(folder)
     refuse_existing(out)
     plan = _plan_of(model)
+    if isinstance(model, SwitchedModel) and not without_switch:
+        raise UserError(f"{out}: the model has a switch, and a stock checkpoint cannot: pass without_switch=True")
     alphas = tuple(float(mlp.alpha) for mlp in grown_mlps(model))
     source = TrainedWeights(InMemoryCheckpoint(model))
     plan = GrowthPlan(plan.factor, plan.layers, plan.trained_up, alphas)

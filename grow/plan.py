@@ -70,7 +70,8 @@ def parse_factor(factor: int | str) -> int:
 
 
 def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
-    """Reads "all"; or indices and ranges such as "0,3,7-9" (both ends included); or the best n of a ranking's file,
+    """Reads "all"; or "upper", those above a third of the depth; or indices and ranges such as "0,3,7-9" (both ends
+    included); or the best n of a ranking's file,
     "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". A
     checkpoint that learn-alphas wrote may take the file's place: it ranks its layers by their α, the largest first.
 
@@ -79,6 +80,8 @@ def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     text = str(layers).strip()
     if text == "all":
         return tuple(range(num_layers))
+    if text == "upper":
+        return tuple(range(-(-num_layers // 3), num_layers))
     chosen = _ranked(text) if text.startswith(("top:", "bottom:")) else _listed(text)
     if max(chosen) >= num_layers:
         raise UserError(f"--layers {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
@@ -91,7 +94,8 @@ def _listed(text: str) -> set[int]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part, re.ASCII)
         if match is None:
             raise UserError(
-                f"--layers {text}: {part!r} is neither a layer nor a range; write all, 0,3,7-9 or top:6:ranking.json"
+                f"--layers {text}: {part!r} is neither a layer nor a range; write all, upper, 0,3,7-9 or "
+                "top:6:ranking.json"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:

@@ -28,6 +28,8 @@ Methods = Mapping[str, type[Any]]
 """The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
 
 METRICS = ("loss", "chrf", "accuracy")
+FITTED = ("row", "answer", "token")
+"""The switches that are fitted to the task; "call:TEXT" is not."""
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 _NO_FIELDS = ("method_class", "method_fields", "day")
@@ -51,6 +53,11 @@ class Recipe:
     grown: str = ""
     layers: str = "all"
     factor: int = 2
+
+    # When what was trained acts (grow.model.switch): always unless given; "row", in rows that are like the task's, and
+    # elsewhere the model is its base; "answer", in their answers alone; "token", decided for each token; "call:TEXT",
+    # from TEXT in the prompt on. The layers that grow are then "upper" unless given, those above a third of the depth.
+    switch: str = ""
 
     # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name, with its revision, the folder inside
     # and the configuration of its card. The templates name its columns.
@@ -150,6 +157,11 @@ class Recipe:
         here = not self.base_revision or os.path.isdir(self.base)
         return self.base if here else f"{self.base}@{self.base_revision}"
 
+    @property
+    def fits_switch(self) -> bool:
+        """Says whether the run fits a switch before it trains."""
+        return self.switch in FITTED
+
     def on(self, day: str) -> "Recipe":
         """Returns the same recipe with another day."""
         return dataclasses.replace(self, day=day)
@@ -177,8 +189,19 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     Raises UserError for any mistake in either. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
-    values = read_values(path)
-    values |= overrides
+    return _checked(read_values(path) | dict(overrides), path, methods)
+
+
+def recipe_of_run(run: str, methods: Methods) -> Recipe:
+    """Returns the recipe of a run that has begun in a folder, where it lies now. Raises UserError if none has."""
+    values = begun_with(run)
+    if not values:
+        raise UserError(f"{run}: no run has begun there (it has no run.json that says by which recipe)")
+    return _checked(values | {"output_dir": run}, os.path.join(run, "run.json"), methods)
+
+
+def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
+    """Makes a recipe of its values, which stand in the file `path`."""
     kinds = field_types(methods)
     for name in values:
         if name not in kinds:
@@ -186,6 +209,8 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     for spec in dataclasses.fields(Recipe):
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
+    if values.get("switch") and not values.get("grown"):
+        values = {"layers": "upper"} | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:
@@ -253,6 +278,10 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
     check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
+    if recipe.switch and recipe.switch not in FITTED and not recipe.switch.startswith("call:"):
+        raise UserError(f"{path}: switch: {unknown(recipe.switch, [*FITTED, 'call:TEXT'], 'switch')}")
+    if recipe.switch == "call:":
+        raise UserError(f"{path}: switch: call: needs the text of the prompt from which the skill is on, call:TEXT")
     if recipe.metric not in METRICS:
         raise UserError(f"{path}: metric: {unknown(recipe.metric, METRICS, 'metric')}")
     if (recipe.metric == "accuracy") != bool(recipe.options) or (recipe.options and not recipe.completion):

@@ -20,6 +20,7 @@ BELOW: dict[str, set[str]] = {
     "data": FOUNDATION | {"checkpoint"},
     "model": FOUNDATION | {"checkpoint", "data"},
     "methods": FOUNDATION | {"checkpoint", "data", "model"},
+    "switch": FOUNDATION | {"checkpoint", "data", "model", "methods"},
 }
 BELOW |= {name: set(BELOW) for name in ("training", "evaluation", "analysis")}
 BELOW["api"], BELOW["cli"] = set(BELOW), set(BELOW)

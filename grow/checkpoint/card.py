@@ -42,7 +42,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     if growth["trained"] is None:
         text += "Nothing has been trained yet: it computes what its base does."
     title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
-    text += _own_alphas(growth)
+    text += _own_alphas(growth) + _switch(growth)
     return _card(base, title, text + _training(growth["trained"] or {}) + _scores(growth.get("scores")))
 
 
@@ -72,6 +72,16 @@ def _own_alphas(growth: dict[str, Any]) -> str:
     if not alphas:
         return ""
     return f"Each layer has an α of its own, between the base (0) and what was trained (1): {alphas}. "
+
+
+def _switch(growth: dict[str, Any]) -> str:
+    if "switch" not in growth:
+        return ""
+    bound = growth["switch"]["facts"].get("opens_at_most")
+    text = (
+        "It has a switch: what was trained acts in rows like the task's; elsewhere the model is its base, bit for bit. "
+    )
+    return text + (f"At most {bound:.1%} of rows such as the base writes itself open it. " if bound else "")
 
 
 def _training(about: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ def consolidate(
     tag: str = "",
     average: int = 1,
     scores: str = "",
+    without_switch: bool = False,
     progress: Progress = no_progress,
     export: ExportFunction = as_trained,
 ) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def consolidate(
     compute, so that one intermediate_size holds for all. `alpha`: the interpolation coefficient, folded into the
     weights: 0 is the base, 1 as trained; for a run without growth the weights are interpolated with the base's.
     `dtype`: a float type other than the base's. `start`, `tag`, `average`, `export`: see load_trained. `scores`: a file
-    that `eval --out` wrote, for the model card.
+    that `eval --out` wrote, for the model card. `without_switch`: write a stock checkpoint although what was trained
+    has a switch, which is then always on.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -70,6 +72,11 @@ def consolidate(
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     source = load_trained(path, start, tag, average, export)
+    if source.has_switch and format == "stock" and not without_switch:
+        raise UserError(
+            f"{path}: has a switch, and a stock file cannot have one: --format grown keeps it, --without-switch writes "
+            "the skill as it is when it is on"
+        )
     if scores:
         source.scores = {
             part: {key: value for key, value in found.items() if key in _SCORES}

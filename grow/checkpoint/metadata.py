@@ -13,6 +13,7 @@ from xxhash import xxh3_128
 from grow.checkpoint.card import grown_card
 from grow.checkpoint.output import OutputFolder
 from grow.checkpoint.shards import plain_name, read_json
+from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.plan import GrowthPlan
 
@@ -32,6 +33,8 @@ def check_growth(growth: Any, where: Path) -> dict[str, Any]:
             plain_name(name, where)
             plain_name(facts["name"], where)
             _check_checksums({name: facts["xxh3_128"]})
+        if "switch" in growth:
+            read_switch(growth["switch"], where)
         grown_card(growth)  # reads every field
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

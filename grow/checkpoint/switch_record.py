@@ -14,7 +14,6 @@ from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
 KINDS = ("row", "token", "answer", "call")
-FOLDER, NAME = "switch", "switch.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,12 @@ def read_switch(values: Any, where: Path) -> SwitchRecord:
         raise UserError(f"{where}: its switch is not what this program writes ({error})") from None
 
 
+def switch_file(run: Path) -> Path:
+    """Returns where a run has its switch."""
+    return run / "switch" / "switch.json"
+
+
 def switch_of_run(run: Path) -> SwitchRecord | None:
     """Returns a run's switch; None if it has none."""
-    file = run / FOLDER / NAME
+    file = switch_file(run)
     return read_switch(read_json(file), file) if file.is_file() else None

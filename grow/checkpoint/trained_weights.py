@@ -19,6 +19,7 @@ from grow.checkpoint.run_folder import (
 )
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.starting import check_start, second_head
+from grow.checkpoint.switch_record import SwitchRecord, switch_of_run
 from grow.checkpoint.writer import equal, file_checksums
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
@@ -37,6 +38,7 @@ class TrainedWeights:
     scores: dict[str, Any] = field(default_factory=dict)  # the scores of `eval`
     identity: list[Any] = field(default_factory=list)  # identifies all files that are read
     config: dict[str, Any] | None = None  # the stock checkpoint's, if the method changes the start's
+    run_switch: SwitchRecord | None = None  # a run's own
 
     @property
     def plan(self) -> GrowthPlan | None:
@@ -57,7 +59,13 @@ class TrainedWeights:
         before = self.start.config["growth"]
         trained_up = any(".mlp.trained." in name for name in self.growth())
         facts = before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
+        facts |= {"switch": self.run_switch.values()} if self.run_switch else {}
         return facts | ({"scores": self.scores} if self.scores else {})
+
+    @property
+    def has_switch(self) -> bool:
+        """Says whether what was trained has a switch (grow.checkpoint.switch_record)."""
+        return self.run_switch is not None or "switch" in (self.start.config.get("growth") or {})
 
     def base_facts(self) -> dict[str, Any]:
         """Returns the name and the licence of the base."""
@@ -182,6 +190,9 @@ def _open_run(run: Path, zero_path: Path, start: str, export: ExportFunction) ->
     own = _started_from(run, start, bool(moved), run_facts)
     source = _open_deepspeed(zero_path, own, "", lambda trained: export(recipe, dtype, own, trained))
     source.facts, source.chat_template = facts, str(run_facts.get("chat_template") or "")
+    source.run_switch = switch_of_run(run)
+    if source.run_switch is not None:
+        source.identity.append(source.run_switch.values())
     return source
 
 

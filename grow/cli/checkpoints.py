@@ -113,7 +113,8 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
 
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
-    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "1", scores: str = "", json: bool = False,
+    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "1", scores: str = "",
+    without_switch: bool = False, json: bool = False,
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
 
@@ -131,6 +132,7 @@ def consolidate(
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
         average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
         scores: A file that `eval --out` wrote, for the model card.
+        without_switch: Write a stock checkpoint although the skill has a switch: it is always on there.
         json: Print one JSON object.
     """
     from grow.checkpoint.consolidate import consolidate as run
@@ -139,8 +141,8 @@ def consolidate(
     coefficient, count = number("--alpha", alpha, float), number("--average", average)
     with Bar("consolidating") as bar:
         result = run(
-            source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, bar.add,
-            export_trained,
+            source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, without_switch,
+            bar.add, export_trained,
         )  # fmt: skip
     return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 

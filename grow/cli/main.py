@@ -15,8 +15,9 @@ COMMANDS: dict[str, Callable[..., str]] = {
     command.__name__.replace("_", "-"): command
     for command in (
         checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.preview, runs.show, runs.train,
-        checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach, evaluation.eval,
-        evaluation.report, evaluation.find_alpha, evaluation.learn_alphas, analysis.rank, analysis.effective_rank,
+        runs.fit_switch, checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach,
+        evaluation.eval, evaluation.report, evaluation.find_alpha, evaluation.learn_alphas, analysis.rank,
+        analysis.effective_rank,
     )
 }  # fmt: skip
 

@@ -109,3 +109,36 @@ def train(recipe: str, check: bool = False, expand: bool = False, json: bool = F
         return say({"run": settings.output_dir}, lambda r: r["run"], json)
     result = run(settings)
     return say(result, train_text, json) if os.environ.get("RANK", "0") == "0" else ""
+
+
+def fit_switch(
+    source: str, on: str = "", off: str = "", layer: str = "auto", kind: str = "", json: bool = False, **fields: str
+) -> str:
+    """Fits a run's switch, so that its skill acts in rows like the task's and elsewhere the model is its base exactly.
+
+    What decides is a linear classifier of the base's own features, fitted on the task's prompts against text that the
+    base writes itself. A recipe's field `switch` does the same before the first step. It lies in RUN/switch.
+
+    Example: grow fit-switch runs/gemma3_270m-translation-g_freeze --off german,french
+
+    Args:
+        source: A training run, or a recipe, FILE.yaml, before it or after.
+        on: Data sets with the same request in other words, with commas.
+        off: Data sets that the skill is to leave alone, with commas: by the recipe's template, if it has their columns.
+        layer: The layer that is read; "auto" is the lowest that grew or, if that is in the lowest third, the first
+            above, in a first pass over the prompt.
+        kind: row, answer or token; the recipe's unless given, else row.
+        json: Print one JSON object.
+        fields: For a recipe: fields that are given another value.
+    """
+    from grow.methods import read_recipe, read_run
+
+    if not source.endswith((".yaml", ".yml")) and fields:
+        raise UserError(f"fit-switch: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a run")
+    settings = read_run(source) if not source.endswith((".yaml", ".yml")) else read_recipe(source, fields)
+    kind = kind or (settings.switch if settings.fits_switch else "row")
+
+    from grow.switch.of_recipe import refit
+
+    record = refit(settings, kind, layer, *([name for name in names.split(",") if name] for names in (on, off)))
+    return say(record.values(), lambda r: f"written: {settings.output_dir}/switch", json)

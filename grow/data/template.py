@@ -63,6 +63,17 @@ class Template:
                 parts.append(guard(_written(value, spec, name)))
         return "".join(parts)
 
+    def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        """Returns the text of a row's prompt in pieces, each with whether it is of the template's own words. Raises
+        ValueError as `fill` does."""
+        found = []
+        for literal, name, spec, conversion in _parsed(self.prompt):
+            found.append((literal, True))
+            if name is not None:
+                value = Formatter().convert_field(_value(row, name), conversion)
+                found.append((_written(value, spec, name), False))
+        return [(text, own) for text, own in found if text]
+
     def texts(self, row: Mapping[str, Any]) -> list[str]:
         """Returns the row's own texts, column by column (messages: turn by turn); [] if the row is bad."""
         try:

@@ -1,7 +1,5 @@
 """Generates text after a prompt, and scores it against a reference."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from grow.data.encoder import Encoder
 from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.data.tokenizer import pad_token_id
+from grow.data.writing import write
 
 _AT_A_TIME = 16
 _DRAWS = 1000
@@ -87,32 +86,11 @@ def _ends(model: Any, encoder: Encoder, asked: list[Asked]) -> list[int]:
 
 
 def _written(model: Any, part: list[Asked], ends: list[int], pad: int) -> torch.Tensor:
-    width = max(1, *(len(row.ids) for row in part))
-    ids, mask = (torch.zeros(len(part), width, dtype=torch.int64) for _ in range(2))
-    ids += pad
-    for index, row in enumerate(part):
-        if row.ids:
-            ids[index, width - len(row.ids) :] = torch.tensor(row.ids)
-        mask[index, width - max(1, len(row.ids)) :] = 1
     settings = GenerationConfig(
         max_new_tokens=2 * max(len(row.reference_ids) for row in part), do_sample=False, num_beams=1, use_cache=True,
         eos_token_id=ends or None, pad_token_id=pad,
     )  # fmt: skip
-    with _no_config_of_its_own(model, settings):
-        written = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
-    return written[:, width:]
-
-
-@contextlib.contextmanager
-def _no_config_of_its_own(model: Any, settings: Any) -> Iterator[None]:
-    """Replaces the model's generation config, from which transformers takes whatever a call leaves open."""
-    before, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    return write(model, [row.ids for row in part], settings)
 
 
 def translation_scores(outputs: list[str], references: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from grow.methods.g_train import GTrain
 from grow.methods.lora import Lora
 from grow.methods.method import Method
 from grow.methods.sft import Sft
-from grow.recipe import Recipe, parse_recipe
+from grow.recipe import Recipe, parse_recipe, recipe_of_run
 
 METHODS: dict[str, type[Method]] = {
     "g_freeze": GFreeze,
@@ -48,3 +48,8 @@ def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, tra
     if name not in METHODS:
         raise UserError(unknown(name, METHODS, "method"))
     return METHODS[name].from_values(dict(recipe)).export(start, trained, dtype)
+
+
+def read_run(run: str) -> Recipe:
+    """Returns the recipe of a run that has begun in a folder. Raises UserError if none has."""
+    return recipe_of_run(run, METHODS)

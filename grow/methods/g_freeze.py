@@ -18,6 +18,7 @@ class GFreeze(KlRegularized):
 
     grows: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
+    switches: ClassVar[bool] = True
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter belongs to the added copies."""

@@ -20,11 +20,13 @@ class Method:
 
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults. `grows` says
     that it starts from a grown checkpoint, not from a base; `keeps_base` that its base stays inside, where
-    grow.model.alpha.base_inside finds it; `stages` are the ZeRO stages that it works with.
+    grow.model.alpha.base_inside finds it; `switches` that a switch (grow.model.switch) can turn what it trains off;
+    `stages` are the ZeRO stages that it works with.
     """
 
     grows: ClassVar[bool] = False
     keeps_base: ClassVar[bool] = False
+    switches: ClassVar[bool] = False
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
 
     @classmethod
@@ -39,6 +41,11 @@ class Method:
             raise UserError(
                 f"{recipe.deepspeed}: {recipe.method} does not work with ZeRO-{stage}; "
                 f"give --deepspeed a config of stage {' or '.join(map(str, self.stages))}"
+            )
+        if recipe.switch and not self.switches:
+            raise UserError(
+                f"switch: {recipe.method} leaves no base that what it trains could be off for; "
+                "--method g_freeze does, or take switch out"
             )
 
     def texts_read(self, recipe: Any) -> list[str]:

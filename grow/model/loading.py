@@ -59,9 +59,15 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
         if info[problem]:
             raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")
     set_alpha(model, alpha)
-    if "switch" in (getattr(config, "growth", None) or {}):
-        put_switch(model, read_switch(config.growth["switch"], path / "config.json"))
+    put_own_switch(model)
     return model.eval()
+
+
+def put_own_switch(model: Any) -> None:
+    """Gives a grown model the switch that stands in its config, if there is one."""
+    growth = getattr(model.config, "growth", None) or {}
+    if "switch" in growth:
+        put_switch(model, read_switch(growth["switch"], Path(str(model.name_or_path)) / "config.json"))
 
 
 def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:

@@ -115,6 +115,8 @@ class Switch:
 
     def _set(self, rows: Rows, start_R: Tensor) -> None:
         self._start_R, self.decided = start_R, start_R != NEVER
+        if rows.matters_R is not None:
+            self.decided = self.decided[rows.matters_R]
         self.on = _short(on_tokens(rows, start_R))
 
     def _ask(self, model: Any, inputs: dict[str, Any]) -> None:
@@ -228,6 +230,12 @@ def set_switch(model: Any, mode: str) -> None:
     if not isinstance(model, SwitchedModel):
         raise UserError(f"set_switch: {type(model).__name__} has no switch; fit one (grow fit-switch), or load a run's")
     model.switch.mode = mode
+
+
+def switch_decided(model: Any) -> Tensor | None:
+    """Returns what a model's switch decided in the last pass (SwitchedModel.switched), under any wrapper; None if it
+    has no switch."""
+    return getattr(getattr(model, "module", model), "switched", None)
 
 
 def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

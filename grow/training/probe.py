@@ -16,6 +16,7 @@ from grow.data.packing import PackedDataset
 from grow.model.gather import gathered
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.mlp import grown_mlps
+from grow.model.switch import switch_decided
 
 
 class Probe:
@@ -33,6 +34,7 @@ class Probe:
         `retention`: log-likelihood of an answer, nats, the mean over rows;
         `kl_from_base`, if the base is inside: KL(base ‖ model) of the next token where there is a label, nats, the mean
         over labels;
+        `retention_open`, if the model has a switch: the share of the rows that it opens for;
         and of a grown model
         `cosine_min`: of copies and originals (gate and up), the smallest over layers;
         `update_max`: the Frobenius norm of what a layer's copies have moved, the largest over layers;
@@ -41,13 +43,15 @@ class Probe:
         """
         start = time.monotonic()
         keeps_base = trainer.method.keeps_base
-        total = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)
+        total = torch.zeros(5, dtype=torch.float64, device=trainer.args.device)
         for batch in trainer.own_batches(self.sequences):
             total += _score(trainer.model_wrapped, batch, keeps_base)
-        likelihood, divergence, labels = trainer.accelerator.reduce(total, "sum").tolist()
+        likelihood, divergence, labels, opened, decided = trainer.accelerator.reduce(total, "sum").tolist()
         found = {"retention": likelihood / self.rows}
         if keeps_base:
             found["kl_from_base"] = divergence / labels
+        if decided:
+            found["retention_open"] = opened / decided
         layers = [_moved(mlp) for mlp in grown_mlps(trainer.model)]
         if layers:
             found |= {
@@ -62,10 +66,14 @@ class Probe:
 
 
 def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
-    """Sums over a batch's labels: log-likelihood, KL from the base, their count; [3] fp64."""
+    """Sums over a batch's labels: log-likelihood, KL from the base, their count; then what a switch has opened for, and
+    what it has decided: rows, or tokens; [5] fp64."""
     logits, labels = labelled_logits(model, batch)
+    decided = switch_decided(model)
     base = base_logits(model, batch) if keeps_base else None
-    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=logits.device)
+    if decided is not None:
+        sums[3], sums[4] = decided.sum(), decided.numel()
     likelihoods, divergences = likelihood_and_kl(logits, base, labels)
     sums[0], sums[1], sums[2] = likelihoods.double().sum(), divergences.double().sum(), len(labels)
     return sums

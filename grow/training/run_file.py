@@ -16,6 +16,7 @@ from xxhash import xxh3_128
 
 from grow.checkpoint.files import write_json
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.switch_record import SwitchRecord
 from grow.checkpoint.writer import file_checksums
 from grow.data.of_recipe import template_of
 from grow.data.packing import PackedDataset
@@ -34,7 +35,13 @@ def first_day(run: Path) -> str:
 
 
 def write_run_file(
-    run: Path, recipe: Recipe, start: Checkpoint, data: dict[str, PackedDataset], dtype: str, model: nn.Module
+    run: Path,
+    recipe: Recipe,
+    start: Checkpoint,
+    data: dict[str, PackedDataset],
+    dtype: str,
+    model: nn.Module,
+    switch: SwitchRecord | None,
 ) -> None:
     """Writes run.json on rank 0; every rank calls it. `data` has the sequences of each split.
 
@@ -51,6 +58,7 @@ def write_run_file(
         "chat_template": template_of(recipe).chat_template,
         **places(recipe),
         "growth": recipe.make_method().grows,
+        "switch": None if switch is None else {name: v for name, v in switch.values().items() if name != "weight"},
         "world_size": dist.get_world_size(),
         "dtype": dtype,
         "device": device_name(),
@@ -105,9 +113,17 @@ def rows_checksum(sequences: PackedDataset, version: int = _CHECKSUMS) -> str:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Calls `make` on rank 0 alone, and returns its result on every rank; all ranks call this."""
-    found = [make() if dist.get_rank() == 0 else None]
+    """Calls `make` on rank 0 alone, and returns its result on every rank, or raises its UserError; all ranks call
+    this."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = make()
+        except UserError as error:
+            found[1] = str(error)
     dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise UserError(found[1])
     return found[0]
 
 

@@ -34,8 +34,10 @@ from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.model.loading import check_loads, checkpoint_activations, load
 from grow.model.memory import tune_malloc
+from grow.model.switch import put_switch
 from grow.names import canonical
 from grow.recipe import Recipe
+from grow.switch.of_recipe import switch_of
 from grow.training.arguments import (
     check_arguments,
     check_output,
@@ -97,6 +99,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     steps = recipe.max_steps
     if steps < 1:
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
+    # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
+    switch = from_rank_0(lambda: switch_of(recipe, start))
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
     zero = None if checkpoint is None else ZeroCheckpoint(checkpoint)
@@ -108,9 +112,11 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     model = load(recipe.start, dtype)
     method = recipe.make_method()
     method.prepare(model)
+    if switch is not None:
+        put_switch(model, switch)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    write_run_file(run, recipe, start, data, str(dtype), model)
+    write_run_file(run, recipe, start, data, str(dtype), model, switch)
     return GrowTrainer(
         model=model,
         args=args,

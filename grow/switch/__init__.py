@@ -1,0 +1,1 @@
+"""Fits switches (grow.model.switch): on which rows, with which detector, with which promise."""

@@ -1,0 +1,91 @@
+"""The detector behind a switch: Fisher's linear discriminant, and a threshold set by rows (split conformal).
+
+    w = (Σ + ridge) ⁻¹ (μ_on − μ_off)
+
+Σ is the sum of the covariances of the kinds of text (the task's prompts, the base's own text, near text, …), μ_off the
+mean of the means of those that are to stay shut; ridge is 5 % of the mean variance. w is scaled so that μ_off scores 0
+and μ_on 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_RIDGE = 0.05
+OPEN, SHUT = 0.99, 0.999
+"""The share of the task's held-out rows that a threshold leaves open, and that of other tokens that it leaves shut."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Scores features [N, h] as x · weight + bias, fp64 [N]: 0 is the mean of what is to stay shut, 1 that of the
+    task."""
+
+    weight: Tensor
+    bias: float
+
+    def scores(self, x_NH: Tensor) -> Tensor:
+        """Returns the scores, [N]."""
+        return x_NH.double() @ self.weight + self.bias
+
+
+def discriminant(on: Sequence[Tensor], off: Sequence[Tensor]) -> Detector:
+    """Fits the linear discriminant of kinds of text, each [N, h], that are to be on, and of those that are to be
+    off. Kinds count alike, whatever their numbers of rows."""
+    covariance = sum(_covariance(x) for x in (*on, *off))
+    assert isinstance(covariance, Tensor)
+    covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    mean_on, mean_off = (torch.stack([x.double().mean(0) for x in kinds]).mean(0) for kinds in (on, off))
+    weight = torch.linalg.solve(covariance, mean_on - mean_off)
+    weight = weight / (weight @ (mean_on - mean_off))
+    return Detector(weight, -float(weight @ mean_off))
+
+
+def _covariance(x_NH: Tensor) -> Tensor:
+    centred = x_NH.double() - x_NH.double().mean(0)
+    return centred.T @ centred / len(centred)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Holds a threshold on scores, and what held-out rows say of it: `opened` of `off_rows` rows that should stay shut
+    were above it, `shut` of `on_rows` rows of the task were not."""
+
+    value: float
+    opened: int
+    off_rows: int
+    shut: int
+    on_rows: int
+
+    @property
+    def opens_at_most(self) -> float:
+        """Returns the bound on the chance that a further row, of the kinds that should stay shut, opens: (opened + 1) /
+        (rows + 1), from the exchangeability of held-out rows (Vovk et al. 2005, split conformal prediction)."""
+        return (self.opened + 1) / (self.off_rows + 1)
+
+    @property
+    def open(self) -> float:
+        """Returns the share of the task's held-out rows that open."""
+        return 1 - self.shut / self.on_rows
+
+
+def threshold(on_N: Tensor, off_N: Tensor, by_others: bool = False) -> Threshold:
+    """Sets the threshold from the scores of held-out rows, which had no part in the fit.
+
+    It leaves 99 % of the task's rows open, and no more than that: the higher it lies, the less else opens. `by_others`:
+    it leaves 99.9 % of the others shut, as is needed where every token of a text decides for itself.
+    """
+    if by_others:
+        value = float(off_N.sort().values[math.ceil(SHUT * len(off_N)) - 1])
+        return Threshold(value, int((off_N > value).sum()), len(off_N), int((on_N <= value).sum()), len(on_N))
+    value = math.nextafter(float(on_N.sort().values[math.floor((1 - OPEN) * len(on_N))]), -math.inf)
+    return Threshold(value, int((off_N > value).sum()), len(off_N), int((on_N <= value).sum()), len(on_N))
+
+
+def auroc(on_N: Tensor, off_N: Tensor) -> float:
+    """Returns the area under the ROC curve: the chance that a row of the task scores higher than another."""
+    above = (on_N[:, None] > off_N).double().mean() + (on_N[:, None] == off_N).double().mean() / 2
+    return float(above)

@@ -1,0 +1,136 @@
+"""Fits a switch to a recipe's task, on its base: before training, since what is read is the base's own.
+
+Half of every kind of rows has no part in the fit; these held-out rows set the threshold, and the table is of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128_hexdigest
+
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.switch_record import SwitchRecord
+from grow.checkpoint.writer import file_checksums
+from grow.data.examples import Examples
+from grow.data.of_recipe import rows_of, template_of, tokenizer_of
+from grow.data.tokens import encode_cached
+from grow.data.writing import SELF_TOKENS, self_text, text_checksum
+from grow.errors import UserError
+from grow.model.features import mlp_inputs
+from grow.recipe import Recipe
+from grow.switch.detector import auroc, discriminant, threshold
+from grow.switch.rows import ON_ROWS, Prompts, near_prompts, retention_prompts, task_prompts, variations
+
+OWN, NEAR = "text that the base writes", "near text that the base writes"
+_LOOKED_AT = 300  # rows of a set that is in the table alone
+_LEAST_TOLD_APART = 0.9
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Holds the features of prompts of one kind, each [tokens, h]. `every`: each token of them decides for itself, all
+    but the first, which begins every text; otherwise the last one decides."""
+
+    name: str
+    features: list[Tensor]
+    every: bool
+
+    def fitted(self) -> Tensor:
+        """Returns the features on which the detector is fitted, [N, h]."""
+        return self._of(self.features[::2])
+
+    def held_out(self) -> Tensor:
+        """Returns those that have no part in the fit, [N, h]."""
+        return self._of(self.features[1::2])
+
+    def all(self) -> Tensor:
+        """Returns those of every prompt, [N, h]."""
+        return self._of(self.features)
+
+    def _of(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([x[1:] if self.every else x[-1:] for x in features])
+
+
+def fit_switch(
+    model: Any, recipe: Recipe, kind: str, layer: int, on: Sequence[Prompts] = (), off: Sequence[Prompts] = ()
+) -> SwitchRecord:
+    """Fits a switch of a kind ("row", "answer" or "token") that reads a layer.
+
+    `model` is the recipe's base, or has it inside. `on` are prompts with the same request in other words, `off` those
+    that are to be left alone. Raises UserError where the task cannot be told apart from other text.
+    """
+    tokenizer, base, every = tokenizer_of(recipe), base_checksum(recipe), kind == "token"
+    passages = self_text(model, tokenizer, base)
+    examples = _examples(recipe, recipe.train_split, tokenizer)
+    prompts = task_prompts(examples, ON_ROWS, whole=every)
+    wanted = [Prompts("training rows", prompts)]
+    wanted += [] if every else variations(examples, prompts, passages, tokenizer)
+    wanted += on
+    others = [Prompts(NEAR, near_prompts(model, recipe, passages, tokenizer)), *off]
+    validation = task_prompts(_examples(recipe, recipe.validation_split, tokenizer), _LOOKED_AT, whole=every)
+
+    def read(of: Prompts, each: bool = every) -> _Kind:
+        return _Kind(of.name, mlp_inputs(model, of.prompts, layer, of.name), each)
+
+    own = read(Prompts(OWN, passages))
+    task, rest = [read(of) for of in wanted], [read(of, each=False) for of in others if of.prompts]
+    # A text may end at any of its tokens, so all of the base's own are fitted on; in the threshold a row counts once.
+    detector = discriminant(
+        [torch.cat([of.fitted() for of in task])],
+        [_Kind(OWN, own.features, every=True).fitted(), *(of.fitted() for of in rest)],
+    )
+    held_out = {of.name: detector.scores(of.held_out()) for of in (*task, own, *rest)}
+    of_task = torch.cat([held_out[of.name] for of in task])
+    limit = threshold(of_task, torch.cat([held_out[of.name] for of in (own, *rest)]), every)
+    table = [
+        _line("task", "validation rows", detector.scores(read(Prompts("", validation)).all()), of_task, limit.value)
+    ]
+    table += [_line("task", of.name, held_out[of.name], of_task, limit.value) for of in task]
+    table += [_line("other", of.name, held_out[of.name], of_task, limit.value) for of in (own, *rest)]
+    for known in retention_prompts(recipe, tokenizer, _LOOKED_AT):
+        table.append(_line("known", known.name, detector.scores(read(known).all()), of_task, limit.value))
+    facts = {
+        "base": base,
+        "self_text": {"tokens": SELF_TOKENS, "seed": 0, "checksum": text_checksum(passages)},
+        "on": [of.name for of in on],
+        "off": [of.name for of in off],
+        "opens_at_most": limit.opens_at_most,
+        "table": table,
+    }
+    _refuse(table)
+    return SwitchRecord(kind, layer, detector.weight.float().numpy(), limit.value - detector.bias, facts=facts)
+
+
+def _examples(recipe: Recipe, split: str, tokenizer: Any) -> Examples:
+    return encode_cached(rows_of(recipe, split), tokenizer, template_of(recipe), recipe.max_length).examples
+
+
+def _line(what: str, name: str, scores: Tensor, of_task: Tensor, limit: float) -> dict[str, Any]:
+    """Returns a line of the table: of the task's rows, of other text, or of what the base knows ("known")."""
+    line = {"kind": what, "name": name, "rows": len(scores), "open": float((scores > limit).double().mean())}
+    return line if what == "task" else line | {"auroc": auroc(of_task, scores)}
+
+
+def _refuse(table: list[dict[str, Any]]) -> None:
+    """Raises UserError where a switch would not do what it is for."""
+    task = table[0]
+    if task["open"] < _LEAST_TOLD_APART:
+        raise UserError(
+            f"switch: the task cannot be told apart: {task['open']:.0%} of the validation rows would open; see whether "
+            "they are like the training rows (grow preview), or train without a switch"
+        )
+    for line in table:
+        if line["kind"] == "other" and line["open"] > 1 - _LEAST_TOLD_APART:
+            raise UserError(
+                f"switch: the task cannot be told apart from {line['name']}, {line['open']:.0%} of which would open; "
+                "give the template words that no other text has, or train without a switch"
+            )
+
+
+def base_checksum(recipe: Recipe) -> str:
+    """Returns what identifies a recipe's base: XXH3-128 over the checksums of its files."""
+    sums = [file_checksums(shard)[0] for shard in Checkpoint(recipe.base_name).shards]
+    return xxh3_128_hexdigest(" ".join(sums).encode())
