@@ -1,11 +1,14 @@
-"""Small files, each written whole or not at all."""
+"""Small files, each written whole or not at all; and the checksum of a file of any size."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_128
 
 from grow.errors import UserError
 
@@ -31,3 +34,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def checksum(path: Path) -> str:
+    """Returns XXH3-128 of a file's bytes."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxh3_128).hexdigest()

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from xxhash import xxh3_128
-
+from grow.checkpoint.files import checksum
 from grow.checkpoint.output import sync
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
@@ -125,7 +124,7 @@ def fsync_and_hash(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -
 
 def _settle(path: Path) -> Facts:
     sync(path)
-    return [path.stat().st_size, _checksum(path)]
+    return [path.stat().st_size, checksum(path)]
 
 
 def mark_complete(checkpoint: Path, files: dict[str, Facts]) -> None:
@@ -136,11 +135,11 @@ def mark_complete(checkpoint: Path, files: dict[str, Facts]) -> None:
 def find_corruption(checkpoint: Path) -> str | None:
     """Returns what is wrong with a complete checkpoint, in a few words; None if nothing is."""
     try:
-        for name, (size, checksum) in read_json(checkpoint / MARKER)["files"].items():
+        for name, (size, digest) in read_json(checkpoint / MARKER)["files"].items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != size or _checksum(path) != checksum:
+            if path.stat().st_size != size or checksum(path) != digest:
                 return f"{name} changed since it was written"
         if steps_in(checkpoint) != step_of(checkpoint):
             return f"was written after step {steps_in(checkpoint)}"
@@ -158,11 +157,3 @@ def write_marker(path: Path, text: str = "") -> None:
         os.fsync(file.fileno())
     partial.rename(path)
     sync(path.parent)
-
-
-def _checksum(path: Path) -> str:
-    digest = xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from xxhash import xxh3_128
 
-_BLOCK = 2**24
+from grow.checkpoint import files
 
 
 class BrokenRow(dict[str, Any]):
@@ -145,8 +145,4 @@ def file_checksum(path: Path) -> str:
 
 @lru_cache(maxsize=32)
 def _checksum(path: Path, size: int, changed: int) -> str:
-    digest = xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return files.checksum(path)
