@@ -121,8 +121,11 @@ class Checkpoint:
         self.path = locate(name)
         refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self._read([self.path / name for name in _shard_names(self.path)])
-        self._check_index()
+        weight_map = _weight_map(self.path)
+        self._read([self.path / file for file in sorted(set(weight_map.values())) or [SINGLE_NAME]])
+        for key, file in weight_map.items():
+            if key not in self.tensors or self.tensors[key].file.name != file:
+                raise UserError(f"{self.path}: {key} is not in {file}, where the index says it is (fetch it again)")
 
     @classmethod
     def of_files(cls, path: Path, shards: list[Path]) -> Self:
@@ -141,13 +144,6 @@ class Checkpoint:
                     raise UserError(f"{shard}: {key} is also in {self.tensors[key].file.name}")
                 self.tensors[key] = info
         self._files: dict[Path, int] = {}
-
-    def _check_index(self) -> None:
-        if not has_index(self.path):
-            return
-        for key, file in _weight_map(self.path / INDEX_NAME).items():
-            if key not in self.tensors or self.tensors[key].file.name != file:
-                raise UserError(f"{self.path}: {key} is not in {file}, where the index says it is (fetch it again)")
 
     def identity(self) -> list[Any]:
         """Returns what tells the shards from others."""
@@ -227,7 +223,13 @@ def plain_name(name: Any, where: Path) -> str:
     return name
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(path: Path) -> dict[str, str]:
+    """Returns the file of each tensor, as the index says; {} for a checkpoint in one file."""
+    index = path / INDEX_NAME
+    if not has_index(path):
+        if not (path / SINGLE_NAME).exists():
+            raise UserError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} in it; is it a checkpoint in safetensors?")
+        return {}
     weight_map = read_json(index, _no_name_twice).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: it has no weight_map of names to files")
@@ -236,11 +238,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not plain_name(name, index).endswith(".safetensors"):
             raise UserError(f"{index}: {name!r} is not the name of a safetensors file")
     return weight_map
-
-
-def _shard_names(path: Path) -> list[str]:
-    if has_index(path):
-        return sorted(set(_weight_map(path / INDEX_NAME).values()))
-    if (path / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
-    raise UserError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} in it; is it a checkpoint in safetensors?")
