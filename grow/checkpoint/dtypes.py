@@ -15,10 +15,7 @@ DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+TORCH_NAMES = {name: np.dtype(kind).name for name, kind in DTYPES.items()} | {"BF16": "bfloat16"}
 # For each float type: the integers of its width, signed and unsigned, and the bits of infinity.
 _BITS: dict[str, tuple[Any, Any, int]] = {
     "F64": (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
@@ -66,8 +63,6 @@ def _to_bfloat16(values: Rows) -> Rows:
 
 def scale(values: Rows, dtype: str, factor: float) -> Rows:
     """Multiplies values by a number, rounding once."""
-    if factor == 1:
-        return values
     if dtype == "BF16":
         return _halved(values) if factor == 0.5 else _scaled(values, factor)
     return values * DTYPES[dtype](factor) if dtype != "F16" else (values * np.float32(factor)).astype(np.float16)
