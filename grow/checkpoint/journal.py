@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -62,12 +63,7 @@ class Journal:
         """Returns the shards' entries if the request is the same; otherwise empties the journal and begins anew."""
         with open(self._descriptor, "rb", closefd=False) as file:
             lines = file.read().splitlines(keepends=True)
-        entries = []
-        for line in lines:
-            entry = _entry(line)
-            if entry is None:
-                break
-            entries.append(entry)
+        entries = list(_entries(lines))
         if not entries or entries[0].get("request") != request:
             entries = []
         # The entries are kept in place, so that no finished shard is lost if the process is killed here.
@@ -92,10 +88,13 @@ class Journal:
         os.close(self._descriptor)
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """Returns a line's entry; None for a line that was being written when the process died."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) and line.endswith(b"\n") else None
+def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yields the lines' entries, up to a line that was being written when the process died."""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(entry, dict) or not line.endswith(b"\n"):
+            return
+        yield entry

@@ -13,7 +13,7 @@ from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError
-from grow.names import is_growth, mlp_prefixes, of_language_model
+from grow.names import mlp_prefixes, of_language_model, own_name
 
 _MATRIX = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(.+)\.weight", re.ASCII)
 
@@ -64,11 +64,6 @@ def matrix_of(name: str, shape: Sequence[int]) -> tuple[int, str] | None:
 
 def _starts(source: TrainedWeights) -> dict[str, LazyTensor]:
     """Returns every tensor that training may have changed, by name, as it was before."""
-    plan = source.plan
-    if plan is None:
-        return {name: source.start.lazy(name) for name in source.trained}
-    starts, _ = expected_growth(source.start, plan)
-    for name in source.trained:
-        if is_growth(name) and name not in starts:  # of g_train: its up-projections begin as the base's own
-            starts[name] = source.start.lazy(name.replace(".trained.", "."))
-    return starts
+    # The up-projections that g_train has added begin as the base's own; a plan knows how the copies begin.
+    starts = {name: source.start.lazy(own_name(name)) for name in source.trained}
+    return starts if source.plan is None else starts | expected_growth(source.start, source.plan)[0]
