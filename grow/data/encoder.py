@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from grow.data.chat import chat_template
 from grow.data.examples import SCHEMA
 from grow.data.rows import BrokenRow
-from grow.data.spans import Span
+from grow.data.spans import Span, Text, common_start
 from grow.data.special import BREAK, SpecialTokens, unguarded
 from grow.data.template import Template
 
@@ -79,36 +79,28 @@ class Encoder:
     def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
         """Returns rows as a table of `tokens`, `learnt` (1 where the token is) and `bad` (why the row cannot be
         used)."""
-        texts: list[str] = []
-        spans: list[list[Span]] = []
+        texts: list[Text] = []
         bad: list[str | None] = []
         for row in rows:
             try:
-                text = self._text(row)
-                texts.append(text.text)
-                spans.append(text.learnt)
+                texts.append(self._text(row))
                 bad.append(None)
             except ValueError as error:
                 bad.append(str(error))
-        encoded = iter(self._encode(texts, spans))
+        encoded = self._encode(texts)
         ids, marks = [], []
         for index, reason in enumerate(bad):
-            own: list[int] = []
-            learnt: np.ndarray = np.zeros(0, np.uint8)
+            made: Made = [], np.zeros(0, np.uint8)
             if reason is None:
                 try:
-                    own, learnt = self._whole(next(encoded))
+                    made = self._whole(next(encoded))
                 except ValueError as error:
-                    own, learnt, bad[index] = [], np.zeros(0, np.uint8), str(error)
-            ids.append(own)
-            marks.append(learnt)
-        offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
-        tokens = np.fromiter((number for own in ids for number in own), np.int32)
-        learnt = np.concatenate([np.zeros(0, np.uint8), *marks])
-        columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (tokens, learnt)]
-        return pa.table([*columns, pa.array(bad, pa.string())], schema=SCHEMA)
+                    bad[index] = str(error)
+            ids.append(made[0])
+            marks.append(made[1])
+        return pa.table({"tokens": ids, "learnt": marks, "bad": bad}, schema=SCHEMA)
 
-    def _text(self, row: dict[str, Any]) -> Any:
+    def _text(self, row: dict[str, Any]) -> Text:
         if isinstance(row, BrokenRow):
             raise ValueError(row.reason)
         return self.template.text(row, self.tokenizer, self.special.guard)
@@ -125,32 +117,30 @@ class Encoder:
             raise ValueError("without a token to learn")
         return ids, learnt
 
-    def _encode(self, texts: list[str], spans: list[list[Span]]) -> Iterator[Made | ValueError]:
+    def _encode(self, texts: list[Text]) -> Iterator[Made | ValueError]:
         """Yields each text's ids and which of them are learnt, or the error that prevents it."""
         if not self.fast:
-            for text, own in zip(texts, spans, strict=True):
-                yield self._slowly(text, own)
+            yield from map(self._slowly, texts)
             return
-        backend = self.tokenizer.backend_tokenizer
-        plain = backend.encode_batch([text for text in texts if BREAK not in text], add_special_tokens=False)
-        encodings = iter(plain)
-        for text, own in zip(texts, spans, strict=True):
-            if BREAK not in text:
+        plain = [row.text for row in texts if BREAK not in row.text]
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(plain, add_special_tokens=False))
+        for row in texts:
+            if BREAK not in row.text:
                 encoding = next(encodings)
-                yield encoding.ids, _learnt(encoding, own, len(text))
+                yield encoding.ids, _learnt(encoding, row.learnt, len(row.text))
                 continue
-            encoding, moved = self.special.encode(text)
-            own = [(moved.place(begin), moved.place(end)) for begin, end in own]
+            encoding, moved = self.special.encode(row.text)
+            spans = [(moved.place(begin), moved.place(end)) for begin, end in row.learnt]
             try:
-                yield self.special.own_ids(encoding.ids), _learnt(encoding, own, len(moved.text))
+                yield self.special.own_ids(encoding.ids), _learnt(encoding, spans, len(moved.text))
             except ValueError as error:
                 yield error
 
-    def _slowly(self, text: str, spans: list[Span]) -> Made:
+    def _slowly(self, row: Text) -> Made:
         """Encodes with a tokenizer that does not say which characters a token stands for, by common beginnings of
         ids."""
-        spells, moved = BREAK in text, unguarded(text)
-        text, spans = moved.text, [(moved.place(begin), moved.place(end)) for begin, end in spans]
+        spells, moved = BREAK in row.text, unguarded(row.text)
+        text, spans = moved.text, [(moved.place(begin), moved.place(end)) for begin, end in row.learnt]
 
         def ids(part: str) -> list[int]:
             return self.tokenizer(part, add_special_tokens=False, split_special_tokens=spells).input_ids
@@ -158,7 +148,7 @@ class Encoder:
         whole = ids(text)
         learnt = np.zeros(len(whole), np.uint8)
         for begin, end in spans:
-            first, last = _alike(whole, ids(text[:begin])), len(ids(text[:end]))
+            first, last = common_start(whole, ids(text[:begin])), len(ids(text[:end]))
             learnt[first : last if end < len(text) else len(whole)] = 1
         return whole, learnt
 
@@ -167,7 +157,7 @@ class Encoder:
         text = self._text(row)
         moved = unguarded(text.text)
         spans = [(moved.place(begin), moved.place(end)) for begin, end in text.learnt]
-        ids, learnt = self._whole(next(self._encode([text.text], [text.learnt])))
+        ids, learnt = self._whole(next(self._encode([text])))
         if self.fast:  # a token across a border is learnt as a whole
             offsets = self.tokenizer.backend_tokenizer.encode(moved.text, add_special_tokens=False).offsets
             spans = [(min([a, *(s for s, e in offsets if s < a < e)]), b) for a, b in spans]
@@ -204,7 +194,3 @@ def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:
 def _ends_of_space(place: Span | None) -> int:
     """Returns where the space ends that a token without a character stands for; -1 for a token with one."""
     return place[1] if place and place[0] == place[1] else -1
-
-
-def _alike(one: list[int], other: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

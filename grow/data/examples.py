@@ -1,11 +1,12 @@
 """Tokenised rows, mapped into memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from xxhash import xxh3_128
 
 IGNORED = -100
@@ -62,51 +63,38 @@ class Examples(Sequence[Example]):
 
     def counts(self) -> tuple[int, int]:
         """Returns the number of tokens, and of labels among them."""
-        used = self._used()
-        return int(self.lengths.sum()), sum(int(_inner(p, u, 1).sum()) for p, u in zip(self._parts, used, strict=True))
+        after_first = (pc.list_flatten(pc.list_slice(part["learnt"], 1)) for part in self._used())
+        return int(self.lengths.sum()), sum(pc.sum(marks, min_count=0).as_py() for marks in after_first)
 
     def largest(self) -> int:
         """Returns the largest id of any token; −1 if there is no token."""
         return max((int(values.max()) for (_, values), _ in self._parts if len(values)), default=-1)
 
-    def _used(self) -> list[np.ndarray]:
-        """Returns, for each chunk, which of its rows are used."""
+    def _used(self) -> Iterator[pa.Table]:
+        """Yields the rows of each chunk that are used."""
         mask = np.zeros(int(self._starts[-1]), bool)
         mask[self.rows] = True
-        return [mask[a:b] for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
+        for chunk, first in zip(self._chunks, self._starts[:-1], strict=True):
+            yield chunk.filter(pa.array(mask[first : first + len(chunk)]))
 
     def checksum(self) -> str:
         """Returns XXH3-128 of all tokens and of which are learnt, in order."""
         tokens, marks = xxh3_128(), xxh3_128()
-        for part, used in zip(self._parts, self._used(), strict=True):
-            tokens.update(np.ascontiguousarray(_inner(part, used, 0, False)).tobytes())
-            marks.update(_inner(part, used, 1, False).tobytes())
+        for part in self._used():
+            tokens.update(pc.list_flatten(part["tokens"]).to_numpy())
+            marks.update(pc.list_flatten(part["learnt"]).to_numpy())
         sizes = xxh3_128(self.lengths.tobytes()).hexdigest()
         return xxh3_128(f"{tokens.hexdigest()} {marks.hexdigest()} {sizes}".encode()).hexdigest()
 
 
-def _inner(part: Any, used: np.ndarray, which: int, after_first: bool = True) -> np.ndarray:
-    """Returns the tokens (0) or marks (1) of a chunk's used rows, by default without each row's first, which has no
-    label."""
-    (offsets, values), marks = part
-    keep = np.repeat(used, np.diff(offsets))
-    if after_first:
-        starts = offsets[:-1][used & (np.diff(offsets) > 0)] - offsets[0]
-        keep[starts] = False
-    chosen = marks if which else values
-    return chosen[offsets[0] : offsets[-1]][keep]
-
-
-def lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
+def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Returns offsets and values of a column of lists in one chunk, without a copy."""
-    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    chunk = column.chunk(0)
     return chunk.offsets.to_numpy(), chunk.values.to_numpy()
 
 
 def all_learnt(rows: list[list[int]]) -> Examples:
     """Makes examples of tokenised rows, in which every token but the first has a label."""
-    offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
-    tokens = np.fromiter((number for ids in rows for number in ids), np.int32)
-    columns = [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (tokens, np.ones(len(tokens), np.uint8))]
-    table = pa.table([*columns, pa.nulls(len(rows), pa.string())], schema=SCHEMA)
+    marks = [np.ones(len(ids), np.uint8) for ids in rows]
+    table = pa.table({"tokens": rows, "learnt": marks, "bad": pa.nulls(len(rows), pa.string())}, schema=SCHEMA)
     return Examples([table], np.arange(len(rows)))
