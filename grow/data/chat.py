@@ -6,7 +6,6 @@ assistant says: if that text without its marks is the first one, the marks are w
 moves or shortens turns. A conversation for which it is not is a bad row; a label never lands on other text.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from grow.data.conversation import Turn, conversation, is_learnt, listed
 from grow.data.rendering import GENERATION, render_chat
-from grow.data.spans import Guard, Span, Text
+from grow.data.spans import Guard, Span, Text, common_start
+from grow.data.special import Moved
 from grow.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,10 +53,12 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     learnt = [is_learnt(turn) for turn in turns if turn["role"] == "assistant"]
     if not any(learnt):
         raise ValueError("without an assistant's turn that is to be learnt")
-    render = partial(render_chat, source=source, tools=tools or None, tokenizer=tokenizer, day=template.day)
+    tokens = tokenizer.special_tokens_map
+    render = partial(render_chat, source=source, tools=tools or None, tokens=tokens, day=template.day)
     text, spans = render(turns)
     if not GENERATION.search(source):
-        spans = _marked_spans(text, turns, render, _header_and_end(source, tokenizer, template.day), tokenizer)
+        around = _header_and_end(source, template.day, json.dumps(tokens, sort_keys=True, default=str))
+        spans = _marked_spans(text, turns, render, around, tokenizer)
     elif not all(learnt) and len(spans) != len(learnt):
         raise ValueError("which of the assistant's turns are to be learnt cannot be told in the chat template's text")
     if not all(learnt):
@@ -74,13 +76,12 @@ def _check_written(text: str, turns: list[Turn], render: Any) -> None:
         said = turn["content"].strip()
         if turn["role"] == "assistant" or said in text:
             continue
-        with contextlib.suppress(ValueError):  # a template that refuses the change has looked at the turn, at least
+        try:
             other, _ = render([*turns[:index], turn | {"content": f"{said} gRoW"}, *turns[index + 1 :]])
-            if other == text:
-                break
-    else:
-        return
-    raise ValueError(f"with a turn of the role {turn['role']}, which the chat template does not write")
+        except ValueError:  # a template that refuses the change has looked at the turn, at least
+            continue
+        if other == text:
+            raise ValueError(f"with a turn of the role {turn['role']}, which the chat template does not write")
 
 
 def _guarded(value: Any, guard: Guard) -> Any:
@@ -99,14 +100,12 @@ def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, 
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     with_marks, _ = render([_mark(turn, index) if index in spoken else turn for index, turn in enumerate(turns)])
     places: dict[tuple[str, str], int] = {}
-    plain, last, place = [], 0, 0
+    plain = Moved(with_marks, _MARK, lambda _: "")
     for mark in _MARK.finditer(with_marks):
-        plain.append(with_marks[last : mark.start()])
-        place, last = place + mark.start() - last, mark.end()
         # Some templates write a thought under several names; the first begin and the last end count.
-        key = (mark[1], mark[2])
+        key, place = (mark[1], mark[2]), plain.place(mark.end())
         places[key] = place if mark[1] == "e" else places.get(key, place)
-    if "".join(plain) + with_marks[last:] != text:
+    if plain.text != text:
         raise ValueError("what the assistant says cannot be told apart in the chat template's text")
     spans: list[Span] = []
     for index in spoken:
@@ -137,7 +136,7 @@ def _whole_end(text: str, stop: int, end: str, tokenizer: Any) -> int:
 
     The last turn may end otherwise than those before it: with another token, or one more.
     """
-    place = stop + _common_start(text[stop : stop + len(end)], end)
+    place = stop + common_start(text[stop : stop + len(end)], end)
     if place - stop == len(end):
         return place
     for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, stop):
@@ -198,7 +197,7 @@ def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: i
     elif place >= 0:  # the turn's own white space, where the template keeps it
         begin -= _common_end(text[before:begin], lead)
     if finish is not None and not text.startswith(end or "\0", finish):
-        finish += _common_start(text[finish:], trail)
+        finish += common_start(text[finish:], trail)
     stop = finish if finish is not None and not turn.get("tool_calls") else text.find(end, begin) if end else -1
     if stop < 0:
         raise ValueError("where the assistant's turn ends cannot be told in the chat template's text")
@@ -223,37 +222,18 @@ def _begin_of_rest(text: str, core: str, floor: int, finish: int, header: str) -
     return before if (thought and thought in between) or (between.isspace() and rest.startswith(between)) else begin
 
 
-def _common_start(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def _common_end(one: str, other: str) -> int:
-    return _common_start(one[::-1], other[::-1])
-
-
-def _header_and_end(source: str, tokenizer: Any, day: str) -> tuple[str, str]:
-    """Returns the text before and after an assistant's turn, in a conversation of two; "" where that cannot be told."""
-    return _around(source, day, _Tokens(tokenizer))
-
-
-class _Tokens:
-    """Wraps a tokenizer as a key of a cache: it equals any other with the same special tokens."""
-
-    def __init__(self, tokenizer: Any):
-        self.special_tokens_map = tokenizer.special_tokens_map
-        self._key = json.dumps(self.special_tokens_map, sort_keys=True, default=str)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tokens) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    return common_start(one[::-1], other[::-1])
 
 
 @cache
-def _around(source: str, day: str, tokenizer: _Tokens) -> tuple[str, str]:
+def _header_and_end(source: str, day: str, tokens: str) -> tuple[str, str]:
+    """Returns the text before and after an assistant's turn, in a conversation of two; "" where that cannot be told.
+
+    `tokens` is the tokenizer's special_tokens_map as JSON.
+    """
     asked = [{"role": "user", "content": "Question"}]
-    render = partial(render_chat, source=source, tools=None, tokenizer=tokenizer, day=day)
+    render = partial(render_chat, source=source, tools=None, tokens=json.loads(tokens), day=day)
     try:
         answered, _ = render([*asked, {"role": "assistant", "content": "gRoWb0mArK"}])
         question, _ = render(asked)
@@ -261,8 +241,8 @@ def _around(source: str, day: str, tokenizer: _Tokens) -> tuple[str, str]:
     except ValueError:
         return "", ""
     before, mark, after = answered.partition("gRoWb0mArK")
-    asked_until = _common_start(question, prompt)  # a question alone may end in what ends a text
+    asked_until = common_start(question, prompt)  # a question alone may end in what ends a text
     if not mark or "Question" not in question[:asked_until] or not before.startswith(question[:asked_until]):
         return "", after
     # Either may go on to a thought, which is not part of the header.
-    return before[asked_until : _common_start(before, prompt)], after
+    return before[asked_until : common_start(before, prompt)], after

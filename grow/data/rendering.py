@@ -23,9 +23,10 @@ _ON_A_DAY = (
 
 
 def render_chat(
-    turns: list[Turn], source: str, tools: Any, tokenizer: Any, day: str, add_generation_prompt: bool = False
+    turns: list[Turn], source: str, tools: Any, tokens: dict[str, Any], day: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[Span]]:
-    """Returns the template's text, and the spans that its own `{% generation %}` gives.
+    """Returns the template's text, and the spans that its own `{% generation %}` gives. `tokens` is the tokenizer's
+    special_tokens_map.
 
     Raises ValueError where the template refuses the conversation, UserError where it is not a template.
     """
@@ -33,7 +34,7 @@ def render_chat(
     try:
         texts, spans = render_jinja_template(
             [turns], tools=tools, chat_template=_ON_A_DAY + source, return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map, day_parts=_day_parts(day),
+            add_generation_prompt=add_generation_prompt, **tokens, day_parts=_day_parts(day),
         )  # fmt: skip
     except TemplateSyntaxError as error:
         raise UserError(f"the chat template, line {error.lineno}: {error.message}") from None
