@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
             if length > min(_MAX_HEADER, size - 8):
                 raise UserError(f"{path}: not a safetensors file, or cut short (fetch it again)")
-            header = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
+            header = json.loads(file.read(length), object_pairs_hook=no_name_twice)
         return _check_header(path, header, 8 + length, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -81,10 +81,12 @@ def refuse_devices(path: Path) -> None:
         raise UserError(f"{path}: not a file")
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a JSON object. Raises ValueError where a key stands in it twice: which value is meant cannot be known."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands in an object twice")
     return found
 
 
@@ -230,7 +232,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not (path / SINGLE_NAME).exists():
             raise UserError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} in it; is it a checkpoint in safetensors?")
         return {}
-    weight_map = read_json(index, _no_name_twice).get("weight_map")
+    weight_map = read_json(index, no_name_twice).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: it has no weight_map of names to files")
     for name in weight_map.values():

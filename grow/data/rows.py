@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from xxhash import xxh3_128
 
-from grow.checkpoint import files
+from grow.checkpoint.files import checksum
 
 
 class BrokenRow(dict[str, Any]):
@@ -28,6 +28,8 @@ class Rows(Sequence[dict[str, Any]]):
     """Reads rows when asked for. A row that cannot be read is a BrokenRow, so that the others can be used."""
 
     name = ""
+    path: Path
+    """The file that the rows are in; rows of several files have none."""
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
         """Returns the rows of this range, which lies within their number."""
@@ -37,8 +39,8 @@ class Rows(Sequence[dict[str, Any]]):
         raise NotImplementedError
 
     def checksum(self) -> str:
-        """Returns XXH3-128 of the rows' contents."""
-        raise NotImplementedError
+        """Returns XXH3-128 of the bytes of the rows' file."""
+        return file_checksum(self.path)
 
     def where(self, index: int) -> str:
         """Returns a row's place, for messages."""
@@ -145,4 +147,4 @@ def file_checksum(path: Path) -> str:
 
 @lru_cache(maxsize=32)
 def _checksum(path: Path, size: int, changed: int) -> str:
-    return files.checksum(path)
+    return checksum(path)

@@ -1,8 +1,7 @@
 """Rows of Parquet and Arrow files, through `datasets`."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import logging
 
-from grow.data.rows import Rows, file_checksum
+from grow.data.rows import Rows
 from grow.data.text_files import Number
 
 
@@ -36,10 +35,6 @@ class TableRows(Rows):
             columns[name] = [None if value is None else read(value) for value in values] if read else values
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def checksum(self) -> str:
-        """Returns the checksum of the file's bytes."""
-        return file_checksum(self.path)
-
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
         """Returns the names of the table's columns."""
         return list(self.table.column_names)
@@ -59,7 +54,7 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
         number = kind.to_pandas_dtype()
         return lambda value: Number(str(number(value))) if isfinite(value) else None
     if pa.types.is_struct(kind):
-        inner = {field.name: _reader(field.type) or _itself for field in kind}
+        inner = {field.name: _reader(field.type) or (lambda value: value) for field in kind}
         return lambda value: {
             name: made for name, item in value.items() if item is not None and (made := inner[name](item)) is not None
         }
@@ -69,29 +64,19 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
     return None
 
 
-def _itself(value: Any) -> Any:
-    return value
-
-
 def read_table(path: Path, kind: str, name: str) -> Rows:
     """Returns the rows of one file. The parts of a split need not share columns that no template names."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if kind == ".arrow":
-        return TableRows(datasets.Dataset.from_file(str(path)).data, path, name)
-    facts = pyarrow.parquet.ParquetFile(path)
-    if not facts.metadata.num_rows:  # such as the last of many parts, which `datasets` does not take
-        return TableRows(facts.schema_arrow.empty_table(), path, name)
-    with _no_word_of_its_own():
-        return TableRows(datasets.Dataset.from_parquet(str(path)).data, path, name)
-
-
-@contextlib.contextmanager
-def _no_word_of_its_own() -> Iterator[None]:
-    """Silences the library's log: the errors of a file that it cannot read are also raised."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+        table = datasets.Dataset.from_file(str(path)).data
+    elif not (facts := pyarrow.parquet.ParquetFile(path)).metadata.num_rows:
+        table = facts.schema_arrow.empty_table()  # such as the last of many parts, which `datasets` does not take
+    else:
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # the errors of a file that it cannot read are also raised
+        try:
+            table = datasets.Dataset.from_parquet(str(path)).data
+        finally:
+            logging.set_verbosity(before)
+    return TableRows(table, path, name)

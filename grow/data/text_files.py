@@ -8,14 +8,15 @@ cache.
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grow.data.rows import BrokenRow, Rows, file_checksum
+from grow.checkpoint.shards import no_name_twice
+from grow.data.rows import BrokenRow, Rows
 from grow.errors import UserError
 
 _BLOCK = 2**24
@@ -48,7 +49,7 @@ class TextRows(Rows):
     one."""
 
     def __init__(self, path: Path, places: np.ndarray, parse: Callable[[str], dict[str, Any]]):
-        self.path, self.places, self.parse, self.name = path, places, parse, path.name
+        self.path, self.places, self.parse = path, places, parse
 
     def __len__(self) -> int:
         return len(self.places)
@@ -71,10 +72,6 @@ class TextRows(Rows):
         except (ValueError, RecursionError) as error:
             return BrokenRow(str(error) or "unreadable")
 
-    def checksum(self) -> str:
-        """Returns the checksum of the file's bytes."""
-        return file_checksum(self.path)
-
     def where(self, index: int) -> str:
         """Returns the file and the line, counted from 1."""
         with self.path.open("rb") as file:
@@ -86,10 +83,9 @@ class TextRows(Rows):
 
 
 class ListRows(Rows):
-    """Holds the rows of a JSON file that is one list."""
+    """Holds rows in memory, such as those of a JSON file that is one list."""
 
-    def __init__(self, path: Path, rows: list[Any]):
-        self.path, self.name = path, path.name
+    def __init__(self, rows: Iterable[Any]):
         self.rows = [row if isinstance(row, dict) else BrokenRow("not a JSON object") for row in rows]
 
     def __len__(self) -> int:
@@ -99,17 +95,13 @@ class ListRows(Rows):
         """Returns the rows from memory."""
         return self.rows[first:last]
 
-    def checksum(self) -> str:
-        """Returns the checksum of the file's bytes."""
-        return file_checksum(self.path)
-
 
 def read_text(path: Path, kind: str, name: str) -> Rows:
     """Returns the rows of one file; `name` is what messages call it. Raises UserError for a file that is not of its
     kind."""
     facts = path.stat()
     rows = _read(path, kind, facts.st_size, facts.st_mtime_ns)
-    rows.name = name
+    rows.path, rows.name = path, name
     return rows
 
 
@@ -125,7 +117,7 @@ def _read(path: Path, kind: str, size: int, changed: int) -> Rows:
     if kind == ".txt":
         return TextRows(path, _lines(path, first), _line)
     if kind == ".json" and start[first:].lstrip()[:1] != b"{":
-        return ListRows(path, _json_list(path))
+        return ListRows(_json_list(path))
     places = _lines(path, first)
     if kind == ".json" and len(places) and isinstance(TextRows(path, places, _object)[0], BrokenRow):
         raise UserError(f"{path}: neither a list of objects nor an object a line")
@@ -163,17 +155,8 @@ def _integer(text: str) -> int | Number:
     return Number(text) if text == "-0" else int(text)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes an object. Raises ValueError where a key stands in it twice: which value is meant cannot be known."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)} stands in an object twice")
-    return made
-
-
 _parse = json.JSONDecoder(
-    parse_float=Number, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_once
+    parse_float=Number, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=no_name_twice
 ).decode
 
 

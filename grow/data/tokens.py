@@ -4,11 +4,10 @@ They are tokenised once, by as many processes as there are cores, and kept in th
 that all ranks map into memory.
 """
 
-import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from accelerate.utils import patch_environment
 from filelock import FileLock
 from xxhash import xxh3_128
 
@@ -24,6 +24,7 @@ from grow.data.encoder import Encoder
 from grow.data.examples import SCHEMA, Examples, lists
 from grow.data.rows import Rows
 from grow.data.template import Template
+from grow.data.text_files import ListRows
 from grow.errors import UserError
 
 _FORMAT = 2  # of the cache: raised when the same rows become other tokens
@@ -38,7 +39,7 @@ class Encoded:
 
     examples: Examples
     bad: dict[str, list[int]]
-    rows: Rows | None = None
+    rows: Rows
 
     def check(self, what: str, max_bad_rows: float) -> None:
         """Prints which rows were left out to stderr. Raises UserError if their share is above `max_bad_rows`, or all
@@ -57,14 +58,13 @@ class Encoded:
         """Says what is wrong with which rows; the commonest first."""
         kinds = sorted(self.bad.items(), key=lambda item: -len(item[1]))
         said = [f"{len(rows)} {why} (row {self._numbers(rows)})" for why, rows in kinds[:4]]
-        place = self.rows.where(kinds[0][1][0]) if self.rows is not None and kinds else ""
+        place = self.rows.where(kinds[0][1][0]) if kinds else ""
         more = [f"and {len(kinds) - 4} kinds more"] if len(kinds) > 4 else []
         first = [f"the first is in {place.partition(': ')[2]}"] if ": " in place else []
         return "; ".join(said + more + first)
 
     def _numbers(self, rows: list[int]) -> str:
-        numbers = [self.rows.number(row) if self.rows is not None else row for row in rows[:5]]
-        return ", ".join(map(str, numbers)) + (", …" if len(rows) > 5 else "")
+        return ", ".join(str(self.rows.number(row)) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
 
 
 def encode(
@@ -74,11 +74,11 @@ def encode(
 
     Rows of more than `max_length` tokens are bad; 0 takes any. Raises UserError for a template that does not fit.
     """
-    kept = rows if isinstance(rows, Rows) else list(rows)
+    kept = rows if isinstance(rows, Rows) else ListRows(rows)
     _check_columns(kept, template)
     encoder = Encoder(tokenizer, template, end)
     parts = [encoder.table(kept[first : first + _AT_A_TIME]) for first in range(0, len(kept), _AT_A_TIME)]
-    return _sorted_out(parts, max_length, kept if isinstance(kept, Rows) else None)
+    return _sorted_out(parts, max_length, kept)
 
 
 def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: int, end: bool = True) -> Encoded:
@@ -91,11 +91,8 @@ def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: in
     return _sorted_out(_cached_parts(rows, tokenizer, template, end), max_length, rows)
 
 
-def _check_columns(rows: Sequence[dict[str, Any]], template: Template) -> None:
-    if isinstance(rows, Rows):
-        columns = rows.columns(template.columns())
-    else:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+def _check_columns(rows: Rows, template: Template) -> None:
+    columns = rows.columns(template.columns())
     if columns:  # without any, no row is there or can be read, and that is reported later
         template.check(columns)
 
@@ -109,13 +106,13 @@ def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> 
         datasets.disable_progress_bars()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The first makes it, the others of this machine find it.
-        with FileLock(path.with_suffix(".lock")), _a_core_each():
+        # The first makes it, the others of this machine find it. Processes side by side take a core each.
+        with FileLock(path.with_suffix(".lock")), patch_environment(TOKENIZERS_PARALLELISM="false"):
             made = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
-                _Batch(Encoder(tokenizer, template, end), rows), batched=True, batch_size=_AT_A_TIME,
-                remove_columns=["row"], features=datasets.Features.from_arrow_schema(SCHEMA), desc="tokenising",
+                _encode_batch, fn_kwargs={"encoder": Encoder(tokenizer, template, end), "rows": rows},
+                batched=True, batch_size=_AT_A_TIME, remove_columns=["row"], num_proc=_processes(len(rows)),
+                features=datasets.Features.from_arrow_schema(SCHEMA), desc="tokenising",
                 cache_file_name=str(path), load_from_cache_file=True, new_fingerprint=key,
-                num_proc=_processes(len(rows)),
             )  # fmt: skip
     except OSError as error:
         raise UserError(
@@ -125,27 +122,8 @@ def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> 
     return [pa.Table.from_batches([batch]) for batch in made.data.table.to_batches()]
 
 
-@contextlib.contextmanager
-def _a_core_each() -> Iterator[None]:
-    """Limits each of the processes that tokenise side by side to one core."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-class _Batch:
-    """Wraps the function that `map` calls, in each of its processes."""
-
-    def __init__(self, encoder: Encoder, rows: Rows):
-        self.encoder, self.rows = encoder, rows
-
-    def __call__(self, batch: dict[str, list[int]]) -> pa.Table:
-        return self.encoder.table(self.rows[batch["row"][0] : batch["row"][-1] + 1])
+def _encode_batch(batch: dict[str, list[int]], encoder: Encoder, rows: Rows) -> pa.Table:
+    return encoder.table(rows[batch["row"][0] : batch["row"][-1] + 1])
 
 
 def _processes(count: int) -> int | None:
@@ -167,21 +145,19 @@ def _key(rows: Rows, tokenizer: Any, template: Template, end: bool) -> str:
     return xxh3_128(repr(facts).encode()).hexdigest()
 
 
-def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows | None) -> Encoded:
+def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows) -> Encoded:
     """Separates usable rows from bad ones."""
     bad: dict[str, list[int]] = {}
-    good, done = [], 0
+    good, done = [np.zeros(0, np.int64)], 0
     for part in parts:
         reasons = part["bad"].to_pylist() if part["bad"].null_count < len(part) else []
         for index, reason in enumerate(reasons):
             if reason is not None:
                 bad.setdefault(reason, []).append(done + index)
         sizes = np.diff(lists(part["tokens"])[0])
-        fits = sizes > 0
-        if max_length:
-            fits &= sizes - 1 <= max_length
-            for place in np.flatnonzero(sizes - 1 > max_length):
-                bad.setdefault(f"longer than max_length, {max_length} tokens", []).append(done + int(place))
-        good.append(np.flatnonzero(fits) + done)
+        too_long = sizes - 1 > (max_length or np.inf)
+        for place in np.flatnonzero(too_long):
+            bad.setdefault(f"longer than max_length, {max_length} tokens", []).append(done + int(place))
+        good.append(np.flatnonzero((sizes > 0) & ~too_long) + done)
         done += len(part)
-    return Encoded(Examples(parts, np.concatenate(good) if good else np.zeros(0, np.int64)), bad, rows)
+    return Encoded(Examples(parts, np.concatenate(good)), bad, rows)
