@@ -170,14 +170,11 @@ def _of_card(card: Path, split: str, config: str | None, where: str) -> tuple[st
 
 
 def _patterns(files: Any, split: str) -> list[str]:
-    by_split: dict[str, Any] = {}
-    if isinstance(files, dict):
-        by_split = files
-    elif isinstance(files, list) and all(isinstance(item, dict) for item in files):
-        by_split = {str(item.get("split", "train")): item.get("path") for item in files}
-    else:
-        by_split = {"train": files}
-    patterns = by_split.get(split, [])
+    if isinstance(files, list) and all(isinstance(item, dict) for item in files):
+        files = {str(item.get("split", "train")): item.get("path") for item in files}
+    elif not isinstance(files, dict):
+        files = {"train": files}
+    patterns = files.get(split, [])
     return [str(pattern) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
 
 

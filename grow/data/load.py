@@ -43,7 +43,7 @@ def load_rows(
     such data.
     """
     names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split))
-    parts = {name: _open(data_paths(data, name, revision, data_dir, config), f"{data}, {name}") for name in names}
+    parts = {name: _open(_paths(data, name, revision, data_dir, config), f"{data}, {name}") for name in names}
     if list(names) == [split]:
         return parts[split]
     try:
@@ -58,9 +58,7 @@ def load_rows(
     return pieces[0] if len(pieces) == 1 else Joined(pieces, data)
 
 
-def data_paths(
-    data: str, split: str, revision: str | None = None, data_dir: str | None = None, config: str | None = None
-) -> list[Path]:
+def _paths(data: str, split: str, revision: str | None, data_dir: str | None, config: str | None) -> list[Path]:
     """Returns the files of a split (grow.data.files). Raises UserError as load_rows does."""
     if os.path.isfile(data):
         if not data_format(data):

@@ -63,10 +63,6 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def rows_of(self, index: int) -> list[int]:
-        """Returns the examples of a sequence."""
-        return self.packed[self.starts[index] : self.starts[index + 1]].tolist()
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -78,7 +74,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             "rows": torch.full((length,), -1),
         }
         place = 0
-        for row in self.rows_of(index):
+        for row in self.packed[self.starts[index] : self.starts[index + 1]].tolist():
             ids, labels = self.examples.arrays(row)
             part = slice(place, place + len(ids))
             item["input_ids"][part], item["labels"][part] = torch.from_numpy(ids), torch.from_numpy(labels)

@@ -30,12 +30,11 @@ class Template:
 
     def check(self, columns: list[str]) -> None:
         """Raises UserError if it names a column that is not there, or is not a valid template."""
-        for name in [self.messages] if self.messages else _columns(self.prompt + self.completion, tuple(columns)):
+        template = self.prompt + self.completion
+        for name in [self.messages] if self.messages else _columns(template, tuple(columns)):
             if name not in columns:
-                what = (
-                    f"messages: {name}" if self.messages else f"the template {self.prompt + self.completion!r}: {name}"
-                )
-                raise UserError(f"{what} is not among the columns {', '.join(columns)}")
+                what = "messages" if self.messages else f"the template {template!r}"
+                raise UserError(f"{what}: {name} is not among the columns {', '.join(columns)}")
 
     def columns(self) -> list[str]:
         """Returns the columns that the template names."""
@@ -89,23 +88,19 @@ class Template:
 def _parsed(template: str) -> list[tuple[str, str | None, str, str | None]]:
     """Returns literal text, a field's name, its format and conversion, as string.Formatter takes them apart."""
     try:
-        parts = [(text, name, spec or "", conversion) for text, name, spec, conversion in Formatter().parse(template)]
+        return [(text, name, spec or "", conversion) for text, name, spec, conversion in Formatter().parse(template)]
     except ValueError as error:
         raise UserError(
             f"the template {template!r} is not one ({error}); a brace that is text is written twice"
         ) from None
-    return parts
 
 
 @cache
 def _columns(template: str, columns: tuple[str, ...]) -> list[str]:
-    """Returns the columns that a template names, "translation" of "{translation[en]}"."""
+    """Returns the columns that a template names otherwise than as a whole, "translation" of "{translation[en]}"."""
     found = []
     for _, name, _, _ in _parsed(template):
-        if name is None:
-            continue
-        if name in columns:
-            found.append(name)
+        if name is None or name in columns:
             continue
         first, rest = formatter_field_name_split(name)
         steps = list(rest)
