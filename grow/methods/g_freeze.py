@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.package import extract_growth
-from grow.checkpoint.shards import Checkpoint
-from grow.checkpoint.trained_weights import Export
 from grow.methods.kl import KlRegularized
 
 
@@ -26,7 +23,4 @@ class GFreeze(KlRegularized):
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes the growth package, which `grow attach` puts on the base again."""
-        extract_growth(str(run), str(out), export=self._export_of)
-
-    def _export_of(self, recipe: Any, dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
-        return self.export(start, trained, dtype)
+        extract_growth(str(run), str(out), export=lambda _, dtype, start, trained: self.export(start, trained, dtype))

@@ -8,7 +8,7 @@ import torch
 from grow.methods.g_freeze import GFreeze
 from grow.model.gather import gathered
 from grow.model.mlp import grown_mlps
-from grow.names import is_growth
+from grow.names import is_growth, own_name
 
 
 @dataclass
@@ -24,12 +24,8 @@ class GTrain(GFreeze):
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a gate and an up for each grown layer."""
-        own = {
-            name.replace(".grown.", "."): name.replace(".grown.", ".trained.")
-            for name in shapes
-            if ".mlp.grown." in name and ".down_proj." not in name
-        }
-        return {trained: shapes[name] for name, trained in own.items()}
+        copies = [name for name in shapes if ".mlp.grown." in name and ".down_proj." not in name]
+        return {name.replace(".grown.", ".trained."): shapes[own_name(name)] for name in copies}
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter was added by growth."""

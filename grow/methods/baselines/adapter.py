@@ -25,12 +25,6 @@ class Adapter(KlRegularized):
 
     adapter_size: int = 64
 
-    def check(self, recipe: Any) -> None:
-        """Raises UserError also for an invalid size."""
-        super().check(recipe)
-        if self.adapter_size < 1:
-            raise UserError("adapter_size must be at least 1")
-
     def add_parameters(self, model: Any) -> None:
         """Adds the adapters."""
         for _, mlp in sorted(gated_mlps(model).items()):
