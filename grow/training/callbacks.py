@@ -40,9 +40,7 @@ class GracefulShutdown(TrainerCallback):
         bad = ~torch.isfinite(loss.detach())
         self.not_finite = bad if self.not_finite is None else self.not_finite | bad
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises Fault on every rank if the loss of any is NaN or infinite."""
         flags = torch.zeros(2, dtype=torch.int32, device=args.device)
         flags[0] = int(self.signalled)
@@ -59,7 +57,6 @@ class GracefulShutdown(TrainerCallback):
         if signalled and state.global_step < state.max_steps:
             self.preempted = control.should_save = control.should_training_stop = True
         self.trimmer.trim()
-        return control
 
 
 class ThroughputMeter:

@@ -147,11 +147,11 @@ def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
     """
     sizes = {name: prod(shape) for name, shape in shapes.items() if of_language_model(name)}
     sizes = {name: size for name, size in sizes.items() if size > persistence(recipe)}
-    layers = {name: size for name, size in sizes.items() if _layer(name) is not None}
+    layers = {name: size for name, size in sizes.items() if _layer(name) >= 0}
     lowest = _lowest(trained)
-    above = sum(size for name, size in layers.items() if (_layer(name) or 0) > lowest or name in trained)
+    above = sum(size for name, size in layers.items() if _layer(name) > lowest or name in trained)
     if recipe.gradient_checkpointing:
-        above += sum(size for name, size in layers.items() if (_layer(name) or 0) >= lowest and name not in trained)
+        above += sum(size for name, size in layers.items() if _layer(name) >= lowest and name not in trained)
     heads = [size for name, size in sizes.items() if name.endswith("lm_head.weight")]
     again = 0
     if not heads:
@@ -193,10 +193,8 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
     hidden = text.get("hidden_size", 0)
     widths: dict[int, int] = {}
     for name, shape in shapes.items():
-        layer = _layer(name)
-        if layer is None or len(shape) != 2:
-            continue
-        if "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight")):
+        layer, kept = _layer(name), "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight"))
+        if layer >= 0 and len(shape) == 2 and kept:
             widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
     lowest = _lowest(trained)
     saving = [size for layer, size in widths.items() if layer >= lowest]
@@ -206,13 +204,10 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
 
 def _lowest(trained: Shapes) -> int:
     """Returns the lowest layer that trains; -1 if something below the layers does."""
-    layers = [_layer(name) for name in trained]
-    return -1 if None in layers else min((layer for layer in layers if layer is not None), default=-1)
+    return min(map(_layer, trained), default=-1)
 
 
-def _layer(name: str) -> int | None:
-    """Returns the decoder layer that a parameter belongs to."""
-    if "vision_tower." in name:
-        return None
+def _layer(name: str) -> int:
+    """Returns the decoder layer that a parameter belongs to; -1 if it belongs to none."""
     _, found, rest = name.partition(".layers.")
-    return int(rest.split(".")[0]) if found else None
+    return int(rest.split(".")[0]) if found and "vision_tower." not in name else -1

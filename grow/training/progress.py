@@ -28,16 +28,11 @@ class ProgressLines(TrainerCallback):
             self.begun, self.first = time.monotonic(), state.global_step
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Prints the figures of an interval or of a validation; what Trainer logs at the end is neither."""
-        kind = next((name for name in ("loss", "eval_loss") if name in (logs or {})), None)
-        if logs is None or kind is None or not state.is_world_process_zero:
+        kind = next((name for name in ("loss", "eval_loss") if name in logs), None)
+        if kind is None or not state.is_world_process_zero:
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if kind == "loss":
