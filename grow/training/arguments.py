@@ -93,12 +93,20 @@ def check_output(path: str) -> None:
         raise UserError(f"output_dir {path}: cannot be written ({reason})") from None
 
 
+class _OnPaper(TrainingArguments):
+    """Reaches for no device, and forms no process group."""
+
+    device = torch.device("cpu")
+    n_gpu = 1
+    world_size = property(lambda self: planned_ranks())
+
+
 def check_arguments(recipe: Recipe) -> None:
     """Asks transformers and DeepSpeed what they would refuse. Raises UserError, one line, for the first refusal."""
     steps = recipe.max_steps if recipe.max_steps > 0 else _UNKNOWN_STEPS
     try:
         with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or another field of the recipe"):
-            arguments = training_arguments(recipe, steps, compute_type(recipe), _on_paper())
+            arguments = training_arguments(recipe, steps, compute_type(recipe), _OnPaper)
         _check_deepspeed(recipe, arguments, steps)
         with _refused(f"lr_scheduler_type {recipe.lr_scheduler_type}, or a field of the optimizer"):
             _build_schedule(arguments, steps)
@@ -106,17 +114,6 @@ def check_arguments(recipe: Recipe) -> None:
             _build_reporters(arguments)
     finally:
         unset_hf_deepspeed_config()  # else the next model in this process would be partitioned as it says
-
-
-def _on_paper() -> Any:
-    """Returns TrainingArguments that reach for no device, and form no process group."""
-
-    class OnPaper(TrainingArguments):
-        device = torch.device("cpu")
-        n_gpu = 1
-        world_size = property(lambda self: planned_ranks())
-
-    return OnPaper
 
 
 @contextlib.contextmanager

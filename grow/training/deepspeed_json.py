@@ -65,8 +65,7 @@ def complete_deepspeed(path: str | Path) -> dict[str, Any]:
     given = {name: value for name, value in read_deepspeed(path).items() if value is not None}
     _check_names(path, "", given, _SETTINGS)
     for part, names in _PARTS.items():
-        values = _part(path, given, part)
-        _check_names(path, f"{part}.", values, names)
+        _check_names(path, f"{part}.", _part(path, given, part), names)
     if _is_on(given.get("fp16")):
         raise UserError(f"{path}: fp16 is on, and Gemma 3 overflows in it; take it out: the recipe's dtype decides")
     _check_values(path, given, stage)

@@ -76,7 +76,7 @@ def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
     optimizer.free_grad_in_param_list(optimizer.params_not_in_partition[index])
     steps = torch.as_tensor(state["step"], dtype=torch.float32).to(master.device)  # from a checkpoint: on the host
-    buffer = torch.empty(min(_block(master), master.numel()), device=master.device)
+    buffer = torch.empty(min(BLOCK if master.is_cpu else GPU_BLOCK, master.numel()), device=master.device)
     for start, pieces in _blocks(optimizer, index, buffer.numel()):
         sizes = [piece.numel() for piece in pieces]
         scaled = buffer[: sum(sizes)]
@@ -104,10 +104,6 @@ def _step_group(optimizer: Any, index: int, scale: Tensor) -> None:
     optimizer.free_grad_in_param_list(optimizer.params_in_partition[index])
     optimizer._release_preflattened_grad_buffers(index)
     optimizer.averaged_gradients[index] = optimizer.all_grad_tensors[index] = None
-
-
-def _block(master: Tensor) -> int:
-    return BLOCK if master.device.type == "cpu" else GPU_BLOCK
 
 
 def _blocks(optimizer: Any, index: int, size: int) -> Iterator[tuple[int, list[Tensor]]]:
