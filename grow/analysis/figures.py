@@ -15,19 +15,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """Writes a matplotlib figure as PNG and closes it. Raises UserError if the file cannot be written."""
-    from matplotlib import pyplot
-
+    """Writes a matplotlib figure as PNG. Raises UserError if the file cannot be written."""
     with written_whole(Path(path)) as partial:
         figure.savefig(partial, dpi=130, format="png")
-    pyplot.close(figure)
 
 
-def new_figure(*size: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     """Returns a matplotlib figure of a size in inches, drawn without a screen, and its axes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)

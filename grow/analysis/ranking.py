@@ -114,15 +114,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
         {matrix for row in rows for matrix in row["matrices"]}, key=lambda m: (not m.startswith("mlp."), m)
     )
     header = ["place", "layer", "score", "MLP", "MLP, relative", *(matrix.split(".", 1)[-1] for matrix in columns)]
-    return markdown(
-        header,
-        (
-            [str(place), str(row["layer"])]
-            + [_cell(row[key]) for key in ("score", "norm", "relative")]
-            + [_with_share(row["matrices"][matrix]) if matrix in row["matrices"] else "–" for matrix in columns]
-            for place, row in enumerate(rows, 1)
-        ),
-    )
+    lines = []
+    for place, row in enumerate(rows, 1):
+        matrices = [_with_share(row["matrices"][name]) if name in row["matrices"] else "–" for name in columns]
+        figures = [_cell(row[key]) for key in ("score", "norm", "relative")]
+        lines.append([str(place), str(row["layer"]), *figures, *matrices])
+    return markdown(header, lines)
 
 
 def _cell(figure: dict[str, float]) -> str:

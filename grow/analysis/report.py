@@ -29,7 +29,7 @@ def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
     for source in sources:
         path = Path(source)
         if (path / "run.json").exists():
-            curves[_method(path)] = validation_losses(last_checkpoint(path))
+            curves[str(read_json(path / "run.json")["recipe"]["method"])] = validation_losses(last_checkpoint(path))
         elif path.is_file():
             scores += _points(read_json(path))
             if not all("task" in point for point in scores):
@@ -49,10 +49,6 @@ def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:
     if not points:
         return [scores]
     return [point | {"name": f"{scores['name']}, α = {point['alpha']:g}"} for point in points]
-
-
-def _method(run: Path) -> str:
-    return str(read_json(run / "run.json")["recipe"]["method"])
 
 
 def table(scores: list[dict[str, Any]]) -> str:
