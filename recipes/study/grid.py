@@ -9,7 +9,7 @@ that is changed needs another label.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from grow.errors import UserError, unknown
 from grow.methods import METHODS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """Describes one training run of a grid. `layers` is empty for methods that do not grow; `fields` are the recipe's;
     `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
@@ -27,13 +27,13 @@ class Cell:
 
     label: str
     method: str
-    layers: str
-    factor: int
+    layers: str = ""
+    factor: int = 2
+    fields: dict[str, Any] = field(default_factory=dict)
+    average: int = 1
+    learn_alphas: dict[str, Any] = field(default_factory=dict)
     learning_rate: float
     seed: int
-    fields: dict[str, Any]
-    average: int
-    learn_alphas: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -72,11 +72,8 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
     for seed in seeds:
         for label, row in grid["methods"].items():
             for rate in row["learning_rate"]:
-                layers, factor = str(row.get("layers", "")), row.get("factor", 2)
-                more = (
-                    row.get(key, default) for key, default in (("fields", {}), ("average", 1), ("learn_alphas", {}))
-                )
-                yield Cell(label, row["method"], layers, factor, float(rate), seed, *more)
+                own = {"label": label, "layers": str(row.get("layers", "")), "learning_rate": float(rate), "seed": seed}
+                yield Cell(**(row | own))
 
 
 def _check(label: str, row: dict[str, Any]) -> None:

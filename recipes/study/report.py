@@ -74,8 +74,7 @@ def point(line: dict[str, Any], scores: dict[str, Any]) -> Point:
 
 
 def _accuracy(task: dict[str, Any]) -> float:
-    found: float = task.get("accuracy", task["token_accuracy"])
-    return found
+    return float(task.get("accuracy", task["token_accuracy"]))
 
 
 def study_report(path: Path, out: str) -> dict[str, Any]:
