@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names are resolved when they are used: `import grow` itself loads neither torch nor transformers.
-_PLACES = dict.fromkeys(
-    ("attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable"), "grow.api"
-) | {"UserError": "grow.errors"}
 __all__ = [
     "UserError", "attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable",
 ]  # fmt: skip
+# Names are resolved when they are used: `import grow` itself loads neither torch nor transformers.
+_PLACES = dict.fromkeys(__all__, "grow.api") | {"UserError": "grow.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -94,11 +94,9 @@ class ZeroCheckpoint:
         return identity(sorted(self.path.rglob("*.pt")))
 
     def _read_universal(self) -> None:
-        root = self.path / "zero"
-        for file in sorted(root.glob("*/fp32.pt")):
+        for file in sorted((self.path / "zero").glob("*/fp32.pt")):
             state = _load(file)
-            value = state["param"] if isinstance(state, dict) else state
-            self.trained[file.parent.name] = lazy.from_tensor(value)
+            self.trained[file.parent.name] = lazy.from_tensor(state["param"] if isinstance(state, dict) else state)
 
     def _read_whole(self, state: dict[str, Any]) -> None:
         """Reads ZeRO-0's files: the module's own state, which does not list what was frozen, so everything counts as
