@@ -27,7 +27,7 @@ class GracefulShutdown(TrainerCallback):
     def __init__(self) -> None:
         self.signalled = False
         self.preempted = False
-        self.not_finite: torch.Tensor | None = None
+        self.not_finite: torch.Tensor | bool = False
         self.trimmer = MallocTrimmer()
         for number in SIGNALS:
             signal.signal(number, self._note)
@@ -37,15 +37,12 @@ class GracefulShutdown(TrainerCallback):
 
     def check_loss(self, loss: torch.Tensor) -> None:
         """Notes whether a micro-batch's loss is finite; the answer stays on the device until the step's end."""
-        bad = ~torch.isfinite(loss.detach())
-        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+        self.not_finite = self.not_finite | ~torch.isfinite(loss.detach())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises Fault on every rank if the loss of any is NaN or infinite."""
         flags = torch.zeros(2, dtype=torch.int32, device=args.device)
-        flags[0] = int(self.signalled)
-        if self.not_finite is not None:
-            flags[1] = self.not_finite.to(torch.int32)
+        flags[0], flags[1] = self.signalled, self.not_finite
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         signalled, not_finite = flags.tolist()
