@@ -19,6 +19,8 @@ from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import identity
 from grow.errors import UserError
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 class _Opaque:
     """Stands in for DeepSpeed's own classes, whose values are not needed."""
@@ -135,9 +137,7 @@ class ZeroCheckpoint:
             fragments = model.get("frozen_param_fragments") or {}
             self.frozen = {name: lazy.from_tensor(value) for name, value in fragments.items()}
 
-    def _cut_by_group(
-        self, groups: list[dict[str, tuple[int, ...]]], flat: Any, paddings: Any
-    ) -> dict[str, LazyTensor]:
+    def _cut_by_group(self, groups: list[Shapes], flat: Any, paddings: Any) -> dict[str, LazyTensor]:
         found = {}
         for group, shapes in enumerate(groups):
             offset = 0
@@ -147,7 +147,7 @@ class ZeroCheckpoint:
                 offset += prod(shape) + (paddings[group][index] if paddings else 0)
         return found
 
-    def _cut_by_parameter(self, shapes: dict[str, tuple[int, ...]], flat: Any) -> dict[str, LazyTensor]:
+    def _cut_by_parameter(self, shapes: Shapes, flat: Any) -> dict[str, LazyTensor]:
         found, offset = {}, 0
         for name, shape in shapes.items():
             length = ceil(prod(shape) / self.world_size)

@@ -111,8 +111,7 @@ def _check_names(path: str | Path, place: str, values: Mapping[str, Any], names:
 def _is_on(value: Any) -> bool:
     """Says whether a setting does anything: one that is false, null, or an object that is not enabled does not."""
     if isinstance(value, dict):
-        enabled = value.get("enabled", True)
-        return bool(value) and enabled not in (False, "auto")
+        return bool(value) and value.get("enabled", True) not in (False, "auto")
     return value is not None and value is not False
 
 
