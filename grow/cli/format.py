@@ -94,6 +94,10 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         fewer = f" over {s['accuracy_rows']} rows" if s.get("accuracy_rows", s["rows"]) != s["rows"] else ""
         parts.append(f"accuracy {figure_text(s, 'accuracy', '.1%')}{fewer}")
     parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
+    if "kl" in s:
+        parts.append(f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical']:.1%}")
+    if "opened" in s:
+        parts.append(f"switch open for {s['opened']:.1%}")
     if "from_base" in s:
         parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")
     left_out = f", {s['contaminated']} left out as contaminated by training rows" if s["contaminated"] else ""

@@ -60,10 +60,12 @@ def evaluate(
     The result has "task" (test rows), "retention" (rows of what the base knew) and "retention_sets" (more of these, by
     name), each with: `loss`, nats per labelled token; `token_accuracy`, the share of labelled tokens that are the
     likeliest; `exact_match`, the share of rows in which all are, which is what greedy decoding would give;
-    `log_likelihood`, nats per row, the mean over rows; `rows`; `contaminated`, how many were left out; `intervals` of
-    the figures; `items`, each row's log-likelihood; `unusable`, how many rows could not be scored. The task also has
-    the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the parts that failed.
-    For several α, "by_alpha" has all that for each, and the rest is that of the largest.
+    `log_likelihood`, nats per row, the mean over rows; where the base is known, `kl`, KL(base ‖ model) of the next
+    token, nats, the mean over labels, and `identical`, the share of rows whose logits at labels are the base's bit for
+    bit; `opened`, the share of rows that a switch opened for; `rows`; `contaminated`, how many were left out;
+    `intervals` of the figures; `items`, each row's log-likelihood; `unusable`, how many rows could not be scored. The
+    task also has the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the parts
+    that failed. For several α, "by_alpha" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`). `harness` is given
@@ -169,7 +171,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
 
 
 def _summary(interpolation: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
-    scores = score(interpolation.model, items.examples, recipe, tokenizer.pad_token_id, items.name).summary()
+    base = interpolation.base_logits if interpolation.has_base else None
+    scores = score(interpolation.model, items.examples, recipe, tokenizer.pad_token_id, items.name, base).summary()
     return scores | {
         "contaminated": items.contaminated,
         "unusable": items.unusable,

@@ -13,7 +13,7 @@ from torch import Tensor
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
-from grow.model.alpha import set_alpha
+from grow.model.alpha import has_base_inside, set_alpha
 from grow.model.bottleneck import CONFIG
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.loss import base_logits
@@ -78,6 +78,11 @@ class Interpolation:
                     between = before.float() + alpha * (trained.float() - before.float())
                 now.copy_(between)
         self.alpha = alpha
+
+    @property
+    def has_base(self) -> bool:
+        """Says whether the base is known: inside the model, or as `start`."""
+        return self._base is not None or has_base_inside(self.model)
 
     def base_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the base's logits where there is a label, as grow.model.loss.labelled_logits does; α stays."""

@@ -2,36 +2,45 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from grow.data.examples import Examples
+from grow.data.examples import IGNORED, Examples
 from grow.data.of_recipe import right_option
 from grow.data.packing import PackedDataset, collate
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
-from grow.model.loss import token_scores
+from grow.model.loss import identical, label_scores, labelled_logits, likelihood_and_kl
+from grow.model.switch import SwitchedModel
 from grow.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Holds the log-likelihood of each row's labels, nats; how many there are, and how many are the likeliest token."""
+    """Holds figures of each row: the log-likelihood of its labels, nats; how many there are, and how many are the
+    likeliest token. Where a base is known, also the sum over labels of KL(base ‖ model), nats, and whether all logits
+    are the base's bit for bit; where there is a switch, whether it opened."""
 
     likelihoods: list[float]
     tokens: list[int]
     hits: list[int]
+    divergences: list[float] | None = None
+    identical: list[bool] | None = None
+    opened: list[bool] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Returns the figures of grow.evaluation.evaluate.evaluate."""
         losses = [-value for value in self.likelihoods]
         exact = [float(hits == tokens) for hits, tokens in zip(self.hits, self.tokens, strict=True)]
         rows, tokens = len(exact), sum(self.tokens)
-        return {
+        found: dict[str, Any] = {
             "loss": math.fsum(losses) / tokens,
             "token_accuracy": sum(self.hits) / tokens,
             "exact_match": sum(exact) / rows,
@@ -45,23 +54,63 @@ class Scores:
             },
             "items": [round(value, 4) for value in self.likelihoods],
         }
+        if self.divergences is not None and self.identical is not None:
+            found |= {"kl": math.fsum(self.divergences) / tokens, "identical": sum(self.identical) / rows}
+            found["intervals"]["kl"] = interval(self.divergences, self.tokens)
+        if self.opened is not None:
+            found["opened"] = sum(self.opened) / rows
+        return found
 
 
-def score(model: Any, examples: Examples, recipe: Recipe, pad_token_id: int | None, what: str) -> Scores:
-    """Returns the scores of tokenised rows, in their order. No row may be longer than the recipe's max_length."""
+@torch.no_grad()
+def score(
+    model: Any,
+    examples: Examples,
+    recipe: Recipe,
+    pad_token_id: int | None,
+    what: str,
+    base: Callable[[dict[str, Tensor]], Tensor] | None = None,
+) -> Scores:
+    """Returns the scores of tokenised rows, in their order. No row may be longer than the recipe's max_length.
+
+    `base` returns the base's logits where a batch has labels (grow.evaluation.interpolation).
+    """
     sequences = PackedDataset(examples, recipe.max_length, pad_token_id or 0)
-    logprobs: dict[int, float] = defaultdict(float)
-    hits: dict[int, int] = defaultdict(int)
+    sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     size = recipe.per_device_eval_batch_size
     for start in tqdm(range(0, len(sequences), size), desc=what, leave=False, disable=None):
         batch = collate([sequences[i] for i in range(start, min(start + size, len(sequences)))])
-        scores = token_scores(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-        for value, hit, row in zip(*(tensor.tolist() for tensor in scores), strict=True):
-            logprobs[row] += value
-            hits[row] += hit
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for name, values in _label_figures(model, batch, base).items():
+            places = batch["rows"][batch["labels"] != IGNORED]
+            for row, value in zip(places.tolist(), values.tolist(), strict=True):
+                sums[name][row] += value
     tokens = [sum(label >= 0 for label in example.labels) for example in examples]
     rows = range(len(examples))
-    return Scores([logprobs[row] for row in rows], tokens, [hits[row] for row in rows])
+    figures = {name: [of_row[row] for row in rows] for name, of_row in sums.items()}
+    return Scores(
+        figures["likelihood"],
+        tokens,
+        [int(hits) for hits in figures["hit"]],
+        figures.get("divergence"),
+        [not changed for changed in figures["changed"]] if "changed" in figures else None,
+        [bool(opened) for opened in figures["opened"]] if "opened" in figures else None,
+    )
+
+
+def _label_figures(
+    model: Any, batch: dict[str, Tensor], base: Callable[[dict[str, Tensor]], Tensor] | None
+) -> dict[str, Tensor]:
+    """Returns figures of each label, [N] each, to be summed over rows."""
+    logits, labels = labelled_logits(model, batch)
+    found = dict(zip(("likelihood", "hit"), label_scores(logits, labels), strict=True))
+    if isinstance(model, SwitchedModel):
+        found["opened"] = model.switch.tokens_on(batch["labels"])[batch["labels"] != IGNORED]
+    if base is not None:
+        expected = base(batch)
+        found["divergence"] = likelihood_and_kl(logits, expected, labels)[1]
+        found["changed"] = ~identical(logits, expected)
+    return found
 
 
 def right_options(rows: Any, recipe: Recipe) -> list[int]:

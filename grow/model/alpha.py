@@ -26,6 +26,15 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
         mlp.alpha = alpha * mlp.own_alpha
 
 
+def has_base_inside(model: nn.Module) -> bool:
+    """Says whether `base_inside` finds a base in a model."""
+    return any(True for _ in _with_alpha(model)) or _has_loras(model)
+
+
+def _has_loras(model: nn.Module) -> bool:
+    return any(hasattr(module, "lora_A") for module in model.modules())
+
+
 def _with_alpha(model: nn.Module) -> Iterator[Any]:
     return (mlp for mlp in gated_mlps(model).values() if isinstance(mlp, (GrownMLP, AdaptedMLP)))
 
@@ -45,7 +54,7 @@ def base_inside(model: nn.Module) -> Iterator[None]:
 
 
 def _loras_at_zero(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    if not any(hasattr(module, "lora_A") for module in model.modules()):
+    if not _has_loras(model):
         return contextlib.nullcontext()
     from peft.helpers import rescale_adapter_scale
 

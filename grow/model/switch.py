@@ -113,6 +113,10 @@ class Switch:
         if not self._asking and cache is not None and self._start_R is not None:
             self._caches[cache] = self._start_R
 
+    def tokens_on(self, like_BL: Tensor) -> Tensor:
+        """Returns which tokens of the last pass were on, bool [B, L], as `like_BL` is shaped."""
+        return self.on if isinstance(self.on, Tensor) else torch.full_like(like_BL, self.on, dtype=torch.bool)
+
     def _set(self, rows: Rows, start_R: Tensor) -> None:
         self._start_R, self.decided = start_R, start_R != NEVER
         if rows.matters_R is not None:

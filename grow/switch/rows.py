@@ -15,6 +15,7 @@ from typing import Any
 from grow.data.conversation import conversation
 from grow.data.examples import IGNORED, Examples
 from grow.data.of_recipe import retention_rows, retention_template, rows_of, sliced, template_of
+from grow.data.spans import common_start
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.data.writing import sampled
@@ -178,8 +179,8 @@ def _pieces(rows: Sequence[dict[str, Any]], template: Template) -> Iterator[Piec
         yield from found
         return
     texts = ["".join(text for text, _ in row) for row in found]
-    first = _common_beginning(texts)
-    last = _common_beginning([text[len(first) :][::-1] for text in texts])[::-1]
+    first = _common(texts)
+    last = _common([text[len(first) :][::-1] for text in texts])[::-1]
     for text in texts:
         pieces = [(first, True), (text[len(first) : len(text) - len(last)], False), (last, True)]
         yield [(piece, own) for piece, own in pieces if piece]
@@ -251,9 +252,9 @@ def _ids(text: str, tokenizer: Any) -> Prompt:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _common_beginning(texts: list[str]) -> str:
-    first, last = min(texts), max(texts)
-    return next((first[:place] for place, letter in enumerate(first) if last[place : place + 1] != letter), first)
+def _common(texts: list[str]) -> str:
+    """Returns what all texts begin with."""
+    return min(texts)[: common_start(min(texts), max(texts))]
 
 
 def _letters(text: str) -> str:

@@ -1,6 +1,7 @@
 """Scores: against what they are by hand, at any α, with contaminated rows left out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from grow.analysis.report import report
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
+from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.decontamination import contaminated
 from grow.data.template import Template
 from grow.errors import UserError
@@ -97,6 +99,48 @@ def test_over_the_dial_and_against_the_base(
         evaluate(str(trained), settings, limit=5, against={"by_alpha": found["by_alpha"][1:]})
     fewer = ("--against", out, "--limit", "5", "--retention-limit", "3")
     assert "other rows" in here(capsys, "eval", trained, "--recipe", recipe, *fewer, code=2)
+
+
+def test_how_far_it_is_from_the_base(trained: Path, text_base: Path, recipe: Path) -> None:
+    """KL(base ‖ model) by hand, and exactly nothing where the model is the base."""
+    settings = read_recipe(str(recipe))
+    found = evaluate(str(trained), settings, (0.0, 1.0), limit=5, retention_limit=5)
+    sets = [[p["task"], p["retention"], *p["retention_sets"].values()] for p in found["by_alpha"]]
+    assert all((s["kl"], s["identical"], *s["intervals"]["kl"]) == (0, 1, 0, 0) for s in sets[0])
+    assert all(s["kl"] > 0 and s["identical"] == 0 for s in sets[1])
+    model, base = (load(path, compute_dtype()) for path in (trained, text_base))
+    divergences = []
+    for example in rows_of(trained, Path(settings.data), "test")[:5]:
+        ids, mask = torch.tensor([example.input_ids]), torch.tensor(example.labels) >= 0
+        now, before = (m(ids, use_cache=False).logits[0].float().log_softmax(-1)[mask] for m in (model, base))
+        divergences.append((before.exp() * (before - now)).sum(-1))
+    assert found["task"]["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=0.05)
+    assert "kl" not in evaluate(str(text_base), settings, limit=5)["task"], (
+        "the base of a stock checkpoint is not known"
+    )
+    again = evaluate(str(text_base), settings, limit=5, start=str(text_base))["task"]
+    assert (again["kl"], again["identical"]) == (0, 1)
+
+
+def test_with_a_switch(trained: Path, recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    """Rows that are off are the base's, in every figure; what is written after a prompt too."""
+    switched = tmp_path / "switched"
+    shutil.copytree(trained, switched)
+    config = json.loads((switched / "config.json").read_text())
+    weight = torch.zeros(32)
+    config["growth"]["switch"] = SwitchRecord("row", 0, weight.numpy(), 1.0, facts={}).values()
+    (switched / "config.json").write_text(json.dumps(config))
+    settings = read_recipe(str(recipe))
+    shut = evaluate(str(switched), settings, limit=5, retention_limit=5, samples=2)
+    base = evaluate(str(trained), settings, (0.0,), limit=5, retention_limit=5, samples=2)
+    assert shut["samples"] == base["samples"]
+    for name in ("task", "retention"):
+        assert (shut[name]["kl"], shut[name]["identical"], shut[name]["opened"]) == (0, 1, 0)
+        assert shut[name]["items"] == base[name]["items"]
+    config["growth"]["switch"] = SwitchRecord("row", 0, weight.numpy(), -1.0, facts={}).values()
+    (switched / "config.json").write_text(json.dumps(config))
+    said = here(capsys, "eval", switched, "--recipe", recipe, "--limit", "5", "--retention-limit", "5")
+    assert "switch open for 100.0%" in said and "identical to the base on 0.0%" in said
 
 
 def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, tmp_path: Path) -> None:
