@@ -19,21 +19,19 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.consolidate import stock_config, stock_tensors
 from grow.checkpoint.expand import added_tensors, base_identity, make_plan
 from grow.checkpoint.hub import locate
-from grow.checkpoint.lazy import LazyTensor
-from grow.checkpoint.metadata import GROWTH_NAME, without_checksums, write_growth
+from grow.checkpoint.metadata import without_checksums, write_growth
 from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing, side_files
 from grow.checkpoint.package import check_base_tensors, matches, open_package
 from grow.checkpoint.shards import Checkpoint
-from grow.checkpoint.trained_weights import TrainedWeights, load_trained
+from grow.checkpoint.trained_weights import TrainedWeights
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, checksum, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.methods import METHODS, export_trained
+from grow.methods import METHODS
 from grow.methods.g_freeze import GFreeze
+from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
-from grow.model.bottleneck import CONFIG as ADAPTER_CONFIG
-from grow.model.gather import gathered
-from grow.model.in_memory import InMemoryCheckpoint
+from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.mlp import add_growth, grown_mlps
 from grow.model.switch import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
@@ -53,7 +51,7 @@ def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", fact
     text = layers if isinstance(layers, str) else ",".join(map(str, layers))
     plan, prefixes = make_plan(base, factor, text)
     _add(model, plan)
-    _fill(model, added_tensors(base, plan, prefixes))
+    fill(model, added_tensors(base, plan, prefixes))
     model.config.growth = {
         "format_version": FORMAT_VERSION,
         "factor": plan.factor,
@@ -121,7 +119,7 @@ def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     plan = GrowthPlan.from_config({"growth": facts})
     assert plan is not None
     _add(model, plan)
-    _fill(model, {name: added.lazy(name) for name in added.tensors})
+    fill(model, {name: added.lazy(name) for name in added.tensors})
     set_alpha(model, 1.0)
     model.config.growth = without_checksums(facts)
     loading.put_own_switch(model)
@@ -135,25 +133,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0
     is the base, 1 as trained. `start` is the checkpoint that a run started from, if that has moved. Raises UserError
     for anything else.
     """
-    folder = Path(path)
-    if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: a growth package; load its base, and grow.attach(base, {str(folder)!r})")
-    if not (folder / "run.json").is_file():
-        return loading.load(path, dtype, alpha)
-    if (folder / "result" / ADAPTER_CONFIG).is_file():  # in no other form
-        return loading.load(folder / "result", dtype, alpha)
-    source = load_trained(str(folder), start, export=export_trained)
-    if source.config is not None or (alpha != 1 and source.plan is None):
-        raise UserError(f"{folder}: consolidate it first: grow consolidate {folder} OUT --alpha {alpha:g}")
-    model = loading.load(source.start.path, dtype)
-    if any(".mlp.trained." in name for name in source.trained):
-        METHODS["g_train"]().add_parameters(model)
-    _fill(model, source.trained)
-    if source.plan is not None:
-        model.config.growth = source.growth_facts()
-        set_alpha(model, alpha)
-        loading.put_own_switch(model)
-    return model
+    return load_model(path, dtype, alpha, start)
 
 
 def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, without_switch: bool = False) -> None:
@@ -205,18 +185,6 @@ def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
         own = mlp.gate_proj.weight
         for added in filter(None, (mlp.grown, mlp.trained)):
             added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, LazyTensor]) -> None:
-    """Copies tensors to the parameters of the same canonical names."""
-    parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    for name, tensor in tensors.items():
-        if name.endswith("lm_head.weight") and canonical(name) not in parameters:
-            continue  # tied: the embeddings' second name
-        parameter = parameters[canonical(name)]
-        with gathered(parameter):
-            parameter.copy_(tensor.load())
 
 
 def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str]:

@@ -210,7 +210,7 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     if values.get("switch") and not values.get("grown"):
-        values = {"layers": "upper"} | values
+        values = {"layers": "upper", "lora_layers": "upper"} | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:

@@ -13,6 +13,7 @@ import numpy as np
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
+NAME = "switch.json"
 KINDS = ("row", "token", "answer", "call")
 
 
@@ -66,7 +67,7 @@ def read_switch(values: Any, where: Path) -> SwitchRecord:
 
 def switch_file(run: Path) -> Path:
     """Returns where a run has its switch."""
-    return run / "switch" / "switch.json"
+    return run / "switch" / NAME
 
 
 def switch_of_run(run: Path) -> SwitchRecord | None:

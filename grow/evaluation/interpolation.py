@@ -15,7 +15,7 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.model.alpha import has_base_inside, set_alpha
 from grow.model.bottleneck import CONFIG
-from grow.model.loading import compute_device, compute_dtype, load
+from grow.model.loading import compute_device, compute_dtype, is_lora, load
 from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
 from grow.names import canonical
@@ -30,7 +30,7 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     folder = locate(path)
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
-    inside = (folder / CONFIG).is_file() or "growth" in read_json(folder / "config.json")
+    inside = (folder / CONFIG).is_file() or is_lora(folder) or "growth" in read_json(folder / "config.json")
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")
     if start and _shapes(path) != _shapes(start):

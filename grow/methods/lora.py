@@ -1,6 +1,8 @@
 """LoRA: a low-rank update beside each linear layer."""
 
 import operator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,24 +10,48 @@ from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.methods.peft_method import PeftMethod
+from grow.names import canonical, of_language_model
+from grow.plan import parse_layers
 
 
 @dataclass
 class Lora(KlRegularized, PeftMethod):
     """Trains W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero
-    at first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. KL regularisation can be added."""
+    at first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. `lora_layers` are the decoder layers whose linear
+    layers have one, as `layers` for growth. KL regularisation can be added."""
 
     keeps_base: ClassVar[bool] = True
+    switches: ClassVar[bool] = True
     part: ClassVar[str] = ".lora_"
 
     lora_rank: int = 16
     lora_alpha: int = 32
+    lora_layers: str = "all"
 
     def check(self, recipe: Any) -> None:
         """Raises UserError also for an invalid rank."""
         super().check(recipe)
         if self.lora_rank < 1:
             raise UserError("lora_rank must be at least 1")
+
+    def add_parameters(self, model: Any) -> None:
+        """Puts the LoRAs in."""
+        self._choose(name for name, _ in model.named_parameters())
+        super().add_parameters(model)
+
+    def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the LoRAs of the chosen layers."""
+        self._choose(shapes)
+        return super().added_shapes(shapes)
+
+    def _choose(self, names: Iterable[str]) -> None:
+        found = (re.match(r"layers\.(\d+)\.", canonical(name)) for name in names if of_language_model(name))
+        count = 1 + max((int(match[1]) for match in found if match), default=-1)
+        self._layers = {f"layers.{layer}" for layer in parse_layers(self.lora_layers, count)}
+
+    def targets(self, name: str) -> bool:
+        """Says whether a linear layer is in one of the chosen decoder layers."""
+        return super().targets(name) and ".".join(canonical(name).split(".")[:2]) in self._layers
 
     def config(self, target_modules: list[str]) -> Any:
         """Returns PEFT's LoraConfig."""

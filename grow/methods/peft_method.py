@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from grow.checkpoint.lazy import LazyTensor
-from grow.checkpoint.output import OutputFolder, no_progress
+from grow.checkpoint.output import OutputFolder, no_progress, side_files
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import Checkpoint, read_json
+from grow.checkpoint.switch_record import switch_file
 from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
@@ -97,3 +98,7 @@ class PeftMethod(Method):
         with OutputFolder(out, {"adapter of": zero.identity()}) as folder:
             folder.write_shards({"adapter_model.safetensors": tensors}, no_progress)
             config.save_pretrained(folder.partial)
+            for file in side_files(Path(config.base_model_name_or_path)):
+                folder.copy(file)
+            if switch_file(run).is_file():
+                folder.copy(switch_file(run))

@@ -4,12 +4,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grow.checkpoint.dtypes import TORCH_NAMES, itemsize
 from grow.checkpoint.lazy import LazyTensor, from_tensor
 from grow.checkpoint.shards import Checkpoint, TensorInfo
 from grow.errors import UserError
+from grow.model.gather import gathered
+from grow.names import canonical
 
 _NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
 
@@ -56,3 +59,15 @@ def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
         raise UserError(f"{path}: {name} is {tensor.dtype} on {tensor.device}; load the model whole, and not quantized")
     shape = tuple(tensor.shape)
     return TensorInfo(path, dtype, shape, 0, prod(shape) * itemsize(dtype))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, LazyTensor]) -> None:
+    """Copies tensors to the parameters of the same canonical names."""
+    parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        if name.endswith("lm_head.weight") and canonical(name) not in parameters:
+            continue  # tied: the embeddings' second name
+        parameter = parameters[canonical(name)]
+        with gathered(parameter):
+            parameter.copy_(tensor.load())

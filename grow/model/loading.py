@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from grow.checkpoint.hub import locate
 from grow.checkpoint.shards import Checkpoint, read_json, refuse_adapter
+from grow.checkpoint.switch_record import NAME as SWITCH_NAME
 from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
@@ -20,6 +21,7 @@ from grow.model.switch import put_switch
 from grow.names import canonical
 from grow.plan import GrowthPlan
 
+LORA_CONFIG = "adapter_config.json"
 _LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 
 
@@ -50,6 +52,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
     path = locate(path)
     if (path / bottleneck.CONFIG).is_file():
         return _load_adapter(path, dtype, alpha)
+    if is_lora(path):
+        return load_lora(path, dtype, alpha)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
     refuse_adapter(path)
@@ -134,6 +138,33 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrai
         raise UserError(f"{path}: its adapter does not fit {facts['base']}; was that replaced?")
     model.load_state_dict(tensors, strict=False)
     set_alpha(model, alpha)
+    return model.eval()
+
+
+def is_lora(path: Path) -> bool:
+    """Says whether a folder holds an adapter of PEFT's, without a model beside it."""
+    return (path / LORA_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def load_lora(path: Path, dtype: torch.dtype | str, alpha: float = 1.0, base: str = "") -> PreTrainedModel:
+    """Loads a folder of PEFT's, not merged, on the base that it names, or on another; with its switch, if it has one.
+
+    Raises UserError for a base that is not there, and for an α between both, which only merged weights have.
+    """
+    name = base or read_json(path / LORA_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{path}: its {LORA_CONFIG} does not name its base")
+    if alpha != 1:
+        raise UserError(
+            f"{path}: is an adapter that is not merged: grow consolidate RUN OUT --alpha {alpha:g} merges it"
+        )
+    model = load(name, dtype)
+    try:
+        model.load_adapter(str(path), is_trainable=False)
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"{path}: PEFT cannot put it on {name} ({_short(error)})") from error
+    if (path / SWITCH_NAME).is_file():
+        put_switch(model, read_switch(read_json(path / SWITCH_NAME), path / SWITCH_NAME))
     return model.eval()
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
+from grow.model.where_on import where_on
 from grow.names import PROJECTIONS
 from grow.plan import GrowthPlan
 
@@ -86,22 +87,14 @@ class GrownMLP:
         """Maps […, h] to […, h]."""
         if self.alpha == 0:
             return self._base(x)
-        on = True if self.switch is None else self.switch.on
-        partitioned = hasattr(self.gate_proj.weight, "ds_id") and self.switch is not None
-        if on is True and not partitioned:
+        every_rank = hasattr(self.gate_proj.weight, "ds_id")
+        if self.switch is None or (self.switch.on is True and not every_rank):
             return self._with_growth(x, self._base(x))
-        own = super().forward(x)  # type: ignore[misc]
-        if on is False and not partitioned:
-            return own
-        # Rows that are off are never touched, so that they are the base's, whatever else is in the batch.
-        x_NH, own_NH = x.flatten(0, -2), own.flatten(0, -2)
-        places = torch.arange(len(x_NH), device=x.device) if on is True else _places(on, x.device)
-        # Under ZeRO-3 every rank gathers the parameters of every branch, in the same order: no branch is left out.
-        taken = torch.cat((places, places.new_zeros(1))) if partitioned else places
-        chosen = x_NH[taken]
-        base = own_NH[taken] if self.trained is None else self._base(chosen)
-        sums = self._with_growth(chosen, base)[: len(places)]
-        return own_NH.index_put((places,), sums).view_as(own)
+
+        def full(chosen: Tensor, own: Tensor) -> Tensor:
+            return self._with_growth(chosen, own if self.trained is None else self._base(chosen))
+
+        return where_on(self.switch, x, super().forward(x), full, every_rank)  # type: ignore[misc]
 
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""
@@ -113,13 +106,6 @@ class GrownMLP:
         if isinstance(share, Tensor):  # α is being learnt (grow.evaluation.learn_alphas)
             return grown + share * base
         return torch.add(grown, base, alpha=share)
-
-
-def _places(on: bool | Tensor, device: torch.device) -> Tensor:
-    """Returns the flat indices of tokens that are on, int64 [N]."""
-    if isinstance(on, Tensor):
-        return on.flatten().nonzero()[:, 0]
-    return torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def grow_mlp(mlp: Any, factor: int) -> None:

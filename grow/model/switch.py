@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.alpha import base_inside
+from grow.model.lora import highest_unchanged, lora_layers, switch_lora
 from grow.model.mlp import GrownMLP, gated_mlps
 from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
 
@@ -128,7 +129,7 @@ class Switch:
         left_out = ("past_key_values", "labels", "use_cache", "cache_position", "logits_to_keep")
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
         # Under ZeRO-3 no pass may end early: every rank gathers the parameters of every layer.
-        self._asking, self._partitioned = True, hasattr(next(model.parameters()), "ds_id")
+        self._asking, self._partitioned, self.on = True, hasattr(next(model.parameters()), "ds_id"), False
         try:
             with torch.no_grad(), base_inside(model), contextlib.suppress(_Decided):
                 model(**inputs, use_cache=False)
@@ -188,10 +189,11 @@ class SwitchedModel:
 
 
 def put_switch(model: Any, record: SwitchRecord) -> None:
-    """Gives a grown model a switch, in place. Raises UserError if it does not fit."""
-    mlps = gated_mlps(model)
+    """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
+    mlps, loras = gated_mlps(model), lora_layers(model)
     grown = [layer for layer, mlp in mlps.items() if isinstance(mlp, GrownMLP)]
-    first_pass = bool(grown) and record.layer > min(grown)
+    unchanged = min([*grown, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
+    first_pass = record.layer > unchanged
     check_fits(record, mlps, first_pass)
     cls = type(model)
     members = {"__module__": cls.__module__, "stock_class": getattr(cls, "stock_class", cls)}
@@ -204,6 +206,8 @@ def put_switch(model: Any, record: SwitchRecord) -> None:
         mlps[record.layer].register_forward_pre_hook(lambda _, inputs: switch.read(inputs[0]))
     for layer in grown:
         mlps[layer].switch = switch
+    for lora in loras.values():
+        switch_lora(lora, switch)
 
 
 def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool) -> None:
@@ -219,8 +223,8 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
         )
     if record.kind == "token" and first_pass:
         raise UserError(
-            f"a switch for each token reads layer {record.layer}, below which layers have grown; let it read the "
-            "lowest grown layer or one below"
+            f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "
+            "the lowest grown layer or one below"
         )
 
 

@@ -13,6 +13,7 @@ from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.tokens import encode_cached
 from grow.errors import UserError, unknown
 from grow.model.loading import compute_device, compute_dtype, load
+from grow.model.lora import highest_unchanged
 from grow.names import mlp_prefixes
 from grow.plan import GrowthPlan, parse_layers
 from grow.recipe import FITTED, Recipe
@@ -72,20 +73,25 @@ def refit(recipe: Recipe, kind: str, layer: str, on: Sequence[str], off: Sequenc
 
 
 def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
-    """Returns the highest layer that can be read in the pass that it decides: the lowest that grows."""
+    """Returns the highest layer that can be read in the pass for which it decides: the lowest that grows, or the one
+    below the lowest with a LoRA; −1 if there is none."""
+    method = recipe.make_method()
+    if not method.grows:
+        return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config)
     layers = plan.layers if plan else parse_layers(recipe.layers, len(mlp_prefixes(start.tensors)))
     return layers[0]
 
 
 def reading_layer(layer: str, lowest: int, count: int) -> int:
-    """Returns the layer that a switch reads in a model of `count` layers of which `lowest` is the lowest that training
-    changes: for "auto" that one where the lowest third stays, else the first above that third.
+    """Returns the layer that a switch reads in a model of `count` layers of which `lowest` can be read in the same pass
+    (lowest_layer): for "auto" that one, unless training changes the lowest third; then the first above that third.
 
     Raises UserError for anything but "auto" or a layer of the model.
     """
     if layer == "auto":
-        return max(lowest, -(-count // 3))
+        third = -(-count // 3)
+        return lowest if lowest >= third - 1 else third
     if not layer.isdecimal() or int(layer) >= count:
         raise UserError(f"--layer {layer}: auto, or one of the layers 0-{count - 1}")
     return int(layer)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import grow
 from grow.checkpoint.metadata import read_growth
+from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import switch_file, switch_of_run
 from grow.cli.main import main
 from grow.model.loading import load
@@ -163,3 +164,33 @@ def test_two_ranks(text_base: Path, sums: Path, tmp_path: Path, stage: int) -> N
     assert measured and all(entry["retention_open"] == 0 == entry["kl_from_base"] for entry in measured)
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.1, "the validation rows are on"
+
+
+def test_a_lora_that_is_not_merged(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """In the upper layers, so that the layer below is the base's; loaded with its switch, and merged without."""
+    recipe = recipe_with(tmp_path / "r.yaml", text_base, sums, method="lora", learning_rate=0.02)
+    train(recipe, 1)
+    run = tmp_path / "run"
+    record = switch_of_run(run)
+    assert record is not None and record.layer == 1, "below the lowest attention that has one"
+    trained = list(Checkpoint.of_files(run, [run / "result" / "adapter_model.safetensors"]).tensors)
+    assert trained and all(".layers.2." in name or ".layers.3." in name for name in trained)
+    base, far = load(text_base), tokens(40)
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    prompt = tokenizer([f"<bos>~~~~~~~~3+{n}=~~~~~~~~" for n in range(2, 9)], return_tensors="pt").input_ids
+    assert "--without-switch" in here(capsys, "consolidate", run, tmp_path / "stock", code=2)
+    here(capsys, "consolidate", run, tmp_path / "stock", "--without-switch")
+    merged = load(tmp_path / "stock")
+    for model in (grow.load(run), grow.load(run / "result")):
+        model.requires_grad_(False)
+        assert torch.equal(logits(model, input_ids=far), logits(base, input_ids=far))
+        assert model.switched.tolist() == [False]
+        found = logits(model, input_ids=prompt)
+        assert model.switched.all() and torch.allclose(found, logits(merged, input_ids=prompt), atol=0.3)
+        assert not torch.equal(found, logits(base, input_ids=prompt))
+        both = torch.cat((prompt[:3], tokens(prompt.shape[1]).repeat(3, 1)))
+        mixed = logits(model, input_ids=both)
+        assert model.switched.tolist() == [True] * 3 + [False] * 3
+        assert torch.equal(mixed[3:], logits(base, input_ids=both)[3:])
+    said = here(capsys, "eval", run / "result", "--recipe", recipe, "--limit", "5")
+    assert "switch open for 100.0%" in said

@@ -1,0 +1,51 @@
+"""LoRAs that are not merged: PEFT's layers in a model, which a switch can leave out (grow.model.switch)."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from grow.model.where_on import where_on
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)")
+
+
+class SwitchedLora:
+    """Is mixed into the class of PEFT's linear layer, so that its parameters keep their names."""
+
+    switch: Any
+    base_layer: nn.Linear
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Maps […, in] to […, out]."""
+        every_rank = hasattr(self.base_layer.weight, "ds_id")
+        if self.switch.on is True and not every_rank:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+        def full(chosen: Tensor, _: Tensor) -> Tensor:
+            return super(SwitchedLora, self).forward(chosen, *args, **kwargs)  # type: ignore[misc]
+
+        return where_on(self.switch, x, self.base_layer(x), full, every_rank)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Returns PEFT's linear layers outside of grown MLPs, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and ".mlp.grown." not in name
+    }
+
+
+def highest_unchanged(names: list[str]) -> int:
+    """Returns the highest layer whose MLP's input LoRAs in these modules leave as it is; −1 if there is none. One in a
+    layer's MLP leaves it, one in its attention does not."""
+    found = [(int(match[1]), match[2]) for name in names for match in [_LAYER.search(name)] if match]
+    return min(layer - (part != "mlp") for layer, part in found)
+
+
+def switch_lora(layer: Any, switch: Any) -> None:
+    """Lets a switch leave out one of PEFT's layers, in place."""
+    cls = type(layer)
+    layer.__class__ = type(f"Switched{cls.__name__}", (SwitchedLora, cls), {})
+    layer.switch = switch
