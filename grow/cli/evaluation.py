@@ -6,11 +6,12 @@ Heavy imports happen inside a command, so that --help answers at once.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grow.cli.arguments import number
-from grow.cli.format import alpha_text, eval_text, layer_alphas_text, say
+from grow.cli.format import alpha_text, answer_text, eval_text, layer_alphas_text, say
 from grow.errors import Fault, UserError
 
 
@@ -175,3 +176,68 @@ def learn_alphas(
     from grow.evaluation.learn_alphas import learn_alphas as run
 
     return say(run(checkpoint, out, settings, folders, weight, count), layer_alphas_text, json)
+
+
+def chat(
+    checkpoint: str, prompt: str = "", prompts: str = "", recipe: str = "", compare: bool = False, switch: str = "auto",
+    max_new_tokens: str = "128", temperature: str = "0", json: bool = False, **fields: str,
+) -> str:  # fmt: skip
+    """Talks with a model, says whether its skill was on, and with --compare what its base would have written.
+
+    Without --prompt and --prompts it reads prompts from the terminal, a line each. Under a chat template they are one
+    conversation.
+
+    Example: grow chat runs/gemma3_270m-translation-g_freeze --recipe recipes/gemma3_270m/translation.yaml --compare
+    Example: grow chat ~/models/gemma-3-1b-it-skill --prompt "How do I reset the router?"
+
+    Args:
+        checkpoint: A checkpoint, stock or grown, a finished run, or a folder of PEFT's.
+        prompt: One prompt.
+        prompts: A file of prompts, one a line.
+        recipe: Put prompts into this recipe's template (of several columns: as a JSON object); the checkpoint's chat
+            template unless given or, where it has none, the prompt as it is.
+        compare: Also show what the base writes.
+        switch: "auto", as it was fitted, "on" or "off".
+        max_new_tokens: At most so many tokens are written.
+        temperature: 0 takes the likeliest token, above 0 draws.
+        json: Print a JSON object for each prompt, a line each.
+        fields: Fields of the recipe.
+    """
+    most, heat = number("--max-new-tokens", max_new_tokens), number("--temperature", temperature, float)
+    if most < 1 or heat < 0:
+        raise UserError("chat: --max-new-tokens is at least 1, --temperature at least 0")
+    if prompt and prompts:
+        raise UserError("chat: give --prompt or --prompts")
+    lines: Any = [prompt]
+    if prompts:
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts {prompts}: cannot be read ({error})") from None
+    elif not prompt:
+        lines = _typed()
+
+    from grow.methods import read_recipe
+
+    settings = read_recipe(recipe, fields) if recipe else None
+
+    from grow.data.of_recipe import template_of
+    from grow.evaluation.chat import Chat
+    from grow.evaluation.of_checkpoint import model_and_tokenizer
+
+    model, tokenizer = model_and_tokenizer(checkpoint, switch, compare)
+    talk = Chat(model, tokenizer, template_of(settings) if settings else None, most, heat, compare)
+    for line in lines:
+        if line.strip():
+            answer = talk.ask(line, stream=not json)
+            print(say(vars(answer), answer_text, json), flush=True)
+    return ""
+
+
+def _typed() -> Iterator[str]:
+    """Yields the lines that are typed, until the end of input."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return

@@ -105,6 +105,12 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
     return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}{unusable}"
 
 
+def answer_text(r: dict[str, Any]) -> str:
+    """Returns what `chat` says after an answer, which has been printed as it was written."""
+    lines = [] if r["on"] is None else [f"[the skill was {'on' if r['on'] else 'off'}]"]
+    return "\n".join(lines if r["base"] is None else [*lines, f"[the base: {r['base']}]"])
+
+
 def alpha_text(r: dict[str, Any]) -> str:
     """Returns the text of `find-alpha`."""
     lines = [f"α = {point['alpha']:<6g} KL {figure_text(point, 'kl', '.5f')}" for point in r["seen"]]

@@ -16,8 +16,8 @@ COMMANDS: dict[str, Callable[..., str]] = {
     for command in (
         checkpoints.plan, checkpoints.expand, checkpoints.verify, runs.fetch, runs.preview, runs.show, runs.train,
         runs.fit_switch, checkpoints.consolidate, checkpoints.base, checkpoints.growth, checkpoints.attach,
-        evaluation.eval, evaluation.report, evaluation.find_alpha, evaluation.learn_alphas, analysis.rank,
-        analysis.effective_rank,
+        evaluation.eval, evaluation.chat, evaluation.report, evaluation.find_alpha, evaluation.learn_alphas,
+        analysis.rank, analysis.effective_rank,
     )
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ then interpolated with the base's, as `consolidate --alpha` does it, so that bot
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     folder = locate(path)
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
-    inside = (folder / CONFIG).is_file() or is_lora(folder) or "growth" in read_json(folder / "config.json")
+    inside = holds_base(folder)
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")
     if start and _shapes(path) != _shapes(start):
@@ -40,6 +41,11 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
             raise UserError(f"--alpha {alpha:g}: it lies between 0 (the base) and 1 (as trained)")
         if alpha != 1 and not (inside or start):
             raise UserError(f"{path}: no base is inside; name what it was trained from: --start BASE")
+
+
+def holds_base(folder: Path) -> bool:
+    """Says whether a checkpoint's folder holds, or names, the base beside what was trained."""
+    return (folder / CONFIG).is_file() or is_lora(folder) or "growth" in read_json(folder / "config.json")
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
