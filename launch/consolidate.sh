@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a stock checkpoint of a finished run, RUN-stock, and scores it into RUN-scores.json; skips what is there. Where
-# only some layers have grown, the others are widened with zeros, since stock models have one width.
+# only some layers have grown, the others are widened with zeros, since stock models have one width. A run with a switch
+# becomes a grown checkpoint, RUN-switched, since stock models have none; of a LoRA it is RUN/result.
 #
 #     launch/consolidate.sh RECIPE [--field value …]
 #
@@ -17,13 +18,16 @@ help_if_asked "$@"
 check_numbers LIMIT ALPHA
 enter "$@"
 install "$ROOT/requirements.txt"
-shown=$(grow show "$1" output_dir method "${@:2}")
-{ read -r run && read -r method; } <<<"$shown"
+shown=$(grow show "$1" output_dir method grows switch "${@:2}")
+{ read -r run && read -r method && read -r grows && read -r switch; } <<<"$shown"
 [[ -f $run/COMPLETE ]] || die 2 "$run: training is not finished; run launch/train.sh first"
-OUT=${OUT:-$run-stock}
+OUT=${OUT:-$run-${switch:+switched}}
+[[ $OUT != "$run-" ]] || OUT=$run-stock
 SCORES=${SCORES:-$run-scores.json}
-if [[ $method == adapter ]]; then
-    OUT=$run/result # an adapter is in no stock architecture
+if [[ $method == adapter || (-n $switch && $grows == False) ]]; then
+    OUT=$run/result # an adapter is in no stock architecture, and a LoRA that is merged could not be off
+elif [[ -n $switch ]]; then
+    [[ -d $OUT ]] || grow consolidate "$run" "$OUT" --format grown
 elif [[ ! -d $OUT ]]; then
     grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" --uniform
 fi

@@ -35,7 +35,7 @@ fi
 export TQDM_DISABLE=${TQDM_DISABLE:-1} # a log has no use for progress bars
 recipe=$ROOT/recipes/gemma3_270m/translation.yaml
 base=$GROW_CACHE/gemma3_270m/model
-grown=$GROW_CACHE/gemma3_270m/grown
+grown=$OUT/grown
 log=$OUT/demo.log
 mkdir -p "$OUT/scores"
 printf '%s: %s\n' "$(date +%FT%T)" "$0" >>"$log"
@@ -102,37 +102,44 @@ print(f"{type(model).__name__}, intermediate_size {model.config.intermediate_siz
 END
 }
 
-score() { # score NAME CHECKPOINT
+score() { # score NAME CHECKPOINT [OPTION …]
     local file="$OUT/scores/${1// /_}.json"
     [[ -f $file ]] ||
-        doing "6/6 scoring: $1" grow eval "$2" --recipe "$recipe" --limit "$LIMIT" --samples 3 --name "$1" --out "$file"
+        doing "6/6 scoring: $1" grow eval "$2" --recipe "$recipe" --limit "$LIMIT" --samples 3 --name "$1" \
+            --out "$file" "${@:3}"
 }
 
 printf 'The output of all steps goes to %s\n' "$log" >&2
 install "$ROOT/requirements.txt"
 doing "1/6 fetching a real Gemma 3 270M, rows to learn and rows to retain" \
     "$VENV/bin/python" "$ROOT/recipes/gemma3_270m/fetch.py" model translation capitals
-[[ -d $grown ]] || doing "2/6 growing it, offline" grow expand "$base" "$grown"
-doing "2/6 what has been added" grow plan "$base"
+[[ -d $grown ]] || doing "2/6 growing its upper two thirds, offline" grow expand "$base" "$grown" --layers upper
+doing "2/6 what has been added" grow plan "$base" --layers upper
 result added:
 doing "3/6 comparing every logit of the grown model with the base's" \
     grow verify "$grown" --base "$base" --forward
 result "bit for bit"
+doing "4/6 training: g_freeze, with a switch" "$ROOT/launch/train.sh" "$recipe" --grown "$grown" --switch row \
+    --output_dir "$OUT/g_freeze" ${STEPS:+--max_steps "$STEPS"}
+result "It opens for"
+doing "4/6 training: sft" \
+    "$ROOT/launch/train.sh" "$recipe" --method sft --output_dir "$OUT/sft" ${STEPS:+--max_steps "$STEPS"}
+[[ -d $OUT/g_freeze-switched ]] ||
+    doing "5/6 making a grown checkpoint, with its switch" \
+        grow consolidate "$OUT/g_freeze" "$OUT/g_freeze-switched" --format grown
+[[ -d $OUT/g_freeze-stock ]] || doing "5/6 making a stock checkpoint: g_freeze, always on" \
+    grow consolidate "$OUT/g_freeze" "$OUT/g_freeze-stock" --uniform --without-switch
+[[ -d $OUT/sft-stock ]] || doing "5/6 making a stock checkpoint: sft" grow consolidate "$OUT/sft" "$OUT/sft-stock"
 for method in g_freeze sft; do
-    doing "4/6 training: $method" \
-        "$ROOT/launch/train.sh" "$recipe" --method "$method" --output_dir "$OUT/$method" ${STEPS:+--max_steps "$STEPS"}
-done
-for method in g_freeze sft; do
-    [[ -d $OUT/$method-stock ]] ||
-        doing "5/6 making a stock checkpoint: $method" grow consolidate "$OUT/$method" "$OUT/$method-stock"
     doing "5/6 loading it with nothing but transformers: $method" load_with_transformers "$OUT/$method-stock"
     result "found its place"
 done
 score base "$base"
 score "grown, step 0" "$grown"
-score G-Freeze "$OUT/g_freeze-stock"
-score SFT "$OUT/sft-stock"
+score SFT "$OUT/sft-stock" --start "$base"
+score "G-Freeze, always on" "$OUT/g_freeze-switched" --switch on
+score "G-Freeze, with its switch" "$OUT/g_freeze-switched"
 printf '6/6 the new task and retention\n\n' >&2
-grow report "$OUT/scores/base.json" "$OUT/scores/grown,_step_0.json" "$OUT/scores/G-Freeze.json" \
-    "$OUT/scores/SFT.json" "$OUT/g_freeze" "$OUT/sft" --out "$OUT"
+scores=("$OUT"/scores/{base,grown\,_step_0,SFT,G-Freeze\,_always_on,G-Freeze\,_with_its_switch}.json)
+grow report "${scores[@]}" "$OUT/g_freeze" "$OUT/sft" --out "$OUT"
 printf '\nDone in %d min %d s. Models, runs and the report are in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUT" >&2

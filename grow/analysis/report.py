@@ -19,8 +19,10 @@ METRICS = (
     ("accuracy", "task", "accuracy", "{:.1%}"),
     ("chrF", "task", "chrf", "{:.1f}"),
     ("BLEU", "task", "bleu", "{:.1f}"),
+    ("KL from the base", "retention", "kl", "{:.4f}"),
+    ("identical to the base", "retention", "identical", "{identical_rows:,} of {rows:,} rows"),
 )
-"""The columns that a table has only if a recipe asked for them."""
+"""The columns that a table has only if a recipe asked for them, or if the base was known."""
 
 
 def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
@@ -55,10 +57,11 @@ def table(scores: list[dict[str, Any]]) -> str:
     """Returns a Markdown table with one row for each scored checkpoint."""
     if not scores:
         return ""
-    columns = [*COLUMNS, *(c for c in METRICS if any(c[2] in row[c[1]] for row in scores))]
+    columns = [*COLUMNS, *(c for c in METRICS if any(c[2] in row.get(c[1], {}) for row in scores))]
     lines = ["| | " + " | ".join(name for name, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in scores:
-        cells = [form.format(row[part][key]) if key in row.get(part, {}) else "–" for _, part, key, form in columns]
+        parts = [(row.get(part, {}), key, form) for _, part, key, form in columns]
+        cells = [form.format(found[key], **found) if key in found else "–" for found, key, form in parts]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     first = scores[0]
     old = f", {first['retention']['rows']} of retention" if "retention" in first else ""

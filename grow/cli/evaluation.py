@@ -17,8 +17,8 @@ from grow.errors import Fault, UserError
 
 def eval(
     checkpoint: str, recipe: str = "", alpha: str = "1", start: str = "", against: str = "", samples: str = "0",
-    limit: str = "0", retention_limit: str = "0", lm_eval: str = "", include_path: str = "", name: str = "",
-    out: str = "", json: bool = False, **fields: str,
+    limit: str = "0", retention_limit: str = "0", lm_eval: str = "", include_path: str = "", switch: str = "auto",
+    name: str = "", out: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Scores a checkpoint on the recipe's test rows and on retention rows, with 95 % intervals, at one α or several.
 
@@ -37,6 +37,7 @@ def eval(
         retention_limit: Score only so many rows of each retention set; 0 is all.
         lm_eval: Tasks of lm-evaluation-harness, with commas.
         include_path: A folder of more such tasks.
+        switch: "auto", as the model's was fitted, "on" or "off".
         name: What to call it in a report; the folder's name unless given.
         out: Write the result to this file, for `report`.
         json: Print one JSON object.
@@ -60,7 +61,9 @@ def eval(
     from grow.evaluation.harness import Harness
 
     harness = Harness(lm_eval.split(","), include_path, most or None).scores if lm_eval else None
-    result = evaluate(checkpoint, settings, alphas, shown, most or None, most_known or None, start, base, harness)
+    result = evaluate(
+        checkpoint, settings, alphas, shown, most or None, most_known or None, start, base, harness, switch
+    )
     result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
     if out:
         write_json(out, result)

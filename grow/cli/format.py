@@ -95,7 +95,7 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         parts.append(f"accuracy {figure_text(s, 'accuracy', '.1%')}{fewer}")
     parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
     if "kl" in s:
-        parts.append(f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical']:.1%}")
+        parts.append(f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical_rows']:,} rows")
     if "opened" in s:
         parts.append(f"switch open for {s['opened']:.1%}")
     if "from_base" in s:

@@ -54,6 +54,7 @@ def evaluate(
     start: str = "",
     against: dict[str, Any] | None = None,
     harness: Callable[[Any, Any], dict[str, Any]] | None = None,
+    switch: str = "auto",
 ) -> dict[str, Any]:
     """Scores one checkpoint, stock, grown or an adapter's folder, at each α.
 
@@ -69,7 +70,8 @@ def evaluate(
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`). `harness` is given
-    model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then.
+    model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then. `switch` sets the model's:
+    "auto", "on" or "off".
     """
     check_alphas(path, start, alphas)
     tokenizer = load_tokenizer(path)
@@ -79,7 +81,7 @@ def evaluate(
     if against:
         against = _base_of(against)
         _check_base(against, sets)
-    interpolation = Interpolation(path, start)
+    interpolation = Interpolation(path, start, switch)
     points: list[dict[str, Any]] = []
     for alpha in sorted(set(alphas)):
         interpolation.set(alpha)

@@ -19,6 +19,7 @@ from grow.model.bottleneck import CONFIG
 from grow.model.loading import compute_device, compute_dtype, is_lora, load
 from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
+from grow.model.switch import set_switch
 from grow.names import canonical
 
 
@@ -57,13 +58,15 @@ class Interpolation:
     """Holds a model at an interpolation coefficient, which is 1 at first.
 
     `model` is on the GPU if there is one, in the dtype that this machine computes in. The arguments must have passed
-    check_alphas.
+    check_alphas. Raises UserError for a `switch` other than "auto" where the model has none.
     """
 
-    def __init__(self, path: str, start: str = ""):
+    def __init__(self, path: str, start: str = "", switch: str = "auto"):
         tune_malloc()
         device = compute_device()
         self.model: Any = load(path, compute_dtype()).to(device)
+        if switch != "auto":
+            set_switch(self.model, switch)
         self.alpha = 1.0
         self._base: Any = None
         if start:

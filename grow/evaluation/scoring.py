@@ -55,7 +55,10 @@ class Scores:
             "items": [round(value, 4) for value in self.likelihoods],
         }
         if self.divergences is not None and self.identical is not None:
-            found |= {"kl": math.fsum(self.divergences) / tokens, "identical": sum(self.identical) / rows}
+            same = sum(self.identical)
+            found |= {
+                "kl": math.fsum(self.divergences) / tokens, "identical": same / rows, "identical_rows": same,
+            }  # fmt: skip
             found["intervals"]["kl"] = interval(self.divergences, self.tokens)
         if self.opened is not None:
             found["opened"] = sum(self.opened) / rows
