@@ -61,11 +61,12 @@ doing() {
     printf '%-70s %4d s\n' "$text" $((SECONDS - start)) >&2
 }
 
-# show_progress TEXT: the latest line with a loss in it; on a terminal it takes the place of the one before.
+# show_progress TEXT: the latest line with a loss in it, or of the switch; on a terminal it takes the place of the one
+# before.
 show_progress() {
     local line='' latest
     while sleep 1; do
-        latest=$(of_this_step | sed -n '/loss/ { /train_loss\|done,/ !h }; ${ x; p }' | tr -d "{}'")
+        latest=$(of_this_step | sed -n '/loss\|^switch:/ { /train_loss\|done,/ !h }; ${ x; p }' | tr -d "{}'")
         [[ -n $latest && $latest != "$line" ]] || continue
         line=$latest
         if [[ -t 2 ]]; then

@@ -3,6 +3,7 @@
 Half of every kind of rows has no part in the fit; these held-out rows set the threshold, and the table is of them.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,18 +64,21 @@ def fit_switch(
     that are to be left alone. Raises UserError where the task cannot be told apart from other text.
     """
     tokenizer, base, every = tokenizer_of(recipe), base_checksum(recipe), kind == "token"
+    print("switch: the base writes text by itself", file=sys.stderr, flush=True)
     passages = self_text(model, tokenizer, base)
     examples = _examples(recipe, recipe.train_split, tokenizer)
     prompts = task_prompts(examples, ON_ROWS, whole=every)
     wanted = [Prompts("training rows", prompts)]
     wanted += [] if every else variations(examples, prompts, passages, tokenizer)
     wanted += on
+    print("switch: the base writes near text", file=sys.stderr, flush=True)
     others = [Prompts(NEAR, near_prompts(model, recipe, passages, tokenizer)), *off]
     validation = task_prompts(_examples(recipe, recipe.validation_split, tokenizer), _LOOKED_AT, whole=every)
 
     def read(of: Prompts, each: bool = every) -> _Kind:
         return _Kind(of.name, mlp_inputs(model, of.prompts, layer, of.name), each)
 
+    print(f"switch: reading layer {layer}", file=sys.stderr, flush=True)
     own = read(Prompts(OWN, passages))
     task, rest = [read(of) for of in wanted], [read(of, each=False) for of in others if of.prompts]
     # A text may end at any of its tokens, so all of the base's own are fitted on; in the threshold a row counts once.

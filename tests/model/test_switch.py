@@ -314,3 +314,24 @@ def test_it_must_fit(text_base: Path) -> None:
     with pytest.raises(UserError, match="reads 3 features"):
         put_switch(model, SwitchRecord("row", 2, record.weight[:3], 0.0))
     assert all(mlp.switch is None for mlp in grown_mlps(model))
+
+
+@pytest.mark.full
+@BOTH
+@pytest.mark.parametrize("layers", ["upper", "all"])
+def test_on_the_real_270m(real_base: Path, dtype: torch.dtype, layers: str) -> None:
+    """Forward, packed and generated, rows that are off are the base's, whatever else is in the batch."""
+    record = record_for(real_base, 6)
+    on = on_of(real_base, record)
+    base, _, switched = three(real_base, dtype, record, layers=layers)
+    expected, found = run(base, input_ids=PROMPTS), run(switched, input_ids=PROMPTS)
+    assert torch.equal(switched.switched, on)
+    assert torch.equal(found[~on], expected[~on]) and not torch.equal(found[on], expected[on])
+    packed = {"input_ids": PROMPTS.view(2, 36), "position_ids": torch.arange(12).repeat(2, 3)}
+    found, expected = (run(model, **packed, use_cache=False).view(6, 12, -1) for model in (switched, base))
+    assert torch.equal(found[~on], expected[~on])
+    inputs, options = padded(left=True), GENERATE | {"do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 2}, {"use_cache": False}):
+        written = [model.generate(**inputs, **options, **more)[:, 12:] for model in (switched, base)]
+        off = ~switched.switched
+        assert off.any() and torch.equal(written[0][off], written[1][off])
