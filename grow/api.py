@@ -33,7 +33,7 @@ from grow.model import loading
 from grow.model.alpha import set_alpha
 from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.mlp import add_growth, grown_mlps
-from grow.model.switch import SwitchedModel, set_switch
+from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
 from grow.plan import FORMAT_VERSION, GrowthPlan
 

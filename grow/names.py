@@ -14,6 +14,7 @@ _NOT_PLAIN = {
     ".gate_up_proj.": "a fused gate_up_proj", ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
+_ADDED = re.compile(r"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:gate|up|down)_proj\.)")
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
 
 
@@ -53,7 +54,19 @@ def is_growth(key: str) -> bool:
 
 def own_name(key: str) -> str:
     """Returns the name of the base's own tensor that an added one is a copy of."""
-    return key.replace(".mlp.grown.", ".mlp.").replace(".mlp.trained.", ".mlp.")
+    return _ADDED.sub(".mlp.", key)
+
+
+def skill_of(key: str) -> str:
+    """Returns the skill that an added tensor belongs to, by its name `….mlp.grown.<skill>.gate_proj.weight`; "" where a
+    single one has no name."""
+    match = _ADDED.search(key)
+    return (match[2] or "") if match else ""
+
+
+def of_skill(key: str, skill: str) -> str:
+    """Returns the name of an added tensor as that of a skill; of "", without a name."""
+    return _ADDED.sub(lambda match: f".mlp.{match[1]}.{skill}." if skill else f".mlp.{match[1]}.", key)
 
 
 def named_beside(key: str, own: str) -> str:

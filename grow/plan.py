@@ -8,7 +8,7 @@ from typing import Any
 
 from grow.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SKILLS_VERSION = 1, 2
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
@@ -38,6 +38,11 @@ class GrowthPlan:
         if growth is None:
             return None
         version = growth.get("format_version") if isinstance(growth, dict) else growth
+        if version == SKILLS_VERSION:
+            raise UserError(
+                f"it holds several skills ({', '.join(growth.get('skills', {}))}), which this does not work on; take "
+                "one out (grow growth SOURCE OUT --name SKILL), and attach it alone"
+            )
         if version != FORMAT_VERSION:
             raise UserError(
                 f"growth format version {version!r} is not known here "
@@ -56,6 +61,21 @@ class GrowthPlan:
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"
             ) from None
+
+
+def skill_plans(growth: dict[str, Any] | None) -> dict[str, GrowthPlan]:
+    """Returns the plans of several skills by name, from the "growth" object of a config; {} if it has not several.
+
+    Raises UserError as GrowthPlan.from_config does.
+    """
+    if growth is None or growth.get("format_version") != SKILLS_VERSION:
+        return {}
+    plans = {}
+    for name, own in growth["skills"].items():
+        plan = GrowthPlan.from_config({"growth": {**own, "format_version": FORMAT_VERSION}})
+        assert plan is not None
+        plans[name] = plan
+    return plans
 
 
 def parse_factor(factor: int | str) -> int:

@@ -34,7 +34,10 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
 def grown_card(growth: dict[str, Any]) -> str:
     """Returns the card of a grown checkpoint, from its metadata (config.json's "growth")."""
-    base, layers = growth["base"], growth["layers"]
+    base = growth["base"]
+    if "skills" in growth:
+        return _card(base, "With several skills", _skills(growth))
+    layers = growth["layers"]
     text = (
         f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
         "times as wide. The base's weights are in it, bit for bit (`grow base` takes them out again). "
@@ -44,6 +47,20 @@ def grown_card(growth: dict[str, Any]) -> str:
     title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
     text += _own_alphas(growth) + _switch(growth)
     return _card(base, title, text + _training(growth["trained"] or {}) + _scores(growth.get("scores")))
+
+
+def _skills(growth: dict[str, Any]) -> str:
+    lines = [
+        f"Grown from `{growth['base']['name']}`, with several skills beside it. The base's weights are in it, bit for "
+        "bit (`grow base` takes them out again), and each skill comes out as it went in (`grow growth --name`).",
+        "",
+    ]
+    for name, own in growth["skills"].items():
+        trained = own["trained"] or {}
+        learnt = f"trained by `{trained['method']}` on `{trained['data']}`" if "method" in trained else "growth"
+        switch = ", with a switch" if "switch" in own else ""
+        lines.append(f"- `{name}`: layers {ranges(own['layers'])}, {learnt}, α = {own['alpha']:g}{switch}")
+    return "\n".join(lines)
 
 
 def stock_card(

@@ -15,7 +15,7 @@ from grow.checkpoint.output import OutputFolder
 from grow.checkpoint.shards import plain_name, read_json
 from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
-from grow.plan import GrowthPlan
+from grow.plan import FORMAT_VERSION, SKILLS_VERSION, GrowthPlan
 
 GROWTH_NAME = "growth.json"
 # The base's files that growth replaces are kept here in a grown checkpoint, unchanged.
@@ -26,6 +26,12 @@ _OF_FILES = ("tensors", "base_tensors", "small_files", "xxh3_128")
 def check_growth(growth: Any, where: Path) -> dict[str, Any]:
     """Returns "growth" as it is. Raises UserError, naming the file `where` it stands, if it makes no sense."""
     try:
+        if growth["format_version"] == SKILLS_VERSION:
+            for name, own in growth["skills"].items():
+                if not 0 <= own["alpha"] <= 1 or not isinstance(name, str):
+                    raise ValueError(f"{name} has no α")
+                check_growth({**own, "format_version": FORMAT_VERSION, "base": growth["base"]}, where)
+            return growth
         GrowthPlan.from_config({"growth": growth})
         if not isinstance(growth["trained"], dict | None):
             raise TypeError("what is known of the training is no object")

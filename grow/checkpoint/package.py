@@ -13,6 +13,7 @@ from grow.checkpoint.expand import base_identity, grown_name, link_again, link_b
 from grow.checkpoint.hub import HUB_NAME, repository
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.metadata import BASE_FOLDER, GROWTH_NAME, check_growth, read_growth, write_growth, write_metadata
+from grow.checkpoint.one_skill import OneSkill, facts_of, has_skills
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
@@ -26,7 +27,7 @@ from grow.checkpoint.writer import (
     split_into_shards,
 )
 from grow.errors import UserError
-from grow.names import canonical, named_beside, own_name
+from grow.names import canonical, is_growth, named_beside, own_name
 
 
 def _open_grown(
@@ -44,7 +45,7 @@ def extract_base(path: str, out: str) -> dict[str, Any]:
     Raises UserError if the checksums of the base's files are not those of the files that were grown.
     """
     refuse_existing(Path(out))
-    grown = _open_grown(path).start
+    grown = Checkpoint(path) if _has_skills(path) else _open_grown(path).start
     files = grown.config["growth"]["base"]["files"]
     _check_base(grown.path, {name: grown.path / name for name in files}, files)
     with OutputFolder(out, {"base of": grown.identity()}) as folder:
@@ -57,6 +58,10 @@ def extract_base(path: str, out: str) -> dict[str, Any]:
     return {"source": path, "out": out, "files": [facts["name"] for facts in files.values()]}
 
 
+def _has_skills(path: str) -> bool:
+    return not (Path(path) / "run.json").exists() and has_skills(Checkpoint(path).config)
+
+
 def extract_growth(
     path: str,
     out: str,
@@ -66,11 +71,14 @@ def extract_growth(
     average: int = 1,
     progress: Progress = no_progress,
     export: ExportFunction = as_trained,
+    name: str = "",
 ) -> dict[str, Any]:
-    """Writes OUT, the growth package of a run or a grown checkpoint. `start`, `tag`, `average`, `export`: see
-    load_trained."""
+    """Writes OUT, the growth package of a run or a grown checkpoint, or of the skill `name` of one that has several.
+    `start`, `tag`, `average`, `export`: see load_trained."""
     size = parse_size("--max-shard-size", max_shard_size)
     refuse_existing(Path(out))
+    if name:
+        return _extract_skill(Checkpoint(path), name, out, size, progress)
     source = _open_grown(path, start, tag, average, export)
     grown = source.start
     known = {key: value for key, value in read_growth(grown.path).items() if key != "small_files"}
@@ -80,6 +88,19 @@ def extract_growth(
         checksums = folder.write_shards(shards, progress)
         write_growth(folder, known | source.growth_facts() | {"tensors": checksums})
     return {"source": path, "out": out, "bytes": sum(tensor.nbytes for tensor in added.values())}
+
+
+def _extract_skill(whole: Checkpoint, name: str, out: str, max_shard_size: int, progress: Progress) -> dict[str, Any]:
+    """Writes OUT, the package of one of several skills: the tensors that went in."""
+    if not has_skills(whole.config):
+        raise UserError(f"{whole.path}: --name {name}: holds no several skills; leave --name out")
+    one = OneSkill(whole, name)
+    added = {key: one.lazy(key) for key in one.tensors if is_growth(key)}
+    shards = split_into_shards(added, max_shard_size, "growth")
+    with OutputFolder(out, {"growth of": one.identity(), "skill": name, "shards": list(shards)}) as folder:
+        checksums = folder.write_shards(shards, progress)
+        write_growth(folder, facts_of(one.path, name) | {"tensors": checksums})
+    return {"source": str(whole.path), "out": out, "bytes": sum(tensor.nbytes for tensor in added.values())}
 
 
 def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
@@ -92,17 +113,18 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     own = Checkpoint(base_path)
     if "growth" in own.config:
         raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
-    base = _check_same_base(own, facts)
-    tensors = _as_of(own, added)
+    base = check_same_base(own, facts)
+    made = added_as_of(own, added)
     with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in added.shards]]}) as folder:
         link_base(folder, own)
-        if all(tensor is None for tensor in tensors.values()):
+        if {name: tensor.dtype for name, tensor in made.items()} == {
+            n: info.dtype for n, info in added.tensors.items()
+        }:
             for shard in added.shards:
                 folder.link(shard, shard.name)
             weight_map = {name: info.file.name for name, info in added.tensors.items()}
             sizes = {name: info.nbytes for name, info in added.tensors.items()}
         else:
-            made = {name: tensor or added.lazy(name) for name, tensor in tensors.items()}
             new = split_into_shards(made, parse_size("--max-shard-size", GROWTH_SHARD_SIZE), "growth")
             facts = facts | {"tensors": folder.write_shards(new, no_progress)}
             weight_map, sizes = files_of(new), {name: tensor.nbytes for name, tensor in made.items()}
@@ -154,7 +176,7 @@ def matches(tensor: LazyTensor, digest: str | None) -> bool:
     return any(checksum(tensor.to(dtype)) == digest for dtype in dict.fromkeys((tensor.dtype, *others)))
 
 
-def _check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+def check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
     """Returns what is known of the base beyond the package, since growth saved from memory may know only the tensors.
 
     Raises UserError for another base.
@@ -177,15 +199,14 @@ def check_base_tensors(own: Checkpoint, facts: dict[str, Any]) -> None:
             raise UserError(f"{own.path}: the growth grew from another base, {facts['base']['name']}: {name} differs")
 
 
-def _as_of(own: Checkpoint, added: Checkpoint) -> dict[str, LazyTensor | None]:
-    """Returns the growth's tensors, named to go with this base's own and in its dtype; None where the package has them
-    so already. Growth that was saved from memory may have other names and another dtype."""
-    on_disk = {canonical(name): name for name in own.tensors}
-    found: dict[str, LazyTensor | None] = {}
-    for name, info in added.tensors.items():
-        beside = on_disk[canonical(own_name(name))]
-        called, dtype = named_beside(name, beside), own.tensors[beside].dtype
-        found[called] = None if (called, dtype) == (name, info.dtype) else added.lazy(name).to(dtype)
+def added_as_of(own: Checkpoint, added: Checkpoint) -> dict[str, LazyTensor]:
+    """Returns a package's tensors as they go with a base: by its names, and in its dtype. Growth that was saved from
+    memory may have others."""
+    beside = {canonical(name): name for name in own.tensors}
+    found = {}
+    for name in added.tensors:
+        own_tensor = beside[canonical(own_name(name))]
+        found[named_beside(name, own_tensor)] = added.lazy(name).to(own.tensors[own_tensor].dtype)
     return found
 
 

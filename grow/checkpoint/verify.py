@@ -7,10 +7,11 @@ from grow.checkpoint.dtypes import finite
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.hub import locate
 from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth
+from grow.checkpoint.one_skill import OneSkill, facts_of, has_skills
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import checksum, equal, file_checksums, header
 from grow.errors import UserError
-from grow.names import is_growth
+from grow.names import is_growth, skill_of
 from grow.plan import GrowthPlan
 
 
@@ -29,7 +30,8 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         if problems:  # then nothing that stands in them can be relied on
             return {"checkpoint": path, "grown": True, "tensors": 0, "problems": problems, "exact": False}
     checkpoint = Checkpoint(path)
-    plan = GrowthPlan.from_config(checkpoint.config)
+    skills = checkpoint.config["growth"]["skills"] if has_skills(checkpoint.config) else {}
+    plan = None if skills else GrowthPlan.from_config(checkpoint.config)
     problems = [
         f"{name} in {info.file.name}: holds values that are not finite"
         for name, info in checkpoint.tensors.items()
@@ -38,11 +40,15 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     if plan is not None:
         facts = read_growth(checkpoint.path)
         problems += _base_files(checkpoint, facts) + _growth(checkpoint, plan, facts)
+    if skills:
+        problems += _base_files(checkpoint, read_growth(checkpoint.path)) + _skills(checkpoint, list(skills))
+    grown = plan is not None or bool(skills)
+    problems += _headers(checkpoint) if grown else []
     if base_path is not None:
-        problems += _same_base(checkpoint, Checkpoint(base_path), plan is not None)
+        problems += _same_base(checkpoint, Checkpoint(base_path), grown)
     return {
         "checkpoint": path,
-        "grown": plan is not None,
+        "grown": grown,
         "tensors": len(checkpoint.tensors),
         "problems": problems,
         # Whether the grown model's logits must be the base's bit for bit before training.
@@ -75,11 +81,27 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> 
             problems.append(f"{name} in {info.file.name}: changed since it was written (checksum)")
         elif facts["trained"] is None and not equal(checkpoint.lazy(name), expected[name]):
             problems.append(f"{name}: is not the copy of the base that it should be before training")
-    return problems + [
+    return problems
+
+
+def _headers(checkpoint: Checkpoint) -> list[str]:
+    return [
         f"{shard.name}: its header changed since it was written"
         for shard in checkpoint.shards
         if shard.name.startswith("growth-") and not _as_written(checkpoint, shard)
     ]
+
+
+def _skills(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """Returns a line for each tensor of a skill that is not as it should be, or is of no skill."""
+    problems = []
+    for name in names:
+        one = OneSkill(checkpoint, name)
+        plan = GrowthPlan.from_config(one.config)
+        assert plan is not None
+        problems += [f"{name}: {line}" for line in _growth(one, plan, facts_of(checkpoint.path, name))]
+    strange = [key for key in checkpoint.tensors if is_growth(key) and skill_of(key) not in names]
+    return problems + [f"{key}: is of no skill" for key in strange]
 
 
 def _as_written(checkpoint: Checkpoint, shard: Path) -> bool:

@@ -162,7 +162,9 @@ def base(source: str, out: str, json: bool = False) -> str:
     return say(run(source, out), lambda r: f"base of {len(r['files'])} shards written: {r['out']}", json)
 
 
-def growth(source: str, out: str, start: str = "", tag: str = "", average: str = "1", json: bool = False) -> str:
+def growth(
+    source: str, out: str, name: str = "", start: str = "", tag: str = "", average: str = "1", json: bool = False
+) -> str:
     """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
 
     Example: grow growth runs/gemma3_270m-translation-g_freeze ~/models/french-growth
@@ -170,6 +172,7 @@ def growth(source: str, out: str, start: str = "", tag: str = "", average: str =
     Args:
         source: A training run, one of its checkpoint-N folders, any DeepSpeed checkpoint, or a grown checkpoint.
         out: The growth package; must not exist yet.
+        name: Of a grown checkpoint with several skills: which of them.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
         average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
@@ -180,21 +183,39 @@ def growth(source: str, out: str, start: str = "", tag: str = "", average: str =
 
     count = number("--average", average)
     with Bar("writing") as bar:
-        result = run(source, out, start=start, tag=tag, average=count, progress=bar.add, export=export_trained)
+        result = run(
+            source, out, start=start, tag=tag, average=count, progress=bar.add, export=export_trained, name=name
+        )
     return say(result, lambda r: f"growth of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
 
 
-def attach(base: str, growth: str, out: str, json: bool = False) -> str:
-    """Puts a growth package on the base that it grew from; another base is refused.
+def attach(base: str, *packages: str, alpha: str = "", json: bool = False) -> str:
+    """Puts growth packages on the base that they grew from, into OUT; another base is refused.
+
+    One package makes a grown checkpoint as its run did. Several make one with several skills, each with its own layers,
+    α and switch.
 
     Example: grow attach ~/models/gemma-3-1b-pt ~/models/french-growth ~/models/gemma-3-1b-french
+    Example: grow attach google/gemma-3-1b-pt french=runs/a/result entailment=runs/b/result both --alpha french=0.5
 
     Args:
         base: The base, by folder or by hub name.
-        growth: The growth package.
-        out: The grown checkpoint; must not exist yet.
+        packages: A growth package, or several, each NAME=PACKAGE or a folder whose name is that of the skill; and last
+            OUT, the grown checkpoint, which must not exist yet.
+        alpha: For several skills: interpolation coefficients other than 1, NAME=ALPHA with commas.
         json: Print one JSON object.
     """
-    from grow.checkpoint.package import attach_growth as run
+    if len(packages) < 2:
+        raise UserError("attach: BASE PACKAGE OUT are needed: the base, its growth, and what to write")
+    *growths, out = packages
 
-    return say(run(base, growth, out), lambda r: f"grown checkpoint written: {r['out']}", json)
+    from grow.checkpoint.package import attach_growth
+    from grow.checkpoint.skills import attach_skills, named_packages, parse_alphas
+
+    if len(growths) == 1 and ("=" not in growths[0] or os.path.isdir(growths[0])):
+        if alpha:
+            raise UserError("attach: --alpha is for several skills; give a single one its α where it is used")
+        result = attach_growth(base, growths[0], out)
+    else:
+        result = attach_skills(base, named_packages(growths), out, parse_alphas(alpha))
+    return say(result, lambda r: f"grown checkpoint written: {r['out']}", json)

@@ -108,6 +108,8 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
 def answer_text(r: dict[str, Any]) -> str:
     """Returns what `chat` says after an answer, which has been printed as it was written."""
     lines = [] if r["on"] is None else [f"[the skill was {'on' if r['on'] else 'off'}]"]
+    if isinstance(r["on"], list):
+        lines = [f"[skills that were on: {', '.join(r['on']) or 'none'}]"]
     return "\n".join(lines if r["base"] is None else [*lines, f"[the base: {r['base']}]"])
 
 

@@ -15,17 +15,17 @@ from grow.data.tokenizer import pad_token_id
 from grow.data.writing import write
 from grow.errors import UserError
 from grow.model.alpha import base_inside, has_base_inside
-from grow.model.switch import switch_decided
+from grow.model.switched import switch_decided
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Holds what was asked and what the model wrote; whether its switch was on for it, if it has one; and what its base
-    wrote, if that was asked for."""
+    """Holds what was asked and what the model wrote; whether its switch was on for it, if it has one, or which of
+    several skills were; and what its base wrote, if that was asked for."""
 
     prompt: str
     answer: str
-    on: bool | None
+    on: bool | list[str] | None
     base: str | None
 
 
@@ -82,7 +82,7 @@ class Chat:
                 base = self._decoded(write(self.model, [ids], self.settings)[0].tolist())
         if self.turns is not None:
             self.turns.append({"role": "assistant", "content": answer})
-        return Answer(said, answer, None if decided is None else bool(decided.any()), base)
+        return Answer(said, answer, _on(decided), base)
 
     def _prompt(self, said: str) -> str:
         """Returns the text of a prompt. Columns are filled from a JSON object or, if it is one column, as they are."""
@@ -130,3 +130,9 @@ class Chat:
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _on(decided: Any) -> bool | list[str] | None:
+    if isinstance(decided, dict):
+        return [name for name, of_skill in decided.items() if of_skill.any()]
+    return None if decided is None else bool(decided.any())

@@ -19,7 +19,7 @@ from grow.model.bottleneck import CONFIG
 from grow.model.loading import compute_device, compute_dtype, is_lora, load
 from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
-from grow.model.switch import set_switch
+from grow.model.switched import set_switch
 from grow.names import canonical
 
 

@@ -11,7 +11,7 @@ from grow.evaluation.interpolation import holds_base
 from grow.methods.trained_model import load_model
 from grow.model.loading import compute_device, compute_dtype
 from grow.model.memory import tune_malloc
-from grow.model.switch import set_switch
+from grow.model.switched import set_switch
 
 
 def model_and_tokenizer(path: str, switch: str = "auto", needs_base: bool = False) -> tuple[Any, Any]:

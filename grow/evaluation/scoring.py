@@ -18,7 +18,7 @@ from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.model.loss import identical, label_scores, labelled_logits, likelihood_and_kl
-from grow.model.switch import SwitchedModel
+from grow.model.switched import SwitchedModel
 from grow.recipe import Recipe
 
 

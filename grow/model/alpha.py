@@ -12,13 +12,14 @@ from torch import nn
 from grow.errors import UserError
 from grow.model.bottleneck import AdaptedMLP
 from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.skills import SkilledMLP
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
     """Sets the interpolation coefficient of a grown or adapted model: 0 is its base, exactly, 1 as trained.
 
-    If the checkpoint gives each layer a coefficient, 1 means these. Other models are left as they are. Raises UserError
-    for a value outside of [0, 1].
+    If the checkpoint gives each layer, or each of several skills, a coefficient, 1 means these. Other models are left
+    as they are. Raises UserError for a value outside of [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
@@ -36,7 +37,7 @@ def _has_loras(model: nn.Module) -> bool:
 
 
 def _with_alpha(model: nn.Module) -> Iterator[Any]:
-    return (mlp for mlp in gated_mlps(model).values() if isinstance(mlp, (GrownMLP, AdaptedMLP)))
+    return (mlp for mlp in gated_mlps(model).values() if isinstance(mlp, (GrownMLP, AdaptedMLP, SkilledMLP)))
 
 
 @contextlib.contextmanager

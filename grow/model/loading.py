@@ -17,9 +17,10 @@ from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
 from grow.model.mlp import add_growth, gated_mlps
-from grow.model.switch import put_switch
+from grow.model.skills import add_skills
+from grow.model.switched import put_switch, put_switches
 from grow.names import canonical
-from grow.plan import GrowthPlan
+from grow.plan import GrowthPlan, skill_plans
 
 LORA_CONFIG = "adapter_config.json"
 _LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
@@ -34,6 +35,10 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
+        plans = skill_plans(config.growth)
+        if plans:
+            add_skills(self, plans, {name: config.growth["skills"][name]["alpha"] for name in plans})
+            return
         plan = GrowthPlan.from_config({"growth": config.growth})
         assert plan is not None
         add_growth(self, plan)
@@ -68,10 +73,14 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
 
 
 def put_own_switch(model: Any) -> None:
-    """Gives a grown model the switch that stands in its config, if there is one."""
-    growth = getattr(model.config, "growth", None) or {}
+    """Gives a grown model the switches that stand in its config, if there are any."""
+    growth, where = getattr(model.config, "growth", None) or {}, Path(str(model.name_or_path)) / "config.json"
     if "switch" in growth:
-        put_switch(model, read_switch(growth["switch"], Path(str(model.name_or_path)) / "config.json"))
+        put_switch(model, read_switch(growth["switch"], where))
+    skills = growth.get("skills", {})
+    found = {name: read_switch(own["switch"], where) for name, own in skills.items() if "switch" in own}
+    if found:
+        put_switches(model, found)
 
 
 def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:

@@ -76,12 +76,7 @@ class GrownMLP:
     def _base(self, x: Tensor) -> Tensor:
         if self.trained is None or self.alpha == 0:
             return super().forward(x)  # type: ignore[misc]
-        gate, up = self.trained.gate_proj(x), self.trained.up_proj(x)
-        if self.alpha != 1:
-            # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
-            gate = torch.lerp(self.gate_proj(x), gate, self.alpha)
-            up = torch.lerp(self.up_proj(x), up, self.alpha)
-        return self.down_proj(self.act_fn(gate) * up)
+        return trained_base(self, self.trained, x, self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps […, h] to […, h]."""
@@ -98,14 +93,27 @@ class GrownMLP:
 
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""
-        k = self.factor
-        grown = self.grown(x)
-        if self.alpha != 1:
-            grown = self.alpha * grown
-        share = 1 - self.alpha * (k - 1) / k
-        if isinstance(share, Tensor):  # α is being learnt (grow.evaluation.learn_alphas)
-            return grown + share * base
-        return torch.add(grown, base, alpha=share)
+        return with_growth(self.grown(x), base, self.factor, self.alpha)
+
+
+def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
+    """Returns what an MLP makes of x, […, h], with gate and up in the place of its own (G-Train)."""
+    gate, up = trained.gate_proj(x), trained.up_proj(x)
+    if alpha != 1:
+        # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
+        gate = torch.lerp(mlp.gate_proj(x), gate, alpha)
+        up = torch.lerp(mlp.up_proj(x), up, alpha)
+    return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:
+    """Returns (1 − α(k−1)/k) · base + α · grown, […, h]."""
+    if alpha != 1:
+        grown = alpha * grown
+    share = 1 - alpha * (k - 1) / k
+    if isinstance(share, Tensor):  # α is being learnt (grow.evaluation.learn_alphas)
+        return grown + share * base
+    return torch.add(grown, base, alpha=share)
 
 
 def grow_mlp(mlp: Any, factor: int) -> None:

@@ -20,17 +20,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from grow.checkpoint.switch_record import SwitchRecord
-from grow.errors import UserError
 from grow.model.alpha import base_inside
-from grow.model.lora import highest_unchanged, lora_layers, switch_lora
-from grow.model.mlp import GrownMLP, gated_mlps
 from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
-
-MODES = ("auto", "on", "off")
 
 
 class Switch:
@@ -69,7 +64,7 @@ class Switch:
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds where this pass is to decide, and decides already if it need not read features for it."""
-        if self._asking:
+        if getattr(model, "deciding", False):  # in a pass that decides and does no more, this switch's or another's
             return
         if self.mode != "auto" or (model.training and self.record.kind != "call"):
             self.on = self.mode != "off"
@@ -130,11 +125,12 @@ class Switch:
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
         # Under ZeRO-3 no pass may end early: every rank gathers the parameters of every layer.
         self._asking, self._partitioned, self.on = True, hasattr(next(model.parameters()), "ds_id"), False
+        model.deciding = True
         try:
             with torch.no_grad(), base_inside(model), contextlib.suppress(_Decided):
                 model(**inputs, use_cache=False)
         finally:
-            self._asking = False
+            self._asking = model.deciding = False
 
     def _is_stale(self, filled_R: Tensor | None) -> bool:
         """Says whether a KV cache holds another model's keys than those of the decision just made."""
@@ -170,80 +166,6 @@ class Switch:
 
 class _Decided(Exception):
     """Ends a pass that only decides."""
-
-
-class SwitchedModel:
-    """Is mixed into the class of a model that has a switch."""
-
-    switch: Switch
-
-    @property
-    def switched(self) -> Tensor | None:
-        """Returns whether each row of the last pass was on, bool [R]; None before the first one."""
-        return self.switch.decided
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as the model does, on or off for each prompt until its answer ends."""
-        with self.switch.generating(self, args, kwargs):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-def put_switch(model: Any, record: SwitchRecord) -> None:
-    """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
-    mlps, loras = gated_mlps(model), lora_layers(model)
-    grown = [layer for layer, mlp in mlps.items() if isinstance(mlp, GrownMLP)]
-    unchanged = min([*grown, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
-    first_pass = record.layer > unchanged
-    check_fits(record, mlps, first_pass)
-    cls = type(model)
-    members = {"__module__": cls.__module__, "stock_class": getattr(cls, "stock_class", cls)}
-    model.__class__ = type(f"Switched{cls.__name__}", (SwitchedModel, cls), members)
-    switch: Any = Switch(record, first_pass)
-    model.switch = switch
-    model.register_forward_pre_hook(switch.begin, with_kwargs=True)
-    model.register_forward_hook(lambda _, __, output: switch.end(output))
-    if record.kind != "call":
-        mlps[record.layer].register_forward_pre_hook(lambda _, inputs: switch.read(inputs[0]))
-    for layer in grown:
-        mlps[layer].switch = switch
-    for lora in loras.values():
-        switch_lora(lora, switch)
-
-
-def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool) -> None:
-    """Raises UserError for a switch that a model with these MLPs cannot have."""
-    if record.kind == "call":
-        return
-    if record.layer not in mlps:
-        raise UserError(f"the switch reads layer {record.layer}; the model has gated MLPs in layers {sorted(mlps)}")
-    mlp: Any = mlps[record.layer]
-    if len(record.weight) != mlp.gate_proj.in_features:
-        raise UserError(
-            f"the switch reads {len(record.weight)} features; the model's hidden size is {mlp.gate_proj.in_features}"
-        )
-    if record.kind == "token" and first_pass:
-        raise UserError(
-            f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "
-            "the lowest grown layer or one below"
-        )
-
-
-def set_switch(model: Any, mode: str) -> None:
-    """Sets a model's switch to "on", to "off" (the base), or to "auto", as it was fitted.
-
-    Raises UserError for another mode, or for a model without a switch.
-    """
-    if mode not in MODES:
-        raise UserError(f"set_switch: {mode!r}: there are {', '.join(MODES)}")
-    if not isinstance(model, SwitchedModel):
-        raise UserError(f"set_switch: {type(model).__name__} has no switch; fit one (grow fit-switch), or load a run's")
-    model.switch.mode = mode
-
-
-def switch_decided(model: Any) -> Tensor | None:
-    """Returns what a model's switch decided in the last pass (SwitchedModel.switched), under any wrapper; None if it
-    has no switch."""
-    return getattr(getattr(model, "module", model), "switched", None)
 
 
 def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from grow.data.packing import PackedDataset
 from grow.model.gather import gathered
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.mlp import grown_mlps
-from grow.model.switch import switch_decided
+from grow.model.switched import switch_decided
 
 
 class Probe:

@@ -34,7 +34,7 @@ from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.model.loading import check_loads, checkpoint_activations, load
 from grow.model.memory import tune_malloc
-from grow.model.switch import put_switch
+from grow.model.switched import put_switch
 from grow.names import canonical
 from grow.recipe import Recipe
 from grow.switch.of_recipe import switch_of

@@ -19,7 +19,7 @@ import grow
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.mlp import gated_mlps
-from grow.model.switch import put_switch
+from grow.model.switched import put_switch
 from tests.benchmarks.branches import seconds
 from tests.benchmarks.converter import words
 from tests.benchmarks.training import device

@@ -14,7 +14,7 @@ from grow.data.template import Template
 from grow.errors import UserError
 from grow.evaluation.chat import Chat
 from grow.model.loading import load
-from grow.model.switch import put_switch, set_switch
+from grow.model.switched import put_switch, set_switch
 from tests.helpers.running import here
 from tests.helpers.tiny import make_recipe
 

@@ -14,7 +14,7 @@ from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
 from grow.model.loss import labelled_logits
 from grow.model.mlp import gated_mlps, grown_mlps
-from grow.model.switch import put_switch, set_switch
+from grow.model.switched import put_switch, set_switch
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PROMPTS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(3))

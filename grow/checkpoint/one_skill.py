@@ -1,0 +1,52 @@
+"""One of several skills, seen as a grown checkpoint that has it alone (grow.checkpoint.skills)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grow.checkpoint.metadata import read_growth
+from grow.checkpoint.shards import Checkpoint
+from grow.errors import UserError
+from grow.names import is_growth, of_skill, skill_of
+from grow.plan import FORMAT_VERSION, SKILLS_VERSION
+
+
+def has_skills(config: Mapping[str, Any]) -> bool:
+    """Says whether a checkpoint's config is that of several skills."""
+    growth = config.get("growth")
+    return isinstance(growth, dict) and growth.get("format_version") == SKILLS_VERSION
+
+
+class OneSkill(Checkpoint):
+    """Presents a checkpoint with several skills as the grown checkpoint of one of them. Raises UserError for another
+    name."""
+
+    def __init__(self, whole: Checkpoint, name: str):
+        growth = whole.config["growth"]
+        if name not in growth["skills"]:
+            raise UserError(
+                f"{whole.path}: --name {name}: there is no such skill; there are {', '.join(growth['skills'])}"
+            )
+        self.path, self.shards, self._files = whole.path, whole.shards, {}
+        self.config = whole.config | {"growth": growth_of(growth, name)}
+        self.tensors = {
+            of_skill(key, ""): info
+            for key, info in whole.tensors.items()
+            if not is_growth(key) or skill_of(key) == name
+        }
+
+
+def growth_of(growth: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the metadata of one of several skills, as a checkpoint with it alone has them."""
+    facts: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for key, value in growth["skills"][name].items():
+        facts |= {} if key == "alpha" else {key: value}
+        facts |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before
+    return facts
+
+
+def facts_of(path: Path, name: str) -> dict[str, Any]:
+    """Returns growth.json as a checkpoint with one skill alone would have it."""
+    whole = read_growth(path)
+    sums = {of_skill(key, ""): digest for key, digest in whole["tensors"].items() if skill_of(key) == name}
+    return growth_of(whole, name) | {"tensors": sums, "base_tensors": whole["base_tensors"]}

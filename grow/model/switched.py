@@ -1,0 +1,155 @@
+"""Models with a switch, or with one for each of several skills."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grow.checkpoint.switch_record import SwitchRecord
+from grow.errors import UserError
+from grow.model.lora import highest_unchanged, lora_layers, switch_lora
+from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.skills import SkilledMLP
+from grow.model.switch import Switch
+
+MODES = ("auto", "on", "off")
+
+
+class Switches:
+    """Holds the switches of several skills, which decide side by side, and is used as one of them is. What has been
+    decided is by skill."""
+
+    def __init__(self, switches: dict[str, Switch]):
+        self.switches = switches
+
+    @property
+    def mode(self) -> str:
+        """Returns the mode that the switches share."""
+        return next(iter(self.switches.values())).mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        for switch in self.switches.values():
+            switch.mode = mode
+
+    @property
+    def decided(self) -> dict[str, Tensor | None]:
+        """Returns what each has decided."""
+        return {name: switch.decided for name, switch in self.switches.items()}
+
+    def of_batch(self, batch: dict[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Does what Switch.of_batch does, for each."""
+        return _all(switch.of_batch(batch) for switch in self.switches.values())
+
+    def generating(self, *args: Any) -> contextlib.AbstractContextManager[Any]:
+        """Does what Switch.generating does, for each."""
+        return _all(switch.generating(*args) for switch in self.switches.values())
+
+    def tokens_on(self, like_BL: Tensor) -> Tensor:
+        """Returns for which tokens of the last pass a skill was on, bool [B, L]."""
+        return torch.stack([switch.tokens_on(like_BL) for switch in self.switches.values()]).any(0)
+
+
+@contextlib.contextmanager
+def _all(contexts: Iterable[contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+class SwitchedModel:
+    """Is mixed into the class of a model that has a switch, or several."""
+
+    switch: Switch | Switches
+
+    @property
+    def switched(self) -> Any:
+        """Returns whether each row of the last pass was on, bool [R], by skill if there are several; None before the
+        first pass."""
+        return self.switch.decided
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates as the model does, on or off for each prompt until its answer ends."""
+        with self.switch.generating(self, args, kwargs):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def put_switch(model: Any, record: SwitchRecord) -> None:
+    """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
+    switch = _prepared(model, record)
+    _mix_in(model, switch)
+    for mlp in gated_mlps(model).values():
+        if isinstance(mlp, GrownMLP):
+            mlp.switch = switch
+    for lora in lora_layers(model).values():
+        switch_lora(lora, switch)
+
+
+def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
+    """Gives skills of a model with several their switches, by name, in place. Raises UserError if one does not fit."""
+    switches = {name: _prepared(model, record) for name, record in records.items()}
+    _mix_in(model, Switches(switches))
+    for mlp in gated_mlps(model).values():
+        for name, skill in mlp.skills.items() if isinstance(mlp, SkilledMLP) else ():
+            skill.switch = switches.get(name)
+
+
+def _prepared(model: Any, record: SwitchRecord) -> Switch:
+    """Returns a switch that is called in every pass of the model."""
+    mlps, loras = gated_mlps(model), lora_layers(model)
+    changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
+    unchanged = min([*changed, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
+    first_pass = record.layer > unchanged
+    check_fits(record, mlps, first_pass)
+    switch = Switch(record, first_pass)
+    model.register_forward_pre_hook(switch.begin, with_kwargs=True)
+    model.register_forward_hook(lambda _, __, output: switch.end(output))
+    if record.kind != "call":
+        mlps[record.layer].register_forward_pre_hook(lambda _, inputs: switch.read(inputs[0]))
+    return switch
+
+
+def _mix_in(model: Any, switch: Switch | Switches) -> None:
+    cls = type(model)
+    members = {"__module__": cls.__module__, "stock_class": getattr(cls, "stock_class", cls)}
+    model.__class__ = type(f"Switched{cls.__name__}", (SwitchedModel, cls), members)
+    model.switch = switch
+
+
+def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool) -> None:
+    """Raises UserError for a switch that a model with these MLPs cannot have."""
+    if record.kind == "call":
+        return
+    if record.layer not in mlps:
+        raise UserError(f"the switch reads layer {record.layer}; the model has gated MLPs in layers {sorted(mlps)}")
+    mlp: Any = mlps[record.layer]
+    if len(record.weight) != mlp.gate_proj.in_features:
+        raise UserError(
+            f"the switch reads {len(record.weight)} features; the model's hidden size is {mlp.gate_proj.in_features}"
+        )
+    if record.kind == "token" and first_pass:
+        raise UserError(
+            f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "
+            "the lowest grown layer or one below"
+        )
+
+
+def set_switch(model: Any, mode: str) -> None:
+    """Sets a model's switch to "on", to "off" (the base), or to "auto", as it was fitted.
+
+    Raises UserError for another mode, or for a model without a switch.
+    """
+    if mode not in MODES:
+        raise UserError(f"set_switch: {mode!r}: there are {', '.join(MODES)}")
+    if not isinstance(model, SwitchedModel):
+        raise UserError(f"set_switch: {type(model).__name__} has no switch; fit one (grow fit-switch), or load a run's")
+    model.switch.mode = mode
+
+
+def switch_decided(model: Any) -> Any:
+    """Returns what a model's switch decided in the last pass (SwitchedModel.switched), under any wrapper; None if it
+    has no switch."""
+    return getattr(getattr(model, "module", model), "switched", None)
