@@ -152,8 +152,8 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     alphas = tuple(float(mlp.alpha) for mlp in grown_mlps(model))
     source = TrainedWeights(InMemoryCheckpoint(model))
     plan = GrowthPlan(plan.factor, plan.layers, plan.trained_up, alphas)
-    tensors = stock_tensors(source, plan, uniform, 1.0, None)
-    config = type(model.config).from_dict(stock_config(source, plan))
+    tensors = stock_tensors(source, {"": plan}, uniform, 1.0, None)
+    config = type(model.config).from_dict(stock_config(source, tensors))
     with torch.device("meta"):
         stock = getattr(type(model), "stock_class", type(model))(config)
     stock.load_state_dict({name: tensor.load() for name, tensor in tensors.items()}, strict=False, assign=True)

@@ -71,7 +71,10 @@ def stock_card(
     `base` is as base_facts returns it; `growth` is the checkpoint's metadata if it grew; `about` holds the facts of the
     training; `scores` are those of `eval`.
     """
-    if growth:
+    if growth and "skills" in growth:
+        names = ", ".join(f"`{name}` (α = {own['alpha']:g})" for name, own in growth["skills"].items())
+        text = f"Made from `{base['name']}` with the skills {names}, all on, joined to one plain MLP a layer. "
+    elif growth:
         layers = growth["layers"]
         text = (
             f"Made from `{base['name']}` by growing its MLPs (layers {ranges(layers)}, {growth['factor']} times as "

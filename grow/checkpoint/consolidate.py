@@ -5,21 +5,23 @@ by columns as [D/k, D'], so the model's intermediate_size is k·p. Master weight
 memory at a time.
 """
 
-import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.card import stock_card
-from grow.checkpoint.dtypes import is_float, widest
+from grow.checkpoint.dtypes import is_float
 from grow.checkpoint.expand import link_again
-from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
+from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
+from grow.checkpoint.one_skill import has_skills_at, plans_of
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import SINGLE_NAME, read_json
+from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, read_json
+from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, hidden_units, stock_mlp
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import is_growth, mlp_prefixes
+from grow.names import PROJECTIONS, is_growth, mlp_prefixes, of_skill
 from grow.plan import GrowthPlan, text_config
 
 FORMATS = ("stock", "grown")
@@ -71,7 +73,8 @@ def consolidate(
         )
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
-    source = load_trained(path, start, tag, average, export)
+    skills = format == "stock" and not start and has_skills_at(path)
+    source = TrainedWeights(Checkpoint(path)) if skills else load_trained(path, start, tag, average, export)
     if source.has_switch and format == "stock" and not without_switch:
         raise UserError(
             f"{path}: has a switch, and a stock file cannot have one: --format grown keeps it, --without-switch writes "
@@ -83,48 +86,77 @@ def consolidate(
             for part, found in read_json(Path(scores)).items()
             if part in ("task", "retention")
         }
-    plan = source.plan
     if format == "grown":
-        if plan is None:
+        if source.plan is None:
             raise UserError(f"{path}: was not trained by growth, so there is nothing to keep grown; use --format stock")
         written = write_grown(source, out, size, progress)
     else:
-        tensors = stock_tensors(source, plan, uniform, alpha, _DTYPES.get(dtype))
-        written = _write_stock(source, plan, out, tensors, alpha, dtype, size, progress)
+        plans = plans_of(source.start.config)
+        tensors = stock_tensors(source, plans, uniform, alpha, _DTYPES.get(dtype))
+        written = _write_stock(source, plans, out, tensors, alpha, dtype, size, progress)
     return {"source": path, "out": out, "format": format, "alpha": alpha, "bytes": written, **source.facts}
 
 
 def stock_tensors(
-    source: TrainedWeights, plan: GrowthPlan | None, uniform: bool, alpha: float, dtype: str | None
+    source: TrainedWeights, plans: Mapping[str, GrowthPlan], uniform: bool, alpha: float, dtype: str | None
 ) -> dict[str, LazyTensor]:
     """Returns the tensors of a stock checkpoint at an interpolation coefficient, by the names that the start has.
 
-    `dtype` is safetensors' name of a float type; None keeps the start's. Raises UserError where only some layers have
-    grown and `uniform` does not pad the others.
+    `plans` are those of the skills by name; a single one's is "". `dtype` is safetensors' name of a float type; None
+    keeps the start's. Raises UserError where layers would differ in width and `uniform` does not pad them.
     """
     start = source.start
-    mlps = {}
-    if plan is not None:
-        prefixes = mlp_prefixes(start.tensors)
-        others = sorted(set(prefixes) - set(plan.layers))
-        if others and not uniform:
-            raise UserError(
-                f"layers {others} are not grown, and stock models have one width: add --uniform to pad them with zeros"
-            )
-        own = {layer: alpha * plan.own_alpha(layer) for layer in plan.layers}
-        mlps = {prefix: own.get(layer) for layer, prefix in prefixes.items()}
+    prefixes = mlp_prefixes(start.tensors) if plans else {}
+    made = {layer: _blocks(source, plans, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
+    width = max(map(hidden_units, made.values()), default=0)
+    narrow = [layer for layer, parts in made.items() if hidden_units(parts) < width]
+    if narrow and not uniform:
+        raise UserError(
+            f"layers {narrow} are not grown as wide as others, and stock models have one width: add --uniform to pad "
+            "them with zeros"
+        )
+    mlps: dict[str, LazyTensor] = {}
+    for layer, prefix in prefixes.items():
+        target = dtype or start.tensors[f"{prefix}.gate_proj.weight"].dtype
+        joined = stock_mlp(made[layer], width, target)
+        mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
     tensors = {}
     for name, info in start.tensors.items():
-        prefix, _, last = name.rpartition(".mlp.")
-        mlp = f"{prefix}.mlp"
-        if is_growth(name):
-            continue
-        target = dtype if dtype and is_float(info.dtype) else info.dtype
-        if plan is not None and mlp in mlps and "_proj." in last:
-            tensors[name] = _merged(source, mlp, last, plan.factor, mlps[mlp], target)
-        else:
+        if name in mlps:
+            tensors[name] = mlps[name]
+        elif not is_growth(name):
+            target = dtype if dtype and is_float(info.dtype) else info.dtype
             tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
     return tensors | _new_tensors(source, alpha, dtype)
+
+
+def _blocks(
+    source: TrainedWeights, plans: Mapping[str, GrowthPlan], layer: int, prefix: str, alpha: float, dtype: str | None
+) -> Blocks:
+    """Returns the blocks of a layer's MLP."""
+    start = source.start
+    ends = [f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")]
+    own = {end: start.lazy(f"{prefix}.{end}") for end in ends if f"{prefix}.{end}" in start.tensors}
+    skills = [
+        Grown(
+            plan.factor,
+            alpha * plan.own_alpha(layer),
+            {end: source.tensor(of_skill(f"{prefix}.grown.{end}", name)) for end in own},
+            _trained(source, prefix, name, list(own)),
+        )
+        for name, plan in plans.items()
+        if layer in plan.layers
+    ]
+    return blocks(own, skills, dtype or own["gate_proj.weight"].dtype)
+
+
+def _trained(source: TrainedWeights, prefix: str, skill: str, ends: list[str]) -> dict[str, LazyTensor]:
+    names = {end: of_skill(f"{prefix}.trained.{end}", skill) for end in ends}
+    return {
+        end: source.tensor(name)
+        for end, name in names.items()
+        if name in source.start.tensors or name in source.trained
+    }
 
 
 def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dict[str, LazyTensor]:
@@ -137,34 +169,9 @@ def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dic
     return {name: tensor.to(dtype or own) for name, tensor in new.items()}
 
 
-def _merged(source: TrainedWeights, mlp: str, last: str, k: int, alpha: float | None, target: str) -> LazyTensor:
-    """Returns a tensor of a stock MLP, from the base's own and the copies; `alpha` is None if it has not grown."""
-    own = source.start.lazy(f"{mlp}.{last}")
-    if alpha is None:
-        own = own.to(target)
-        if last == "down_proj.bias":
-            return own
-        if last == "down_proj.weight":
-            return concat_columns(own, zeros((own.shape[0], own.shape[1] * (k - 1)), target))
-        return concat_rows(own, zeros((own.shape[0] * (k - 1), *own.shape[1:]), target))
-    copies = source.tensor(f"{mlp}.grown.{last}")
-    if not last.startswith("down_proj"):
-        trained = f"{mlp}.trained.{last}"
-        if trained in source.start.tensors or trained in source.trained:
-            return concat_rows(interpolated(own, source.tensor(trained), alpha, target), copies.to(target))
-        return concat_rows(own.to(target), copies.to(target))
-    own, added = _scaled(own, 1 - alpha * (k - 1) / k, target), _scaled(copies, alpha, target)
-    return elementwise(operator.add, target, own, added) if last == "down_proj.bias" else concat_columns(own, added)
-
-
-def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:
-    """Scales a tensor in the wider of the two types, so that it is rounded once."""
-    return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
-
-
 def _write_stock(
     source: TrainedWeights,
-    plan: GrowthPlan | None,
+    plans: Mapping[str, GrowthPlan],
     out: str,
     tensors: dict[str, LazyTensor],
     alpha: float,
@@ -173,13 +180,13 @@ def _write_stock(
     progress: Progress,
 ) -> int:
     start = source.start
-    growth, config = start.config.get("growth"), stock_config(source, plan)
+    growth, config = start.config.get("growth"), stock_config(source, tensors)
     if dtype:
         config = _with_dtype(config, dtype)
     shards = split_into_shards(tensors, max_shard_size, "model")
     if len(shards) == 1:
         shards = {SINGLE_NAME: tensors}
-    alphas = [alpha, *(plan.alphas if plan else ())]
+    alphas = [alpha, *(plan.alphas for plan in plans.values())]
     request = [source.identity, "stock", alphas, dtype, {name: list(part) for name, part in shards.items()}]
     with OutputFolder(out, {"request": request}) as folder:
         folder.write_shards(shards, progress)
@@ -195,18 +202,16 @@ def _write_stock(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def stock_config(source: TrainedWeights, plan: GrowthPlan | None) -> dict[str, Any]:
-    """Returns the config of a stock checkpoint: without growth, and with the width of the merged MLPs."""
-    config = {key: value for key, value in (source.config or source.start.config).items() if key != "growth"}
-    if plan is None:
+def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """Returns the config of a stock checkpoint with these tensors: without growth, and with the width of its MLPs."""
+    start = source.start
+    config = {key: value for key, value in (source.config or start.config).items() if key != "growth"}
+    if "growth" not in start.config:
         return config
     text = dict(text_config(config))
-    text["intermediate_size"] = plan.factor * source.start.tensors[_gate(source)].shape[0]
+    gate = next(iter(mlp_prefixes(start.tensors).values())) + ".gate_proj.weight"
+    text["intermediate_size"] = tensors[gate].shape[0]
     return {**config, "text_config": text} if "text_config" in config else text
-
-
-def _gate(source: TrainedWeights) -> str:
-    return next(iter(mlp_prefixes(source.start.tensors).values())) + ".gate_proj.weight"
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

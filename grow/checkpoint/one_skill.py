@@ -1,14 +1,34 @@
 """One of several skills, seen as a grown checkpoint that has it alone (grow.checkpoint.skills)."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.metadata import read_growth
-from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.names import is_growth, of_skill, skill_of
-from grow.plan import FORMAT_VERSION, SKILLS_VERSION
+from grow.plan import FORMAT_VERSION, SKILLS_VERSION, GrowthPlan, skill_plans
+
+
+def has_skills_at(path: str) -> bool:
+    """Says whether a folder is a checkpoint with several skills."""
+    config = Path(path) / "config.json"
+    return config.is_file() and has_skills(read_json(config))
+
+
+def plans_of(config: Mapping[str, Any]) -> dict[str, GrowthPlan]:
+    """Returns the growth plans of a checkpoint by skill, with each skill's α in the layers' own; a single one has the
+    name "". {} if the checkpoint is not grown."""
+    if not has_skills(config):
+        plan = GrowthPlan.from_config(dict(config))
+        return {} if plan is None else {"": plan}
+    skills = config["growth"]["skills"]
+    return {
+        name: dataclasses.replace(plan, alphas=tuple(skills[name]["alpha"] * plan.own_alpha(n) for n in plan.layers))
+        for name, plan in skill_plans(config["growth"]).items()
+    }
 
 
 def has_skills(config: Mapping[str, Any]) -> bool:

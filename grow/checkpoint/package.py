@@ -13,7 +13,7 @@ from grow.checkpoint.expand import base_identity, grown_name, link_again, link_b
 from grow.checkpoint.hub import HUB_NAME, repository
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.metadata import BASE_FOLDER, GROWTH_NAME, check_growth, read_growth, write_growth, write_metadata
-from grow.checkpoint.one_skill import OneSkill, facts_of, has_skills
+from grow.checkpoint.one_skill import OneSkill, facts_of, has_skills, has_skills_at
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
@@ -45,7 +45,7 @@ def extract_base(path: str, out: str) -> dict[str, Any]:
     Raises UserError if the checksums of the base's files are not those of the files that were grown.
     """
     refuse_existing(Path(out))
-    grown = Checkpoint(path) if _has_skills(path) else _open_grown(path).start
+    grown = Checkpoint(path) if has_skills_at(path) else _open_grown(path).start
     files = grown.config["growth"]["base"]["files"]
     _check_base(grown.path, {name: grown.path / name for name in files}, files)
     with OutputFolder(out, {"base of": grown.identity()}) as folder:
@@ -56,10 +56,6 @@ def extract_base(path: str, out: str) -> dict[str, Any]:
         for file in sorted((grown.path / BASE_FOLDER).iterdir(), key=lambda file: file.name == "config.json"):
             folder.copy(file)
     return {"source": path, "out": out, "files": [facts["name"] for facts in files.values()]}
-
-
-def _has_skills(path: str) -> bool:
-    return not (Path(path) / "run.json").exists() and has_skills(Checkpoint(path).config)
 
 
 def extract_growth(

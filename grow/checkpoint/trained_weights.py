@@ -65,7 +65,10 @@ class TrainedWeights:
     @property
     def has_switch(self) -> bool:
         """Says whether what was trained has a switch (grow.checkpoint.switch_record)."""
-        return self.run_switch is not None or "switch" in (self.start.config.get("growth") or {})
+        growth = self.start.config.get("growth") or {}
+        return self.run_switch is not None or any(
+            "switch" in own for own in (growth, *growth.get("skills", {}).values())
+        )
 
     def base_facts(self) -> dict[str, Any]:
         """Returns the name and the licence of the base."""

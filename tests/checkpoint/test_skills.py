@@ -134,6 +134,20 @@ def test_step_0_of_each(text_base: Path, tmp_path: Path, capsys: Any, dtype: tor
     assert torch.allclose(logits(half).float(), logits(reference).float(), atol=atol)
 
 
+@pytest.mark.parametrize("alpha", ["1", "0.5", "0"])
+def test_the_stock_form(world: Path, text_base: Path, tmp_path: Path, capsys: Any, alpha: str) -> None:
+    """All on, joined: what the skills compute together, with both kinds of growth; α = 0 is the base."""
+    out = tmp_path / "stock"
+    here(capsys, "consolidate", world / "both", out, "--uniform", "--without-switch", "--alpha", alpha,
+         "--dtype", "float32")  # fmt: skip
+    both = load(world / "both", torch.float32, float(alpha))
+    grow.set_switch(both, "on")
+    found = logits(load(out), input_ids=PROMPTS)
+    assert torch.allclose(found, logits(both, input_ids=PROMPTS), atol=2e-3)
+    if alpha == "0":
+        assert torch.allclose(found, logits(load(text_base, torch.float32), input_ids=PROMPTS), atol=2e-3)
+
+
 def test_scores(world: Path, text_base: Path, sums: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1)
     found = evaluate(str(world / "both"), read_recipe(str(recipe)), (0.0, 1.0), limit=6)
@@ -154,5 +168,8 @@ def test_mistakes(world: Path, text_base: Path, tmp_path: Path, capsys: Any) -> 
     assert "checksum" in here(capsys, "attach", other, french, sums, out, code=2)
     assert "no such skill" in here(capsys, "growth", world / "both", out, "--name", "german", code=2)
     assert "leave --name out" in here(capsys, "growth", world / "french-alone", out, "--name", "french", code=2)
-    assert "french, logic" in here(capsys, "consolidate", world / "both", out, code=2)
+    assert "--without-switch" in here(capsys, "consolidate", world / "both", out, code=2)
+    assert "--uniform" in here(capsys, "consolidate", world / "both", out, "--without-switch", code=2)
+    assert "french, logic" in here(capsys, "consolidate", world / "both", out, "--format", "grown", code=2)
+    assert "french, logic" in here(capsys, "growth", world / "both", out, code=2)
     assert not out.exists() and not list(tmp_path.glob("out*"))

@@ -19,6 +19,7 @@ from grow.cli.main import main
 from grow.model.loading import load
 from tests.helpers.running import here, start, train
 from tests.helpers.tiny import logits, make_recipe, tokens
+from tests.helpers.tiny import run as script
 
 
 def recipe_with(path: Path, base: Path, data: Path, **fields: Any) -> Path:
@@ -71,6 +72,9 @@ def test_a_run_with_a_switch(text_base: Path, sums: Path, tmp_path: Path, capsys
     grow.save_growth(models[0], saved)
     assert read_growth(saved)["switch"] == read_growth(tmp_path / "package")["switch"]
 
+    script("launch/consolidate.sh", recipe, LIMIT="4")
+    scores = json.loads((tmp_path / "run-scores.json").read_text())["task"]
+    assert scores["opened"] > 0 and (tmp_path / "run-switched" / "growth.json").is_file()
     line = here(capsys, "consolidate", run, tmp_path / "stock", "--uniform", code=2)
     assert "--without-switch" in line and "--format grown" in line
     here(capsys, "consolidate", run, tmp_path / "stock", "--uniform", "--without-switch")
@@ -192,5 +196,7 @@ def test_a_lora_that_is_not_merged(text_base: Path, sums: Path, tmp_path: Path, 
         mixed = logits(model, input_ids=both)
         assert model.switched.tolist() == [True] * 3 + [False] * 3
         assert torch.equal(mixed[3:], logits(base, input_ids=both)[3:])
+    script("launch/consolidate.sh", recipe, LIMIT="4")
+    assert json.loads((tmp_path / "run-scores.json").read_text())["task"]["opened"] == 1
     said = here(capsys, "eval", run / "result", "--recipe", recipe, "--limit", "5")
     assert "switch open for 100.0%" in said

@@ -1,0 +1,77 @@
+"""The stock form of a grown MLP: its blocks of hidden units side by side, in one MLP as wide as all of them.
+
+    the base's own                G, U, c · D       c = 1 − Σ αᵢ(kᵢ−1)/kᵢ over skills without a trained up-projection,
+                                                    and − 1 for each with one; left out where c = 0
+    skill i, trained up           G + αᵢ (G' − G), U + αᵢ (U' − U), (1 − αᵢ(kᵢ−1)/kᵢ) · D
+    skill i, the copies           Gᵢ, Uᵢ, αᵢ · Dᵢ
+    zeros                         up to the width of the widest layer
+
+A biased down-projection's bias is the sum of the blocks'.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grow.checkpoint.dtypes import widest
+from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
+
+_UP = ("gate_proj", "up_proj")
+Tensors = Mapping[str, LazyTensor]
+"""Tensors of an MLP by the ends of their names, such as gate_proj.weight."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Holds what one skill is in one MLP: the factor k, α, the copies, and gate and up as trained, if they were."""
+
+    factor: int
+    alpha: float
+    copies: Tensors
+    trained: Tensors
+
+
+Blocks = list[tuple[Tensors, float]]
+"""Blocks of hidden units, each with the factor of its down-projection."""
+
+
+def blocks(own: Tensors, skills: list[Grown], target: str) -> Blocks:
+    """Returns the blocks of an MLP; `own` are the base's tensors. `target` is the float type of interpolated ones."""
+    share, found = 1.0, list[tuple[Tensors, float]]()
+    for skill in skills:
+        rest = 1 - skill.alpha * (skill.factor - 1) / skill.factor
+        if skill.trained:
+            between = {n: interpolated(own[n], tensor, skill.alpha, target) for n, tensor in skill.trained.items()}
+            found.append(({**own, **between}, rest))
+        share -= 1 if skill.trained else 1 - rest
+        found.append((skill.copies, skill.alpha))
+    return [(own, share), *found] if share else found
+
+
+def hidden_units(parts: Blocks) -> int:
+    """Returns how many hidden units blocks have together."""
+    return sum(tensors["gate_proj.weight"].shape[0] for tensors, _ in parts)
+
+
+def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
+    """Returns the tensors of an MLP of `width` hidden units, by the ends of their names, in the float type `target`."""
+    return {
+        name: _joined(name, [(tensors[name], factor) for tensors, factor in parts], width, target)
+        for name in parts[0][0]
+    }
+
+
+def _joined(name: str, parts: list[tuple[LazyTensor, float]], width: int, target: str) -> LazyTensor:
+    if name.startswith(_UP):
+        made = [tensor.to(target) for tensor, _ in parts]
+        room = width - sum(tensor.shape[0] for tensor in made)
+        return concat_rows(*made, *([zeros((room, *made[0].shape[1:]), target)] if room else []))
+    made = [_scaled(tensor, factor, target) for tensor, factor in parts]
+    if name == "down_proj.bias":
+        return made[0] if len(made) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *made)
+    room = width - sum(tensor.shape[1] for tensor in made)
+    return concat_columns(*made, *([zeros((made[0].shape[0], room), target)] if room else []))
+
+
+def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:
+    """Scales a tensor in the wider of the two types, so that it is rounded once."""
+    return tensor.to(widest(tensor.dtype, target)).scaled(factor).to(target)
