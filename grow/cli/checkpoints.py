@@ -24,7 +24,8 @@ def plan(
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
             cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json, or top:6:DIR (learn-alphas).
+        layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
+            top:6:ranking.json or top:6:DIR (learn-alphas).
         world_size: For a recipe: how many GPUs.
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
@@ -59,7 +60,8 @@ def expand(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", indices and ranges (0,3,7-9), top:6:ranking.json, or top:6:DIR (learn-alphas).
+        layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
+            top:6:ranking.json or top:6:DIR (learn-alphas).
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         json: Print one JSON object.

@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from grow.checkpoint.switch_record import SwitchRecord
@@ -60,7 +60,8 @@ class Switch:
         finally:
             self._batch = None
 
-    # What every forward pass calls: begin, read from within it, end.
+    # Hooks of every forward pass: begin, read from within it, end. They are methods, so that a copy of the model has
+    # those of its own switch.
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds where this pass is to decide, and decides already if it need not read features for it."""
@@ -86,13 +87,14 @@ class Switch:
             if self.first_pass:
                 self._ask(model, inputs)
 
-    def read(self, x_BLH: Tensor) -> None:
-        """Decides, from the input of the MLP of the switch's layer."""
-        rows = self._rows
+    def read(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Decides, from the input of the MLP of the switch's layer, [B, L, H]."""
+        rows, x_BLH = self._rows, inputs[0]
         if rows is None:
             return
-        score_BL = x_BLH.detach().float() @ self._weight_H.to(x_BLH.device)
-        on_BL = score_BL > self.record.threshold
+        self._weight_H = self._weight_H.to(x_BLH.device)
+        # A model may be spread over devices; what is decided is where its inputs are.
+        on_BL = (x_BLH.detach().float() @ self._weight_H > self.record.threshold).to(rows.row_BL.device)
         if self.record.kind == "token":
             self.decided, self.on = on_BL, _short(on_BL)
         else:
@@ -103,7 +105,7 @@ class Switch:
         if self._asking and not self._partitioned:
             raise _Decided
 
-    def end(self, output: Any) -> None:
+    def end(self, _: nn.Module, __: Any, output: Any) -> None:
         """Notes with which decision a KV cache was filled."""
         cache = getattr(output, "past_key_values", None)
         if not self._asking and cache is not None and self._start_R is not None:

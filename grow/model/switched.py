@@ -106,9 +106,9 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
     check_fits(record, mlps, first_pass)
     switch = Switch(record, first_pass)
     model.register_forward_pre_hook(switch.begin, with_kwargs=True)
-    model.register_forward_hook(lambda _, __, output: switch.end(output))
+    model.register_forward_hook(switch.end)
     if record.kind != "call":
-        mlps[record.layer].register_forward_pre_hook(lambda _, inputs: switch.read(inputs[0]))
+        mlps[record.layer].register_forward_pre_hook(switch.read)
     return switch
 
 

@@ -18,7 +18,7 @@ def where_on(switch: Any, x: Tensor, own: Tensor, full: Callable[[Tensor, Tensor
         return own
     x_NI, own_NO = x.flatten(0, -2), own.flatten(0, -2)
     if isinstance(on, Tensor):
-        places = on.flatten().nonzero()[:, 0]
+        places = on.flatten().nonzero()[:, 0].to(x.device)
     else:
         places = torch.arange(len(x_NI) if on else 0, device=x.device)
     taken = torch.cat((places, places.new_zeros(1))) if every_rank else places

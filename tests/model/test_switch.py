@@ -1,5 +1,6 @@
 """A switch that is off leaves the base, bit for bit, however the model is run; on, it leaves the grown model."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,17 @@ def test_training_is_always_on(text_base: Path) -> None:
     record = record_for(text_base, 2)
     _, grown, switched = three(text_base, torch.float32, record)
     assert torch.equal(run(switched.train(), input_ids=PROMPTS), run(grown.train(), input_ids=PROMPTS))
+
+
+def test_a_copy_decides_for_itself(text_base: Path) -> None:
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    base, _, switched = three(text_base, torch.float32, record)
+    copied = copy.deepcopy(switched)
+    set_switch(switched, "on")
+    found = run(copied, input_ids=PROMPTS)
+    assert torch.equal(copied.switched, on) and switched.switched is None
+    assert torch.equal(found[~on], run(base, input_ids=PROMPTS)[~on])
 
 
 def test_it_must_fit(text_base: Path) -> None:

@@ -1,0 +1,228 @@
+"""Which detector a switch should have, and where it ends: near sets, and what should open, on the real 270M.
+
+    python recipes/gemma3_270m/fetch.py model translation capitals qa_wikidata winowhy prose german code
+    python recipes/study/switch_detectors.py --out results [--layers 6,14] [--rows 100]
+
+Every detector is fitted on the same rows (grow.switch.rows): half of the task's prompts and their variations against
+half of what the base writes. Its threshold leaves 99 % of the other half of the task's open. Then: the share of each
+set that opens. Near sets are the same sentences with another request, or text in one of the languages; "should open"
+asks for the task in another way. Last, the linear discriminant shown some rows of near sets (`--off`), and of all sets
+but the one that is looked at. Writes OUT/switch_detectors.json and .md.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from grow.checkpoint.files import write_json, write_text
+from grow.cli.arguments import run_script
+from grow.data.of_recipe import rows_of, template_of, tokenizer_of
+from grow.data.tokens import encode_cached
+from grow.data.writing import self_text
+from grow.methods import read_recipe
+from grow.model.features import mlp_inputs
+from grow.model.loading import compute_device, compute_dtype, load
+from grow.switch.detector import auroc, discriminant, threshold
+from grow.switch.fit import base_checksum
+from grow.switch.rows import ON_ROWS, near_prompts, other_rows, retention_prompts, task_prompts, variations
+
+RECIPE = Path(__file__).parents[1] / "gemma3_270m" / "translation.yaml"
+FAR = ("capitals", "qa_wikidata", "winowhy", "prose", "german", "code")
+NEAR: dict[str, str] = {
+    "German": "English: {en}\nGerman:", "Spanish": "English: {en}\nSpanish:",
+    "French to English": "French: {fr}\nEnglish:",
+    "summary": "English: {en}\nSummary:", "question": "English: {en}\nQuestion: What is this about?\nAnswer:",
+    "English text": "{en}", "French text": "{fr}",
+}  # fmt: skip
+SHOULD_OPEN: dict[str, str] = {
+    "as in the task": "English: {en}\nFrench:", "a space after": "English: {en}\nFrench: ",
+    "a line end after": "English: {en}\nFrench:\n", "capitals": "ENGLISH: {en}\nFRENCH:",
+    "one line": "English: {en} French:", "a long text before": "{prose}\n\nEnglish: {en}\nFrench:",
+    "an example before": "English: {before[en]}\nFrench: {before[fr]}\n\nEnglish: {en}\nFrench:",
+    "other words 1": "Translate to French: {en}\n", "other words 2": "English: {en}\nTranslation into French:",
+    "other words 3": "In French, \"{en}\" is",
+}  # fmt: skip
+
+
+def switch_detectors(out: str, layers: str = "6,14", rows: str = "100") -> None:
+    """Writes the tables to the folder OUT, for these layers, with so many rows of each set."""
+    count, recipe = int(rows), read_recipe(str(RECIPE))
+    tokenizer = tokenizer_of(recipe)
+    model = load(recipe.base_name, compute_dtype()).to(compute_device())
+    own = self_text(model, tokenizer, base_checksum(recipe))
+    train = rows_of(recipe, recipe.train_split)
+    examples = encode_cached(train, tokenizer, template_of(recipe), recipe.max_length).examples
+    prompts = task_prompts(examples, ON_ROWS)
+    task = prompts + [p for kind in variations(examples, prompts, own, tokenizer) for p in kind.prompts]
+    near = near_prompts(model, recipe, own, tokenizer)
+    sets = _sets(recipe, tokenizer, count)
+    found: dict[str, Any] = {"rows": count, "layers": {}}
+    for layer in map(int, layers.split(",")):
+        print(f"layer {layer}", file=sys.stderr, flush=True)
+
+        def last(of: list[list[int]], layer: int = layer) -> Tensor:
+            return torch.stack([x[-1] for x in mlp_inputs(model, of, layer)])
+
+        every = mlp_inputs(model, own, layer)
+        on_x, near_x, sets_x = last(task), last(near), {name: last(of) for name, of in sets.items()}
+        off_x = [torch.cat(every[::2]), near_x[::2]]
+        held_out = on_x[1::2], torch.cat([torch.stack([x[-1] for x in every[1::2]]), near_x[1::2]])
+        lines = {n: _judged(fit(on_x[::2], off_x), *held_out, sets_x) for n, fit in DETECTORS.items()}
+        lines |= _with_near_rows(on_x, off_x, held_out, sets_x)
+        found["layers"][layer] = lines
+    text = {name: [tokenizer.decode(p[1:]) for p in of] for name, of in sets.items()}
+    on_text, off_text = ([tokenizer.decode(p[1:]) for p in of] for of in (task, own + near))
+    found["prompt"] = _of_text(on_text, off_text, text)
+    write_json(Path(out) / "switch_detectors.json", found)
+    write_text(Path(out) / "switch_detectors.md", tables(found))
+    print(tables(found))
+
+
+def _sets(recipe: Any, tokenizer: Any, count: int) -> dict[str, list[list[int]]]:
+    """Returns the prompts of each set, in tokens."""
+    test, train = rows_of(recipe, recipe.test_split), rows_of(recipe, recipe.train_split)
+    folder = Path(recipe.data).parent
+    prose = [row["text"] for row in rows_of(_of(recipe, folder / "prose"), "test")[:count]]
+    found = {}
+    for name, form in {**SHOULD_OPEN, **NEAR}.items():
+        texts = [
+            form.format(**row, before=train[7 * index], prose=prose[index % len(prose)][:600])
+            for index, row in enumerate(test[:count])
+        ]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        found[name] = [[tokenizer.bos_token_id, *own] for own in ids]
+    (known,) = (of.prompts for of in retention_prompts(recipe, tokenizer, count))
+    others = {name: other_rows(f"{folder / name}[:{count}]", recipe, tokenizer) for name in FAR if name != "capitals"}
+    return found | {"capitals": known} | others
+
+
+def _of(recipe: Any, folder: Path) -> Any:
+    return read_recipe(str(RECIPE), {"data": str(folder)})
+
+
+Scores = Callable[[Tensor], Tensor]
+
+
+def _discriminant(on: Tensor, off: list[Tensor]) -> Scores:
+    return discriminant([on], off).scores
+
+
+def _linear(model: Any) -> Callable[[Tensor, list[Tensor]], Scores]:
+    def fit(on: Tensor, off: list[Tensor]) -> Scores:
+        x = torch.cat([on, *off]).double()
+        scale = x.std(0) + 1e-6
+        model.fit((x / scale).numpy(), [1] * len(on) + [0] * sum(map(len, off)))
+        return lambda some: torch.from_numpy(model.decision_function((some.double() / scale).numpy()))
+
+    return fit
+
+
+def _relative_mahalanobis(on: Tensor, off: list[Tensor]) -> Scores:
+    """Ren et al. 2021 (arXiv 2106.09022): the distance to the base's own text less that to the task."""
+    inside, outside = discriminant_parts(on), discriminant_parts(torch.cat(off))
+    return lambda x: _distance(x, *outside) - _distance(x, *inside)
+
+
+def discriminant_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and inverse covariance, with a ridge of 5 %."""
+    x = x.double()
+    covariance = torch.cov(x.T)
+    ridge = 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    return x.mean(0), torch.linalg.inv(covariance + ridge)
+
+
+def _distance(x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    centred = x.double() - mean
+    return (centred @ inverse * centred).sum(1)
+
+
+def _cosine(on: Tensor, off: list[Tensor]) -> Scores:
+    direction = on.double().mean(0) - torch.stack([x.double().mean(0) for x in off]).mean(0)
+    return lambda x: torch.nn.functional.cosine_similarity(x.double(), direction[None])
+
+
+DETECTORS: dict[str, Callable[[Tensor, list[Tensor]], Scores]] = {
+    "linear discriminant": _discriminant,
+    "squared hinge": _linear(LinearSVC(C=0.01, class_weight="balanced", max_iter=5000)),
+    "logistic": _linear(LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000)),
+    "relative Mahalanobis": _relative_mahalanobis,
+    "cosine to the mean": _cosine,
+}
+
+
+def _judged(scores: Scores, on: Tensor, off: Tensor, sets: dict[str, Tensor]) -> dict[str, Any]:
+    of_task, limit = scores(on), threshold(scores(on), scores(off))
+    return {
+        "opens_at_most": limit.opens_at_most,
+        "open": {name: float((scores(x) > limit.value).double().mean()) for name, x in sets.items()},
+        "auroc": {name: auroc(of_task, scores(x)) for name, x in sets.items() if name not in SHOULD_OPEN},
+    }
+
+
+def _with_near_rows(
+    on: Tensor, off: list[Tensor], held_out: tuple[Tensor, Tensor], sets: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Returns the discriminant shown 5 and half of the rows of each near set, judged on the others; and, of each near
+    set, shown half of all others."""
+    half = {name: x[: len(x) // 2] for name, x in sets.items()}
+    rest = sets | {name: sets[name][len(sets[name]) // 2 :] for name in NEAR}
+    found = {}
+    for shown in (5, len(half["German"])):
+        fitted = _discriminant(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
+        found[f"linear discriminant, {shown} rows of each near set"] = _judged(fitted, *held_out, rest)
+    left_out = {}
+    for name in NEAR:
+        fitted = _discriminant(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
+        left_out[name] = _judged(fitted, *held_out, {name: rest[name]})["open"][name]
+    found["linear discriminant, all near sets but this one"] = {"open": left_out, "auroc": {}}
+    return found
+
+
+def _of_text(on: list[str], off: list[str], sets: dict[str, list[str]]) -> dict[str, Any]:
+    """Returns two humble rivals, which read the prompt's text: a regular expression, and n-grams of characters."""
+    pattern = re.compile(r"(?s).*English: .*\nFrench:\s*")
+    vectors = HashingVectorizer(analyzer="char", ngram_range=(1, 4), n_features=2**16)
+    model = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
+    model.fit(vectors.transform(on[::2] + off[::2]), [1] * len(on[::2]) + [0] * len(off[::2]))
+
+    def scores(texts: list[str]) -> Tensor:
+        return torch.from_numpy(model.decision_function(vectors.transform(texts)))
+
+    limit = threshold(scores(on[1::2]), scores(off[1::2]))
+    return {
+        "regular expression": {
+            "open": {n: sum(bool(pattern.fullmatch(t)) for t in texts) / len(texts) for n, texts in sets.items()}
+        },
+        "n-grams of the prompt": {
+            "opens_at_most": limit.opens_at_most,
+            "open": {n: float((scores(texts) > limit.value).double().mean()) for n, texts in sets.items()},
+        },
+    }
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Returns the shares that open, in percent, as Markdown tables: what should, near sets, far sets."""
+    rows = [
+        (f"{name}, layer {layer}", line) for layer, lines in found["layers"].items() for name, line in lines.items()
+    ]
+    rows += list(found["prompt"].items())
+    text = []
+    for title, names in (("should open", SHOULD_OPEN), ("near", NEAR), ("far", FAR)):
+        lines = [f"| {title}: % open | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for name, line in rows:
+            cells = [f"{100 * line['open'][one]:.0f}" if one in line["open"] else "" for one in names]
+            lines += [f"| {name} | " + " | ".join(cells) + " |"] if any(cells) else []
+        text.append("\n".join(lines))
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(switch_detectors, str(__doc__))
