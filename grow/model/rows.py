@@ -43,17 +43,19 @@ def packed_rows(position_ids_BL: Tensor, labels_BL: Tensor) -> Rows:
     return Rows(row_BL, sequence_R, first_R.where(matters_R, 0), matters_R=matters_R)
 
 
-def rows_of_inputs(inputs: dict[str, Any], past: int) -> Rows:
+def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None = None) -> Rows:
     """Returns the rows of a forward pass, from its arguments by name.
 
-    Each sequence is a row, unless positions restart in it and there is neither mask nor cache: then it is packed.
+    Each sequence is a row, unless positions restart in it and there is neither mask nor cache: then it is packed. Of a
+    prompt whose length is known no later column decides: assisted generation puts guesses behind it.
     """
     ids_BL = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
     count, length = ids_BL.shape
     mask, positions, labels = (inputs.get(name) for name in ("attention_mask", "position_ids", "labels"))
     if labels is not None:  # transformers' own: labels[b, t] is token t
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    if mask is None and positions is not None and not past and length > 1 and positions.shape[0] == count:
+    packs = mask is None and not past and prompt_length is None
+    if packs and positions is not None and length > 1 and positions.shape[0] == count:
         row_BL, sequence_R = _by_positions(positions)
         if labels is not None:
             return packed_rows(positions, following)
@@ -65,6 +67,8 @@ def rows_of_inputs(inputs: dict[str, Any], past: int) -> Rows:
     there_BL = torch.ones_like(ids_BL, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         there_BL = mask[:, -length:].bool()
+    if prompt_length is not None and past < prompt_length:
+        there_BL = there_BL & (columns_L < prompt_length - past)
     last_R = columns_L.where(there_BL, -1).amax(1)
     if labels is not None:
         first_R = columns_L.where(following != IGNORED, NEVER).amin(1)

@@ -45,6 +45,7 @@ class Switch:
         self._rows: Rows | None = None  # of the pass under way, if something is to be decided in it
         self._asking = self._partitioned = False  # in a pass that decides and does no more; under ZeRO-3
         self._generating = False
+        self._prompt_length: int | None = None  # in `generate`
         self._start_R: Tensor | None = None  # the column from which each row is on
         self._caches: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # what their contents were computed with
 
@@ -73,7 +74,7 @@ class Switch:
         inputs = _named(model, args, kwargs)
         cache = inputs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
-        rows = self._batch or rows_of_inputs(inputs, past)
+        rows = self._batch or rows_of_inputs(inputs, past, self._prompt_length if self._generating else None)
         held_R = self._start_R if self._generating else self._caches.get(cache) if past else None
         if self.record.kind == "token":
             self._rows = rows
@@ -149,15 +150,23 @@ class Switch:
         """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
         self._generating, self._start_R = True, None
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._prompt_length = None if ids is None else ids.shape[1]
         try:
             cache = kwargs.get("past_key_values")
-            reads = self.mode == "auto" and self.record.kind in ("row", "answer")
-            if reads and ids is not None and cache is not None and cache.get_seq_length():
+            kept = cache is not None and cache.get_seq_length() > 0
+            settings = kwargs.get("generation_config") or model.generation_config
+            in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+            if (
+                self.mode == "auto"
+                and self.record.kind in ("row", "answer")
+                and ids is not None
+                and (kept or in_chunks)
+            ):
                 taken = inspect.signature(type(model).forward).parameters
                 inputs = {name: value for name, value in kwargs.items() if name in taken} | {"input_ids": ids}
                 self._rows = rows_of_inputs(inputs, 0)
                 self._ask(model, inputs)
-                if self._is_stale(self._caches.get(cache)):
+                if kept and self._is_stale(self._caches.get(cache)):
                     _empty(cache, model)
             yield
             if self.decided is not None and ids is not None and self.decided.ndim == 1:

@@ -212,6 +212,21 @@ def test_generate(tiny_base: Path, dtype: torch.dtype, how: str, layers: str) ->
     assert not torch.equal(base_ids, grown_ids)
 
 
+@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}, {"min_new_tokens": 6}])
+def test_guesses_and_chunks(tiny_base: Path, layers: str, how: dict[str, Any]) -> None:
+    """The prompt's last token decides, also where guesses follow it in the first pass, or where that is one part."""
+    record = record_for(tiny_base, 2)
+    on = on_of(tiny_base, record)
+    base, grown, switched = three(tiny_base, torch.float32, record, layers=layers)
+    for row, prompt in enumerate(PROMPTS):
+        prompt = prompt[None]
+        other = grown if on[row] else base
+        expected = other.generate(prompt, **GENERATE, do_sample=False)
+        found = switched.generate(prompt, attention_mask=torch.ones_like(prompt), **GENERATE, do_sample=False, **how)
+        assert switched.switched.tolist() == [bool(on[row])] and torch.equal(found, expected)
+
+
 def test_generate_of_one_kind(tiny_base: Path) -> None:
     """A batch that is off writes what the base writes, sampled too."""
     record = record_for(tiny_base, 2)
