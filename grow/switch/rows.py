@@ -59,8 +59,9 @@ def task_prompts(examples: Examples, most: int, whole: bool = False) -> list[Pro
 
 
 def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt], tokenizer: Any) -> list[Prompts]:
-    """Returns harmless variations of a task's prompts: another row with its answer before, a line before, small
-    letters, wider spaces, a space after. Each prompt gets one of them, in turn; of conversations, the first."""
+    """Returns harmless variations of a task's prompts: another row with its answer before, a line before, small and
+    capital letters, wider spaces, a space or a line end after. Each prompt gets one of them, in turn; of conversations,
+    the first."""
     lines = [line.strip() for passage in passages for line in _text(passage, tokenizer)[1].split("\n")]
     lines = [line for line in lines if len(line) > 20] or ["…"]
     draw = random.Random(0)
@@ -84,8 +85,10 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
         kinds |= {
             "a line before": written(lambda text: f"{draw.choice(lines)}\n\n{text}"),
             "small letters": written(str.lower),
+            "capital letters": written(str.upper),
             "wider spaces": written(lambda text: text.replace(" ", "  ")),
             "a space after": written(lambda text: f"{text} "),
+            "a line end after": written(lambda text: f"{text}\n"),
         }
     made = zip(prompts, itertools.cycle(kinds.items()))
     found = [(name, change(prompt)) for prompt, (name, change) in made]

@@ -6,7 +6,7 @@
 Every detector is fitted on the same rows (grow.switch.rows): half of the task's prompts and their variations against
 half of what the base writes. Its threshold leaves 99 % of the other half of the task's open. Then: the share of each
 set that opens. Near sets are the same sentences with another request, or text in one of the languages; "should open"
-asks for the task in another way. Last, the linear discriminant shown some rows of near sets (`--off`), and of all sets
+asks for the task in another way. Last, two detectors that are shown some rows of near sets (`--off`), and of all sets
 but the one that is looked at. Writes OUT/switch_detectors.json and .md.
 """
 
@@ -44,7 +44,7 @@ NEAR: dict[str, str] = {
 }  # fmt: skip
 SHOULD_OPEN: dict[str, str] = {
     "as in the task": "English: {en}\nFrench:", "a space after": "English: {en}\nFrench: ",
-    "a line end after": "English: {en}\nFrench:\n", "capitals": "ENGLISH: {en}\nFRENCH:",
+    "a line end after": "English: {en}\nFrench:\n", "capital letters": "ENGLISH: {en}\nFRENCH:",
     "one line": "English: {en} French:", "a long text before": "{prose}\n\nEnglish: {en}\nFrench:",
     "an example before": "English: {before[en]}\nFrench: {before[fr]}\n\nEnglish: {en}\nFrench:",
     "other words 1": "Translate to French: {en}\n", "other words 2": "English: {en}\nTranslation into French:",
@@ -170,19 +170,21 @@ def _judged(scores: Scores, on: Tensor, off: Tensor, sets: dict[str, Tensor]) ->
 def _with_near_rows(
     on: Tensor, off: list[Tensor], held_out: tuple[Tensor, Tensor], sets: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Returns the discriminant shown 5 and half of the rows of each near set, judged on the others; and, of each near
-    set, shown half of all others."""
+    """Returns two detectors shown 5 and half of the rows of each near set, judged on the others; and, of each near set,
+    shown half of all others."""
     half = {name: x[: len(x) // 2] for name, x in sets.items()}
     rest = sets | {name: sets[name][len(sets[name]) // 2 :] for name in NEAR}
-    found = {}
-    for shown in (5, len(half["German"])):
-        fitted = _discriminant(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
-        found[f"linear discriminant, {shown} rows of each near set"] = _judged(fitted, *held_out, rest)
-    left_out = {}
-    for name in NEAR:
-        fitted = _discriminant(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
-        left_out[name] = _judged(fitted, *held_out, {name: rest[name]})["open"][name]
-    found["linear discriminant, all near sets but this one"] = {"open": left_out, "auroc": {}}
+    found: dict[str, Any] = {}
+    for detector in ("linear discriminant", "squared hinge"):
+        fit = DETECTORS[detector]
+        for shown in (5, len(half["German"])):
+            fitted = fit(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
+            found[f"{detector}, {shown} rows of each near set"] = _judged(fitted, *held_out, rest)
+        left_out = {}
+        for name in NEAR:
+            fitted = fit(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
+            left_out[name] = _judged(fitted, *held_out, {name: rest[name]})["open"][name]
+        found[f"{detector}, all near sets but this one"] = {"open": left_out, "auroc": {}}
     return found
 
 
