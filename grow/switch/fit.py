@@ -22,7 +22,7 @@ from grow.data.writing import SELF_TOKENS, self_text, text_checksum
 from grow.errors import UserError
 from grow.model.features import mlp_inputs
 from grow.recipe import Recipe
-from grow.switch.detector import auroc, discriminant, threshold
+from grow.switch.detector import auroc, fit, threshold
 from grow.switch.rows import ON_ROWS, Prompts, near_prompts, retention_prompts, task_prompts, variations
 
 OWN, NEAR = "text that the base writes", "near text that the base writes"
@@ -82,7 +82,7 @@ def fit_switch(
     own = read(Prompts(OWN, passages))
     task, rest = [read(of) for of in wanted], [read(of, each=False) for of in others if of.prompts]
     # A text may end at any of its tokens, so all of the base's own are fitted on; in the threshold a row counts once.
-    detector = discriminant(
+    detector = fit(
         [torch.cat([of.fitted() for of in task])],
         [_Kind(OWN, own.features, every=True).fitted(), *(of.fitted() for of in rest)],
     )

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from grow.checkpoint.files import write_json, write_text
@@ -30,7 +29,7 @@ from grow.data.writing import self_text
 from grow.methods import read_recipe
 from grow.model.features import mlp_inputs
 from grow.model.loading import compute_device, compute_dtype, load
-from grow.switch.detector import auroc, discriminant, threshold
+from grow.switch.detector import auroc, fit, threshold
 from grow.switch.fit import base_checksum
 from grow.switch.rows import ON_ROWS, near_prompts, other_rows, retention_prompts, task_prompts, variations
 
@@ -75,7 +74,7 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100") -> None:
         on_x, near_x, sets_x = last(task), last(near), {name: last(of) for name, of in sets.items()}
         off_x = [torch.cat(every[::2]), near_x[::2]]
         held_out = on_x[1::2], torch.cat([torch.stack([x[-1] for x in every[1::2]]), near_x[1::2]])
-        lines = {n: _judged(fit(on_x[::2], off_x), *held_out, sets_x) for n, fit in DETECTORS.items()}
+        lines = {n: _judged(fit_one(on_x[::2], off_x), *held_out, sets_x) for n, fit_one in DETECTORS.items()}
         lines |= _with_near_rows(on_x, off_x, held_out, sets_x)
         found["layers"][layer] = lines
     text = {name: [tokenizer.decode(p[1:]) for p in of] for name, of in sets.items()}
@@ -111,18 +110,26 @@ def _of(recipe: Any, folder: Path) -> Any:
 Scores = Callable[[Tensor], Tensor]
 
 
+def _squared_hinge(on: Tensor, off: list[Tensor]) -> Scores:
+    return fit([on], off).scores
+
+
 def _discriminant(on: Tensor, off: list[Tensor]) -> Scores:
-    return discriminant([on], off).scores
+    """Fisher's, with a ridge of 5 % of the mean variance; kinds count alike."""
+    covariance = sum(torch.cov(x.double().T, correction=0) for x in (on, *off))
+    assert isinstance(covariance, Tensor)
+    covariance += 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    difference = on.double().mean(0) - torch.stack([x.double().mean(0) for x in off]).mean(0)
+    weight = torch.linalg.solve(covariance, difference)
+    return lambda x: x.double() @ weight
 
 
-def _linear(model: Any) -> Callable[[Tensor, list[Tensor]], Scores]:
-    def fit(on: Tensor, off: list[Tensor]) -> Scores:
-        x = torch.cat([on, *off]).double()
-        scale = x.std(0) + 1e-6
-        model.fit((x / scale).numpy(), [1] * len(on) + [0] * sum(map(len, off)))
-        return lambda some: torch.from_numpy(model.decision_function((some.double() / scale).numpy()))
-
-    return fit
+def _logistic(on: Tensor, off: list[Tensor]) -> Scores:
+    x = torch.cat([on, *off]).double()
+    scale = x.std(0) + 1e-6
+    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000)
+    model.fit((x / scale).numpy(), [1] * len(on) + [0] * sum(map(len, off)))
+    return lambda some: torch.from_numpy(model.decision_function((some.double() / scale).numpy()))
 
 
 def _relative_mahalanobis(on: Tensor, off: list[Tensor]) -> Scores:
@@ -151,8 +158,8 @@ def _cosine(on: Tensor, off: list[Tensor]) -> Scores:
 
 DETECTORS: dict[str, Callable[[Tensor, list[Tensor]], Scores]] = {
     "linear discriminant": _discriminant,
-    "squared hinge": _linear(LinearSVC(C=0.01, class_weight="balanced", max_iter=5000)),
-    "logistic": _linear(LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000)),
+    "squared hinge": _squared_hinge,
+    "logistic": _logistic,
     "relative Mahalanobis": _relative_mahalanobis,
     "cosine to the mean": _cosine,
 }
@@ -176,13 +183,13 @@ def _with_near_rows(
     rest = sets | {name: sets[name][len(sets[name]) // 2 :] for name in NEAR}
     found: dict[str, Any] = {}
     for detector in ("linear discriminant", "squared hinge"):
-        fit = DETECTORS[detector]
+        fit_one = DETECTORS[detector]
         for shown in (5, len(half["German"])):
-            fitted = fit(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
+            fitted = fit_one(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
             found[f"{detector}, {shown} rows of each near set"] = _judged(fitted, *held_out, rest)
         left_out = {}
         for name in NEAR:
-            fitted = fit(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
+            fitted = fit_one(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
             left_out[name] = _judged(fitted, *held_out, {name: rest[name]})["open"][name]
         found[f"{detector}, all near sets but this one"] = {"open": left_out, "auroc": {}}
     return found

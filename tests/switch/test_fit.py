@@ -16,6 +16,7 @@ from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import switch_file, switch_of_run
 from grow.cli.main import main
+from grow.data.writing import self_text
 from grow.model.loading import load
 from tests.helpers.running import here, start, train
 from tests.helpers.tiny import logits, make_recipe, tokens
@@ -120,7 +121,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a call that is not there": ({"switch": "call:Answer"}, "0 of 162"),
     "a method without a base": ({"method": "sft"}, "g_freeze"),
     "a token above growth": ({"switch": "token", "layers": "all"}, "--layers upper"),
-    "a task like any text": ({"prompt": "{question}"}, "told apart"),
 }
 
 
@@ -134,6 +134,23 @@ def test_mistakes(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, mist
         with pytest.raises(AssertionError, match=re.escape(expected)):
             train(recipe, 1)
     assert not (tmp_path / "run" / "checkpoint-2").exists() and not switch_file(tmp_path / "run").exists()
+
+
+def test_a_task_like_any_text(text_base: Path, tmp_path: Path) -> None:
+    """Rows whose prompts the base has written cannot be told apart from what it writes."""
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    passages = self_text(load(text_base), tokenizer, "a test's", 8192, seed=1)
+    rows = [{"question": tokenizer.decode(ids, skip_special_tokens=True), "answer": "1"} for ids in passages]
+    rows = [row for row in rows if row["question"].strip()]
+    (tmp_path / "data").mkdir()
+    for split, part in {"train": rows[20:], "validation": rows[:20]}.items():
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    fields = {"prompt": "{question}", "max_length": 200, "max_bad_rows": 0.5}
+    recipe = recipe_with(tmp_path / "r.yaml", text_base, tmp_path / "data", **fields)
+    assert main(["train", str(recipe), "--check", "--expand"]) == 0
+    with pytest.raises(AssertionError, match="told apart"):
+        train(recipe, 1)
+    assert not switch_file(tmp_path / "run").exists()
 
 
 def test_mistakes_of_the_command(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
