@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from report import over_seeds, point, read_lines, study_report, verdict
+from switch_detectors import tables
 
 from grow.checkpoint.run_folder import last_checkpoint
 from tests.helpers.slurm_cluster import wait_for
@@ -221,6 +222,11 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
         section = page.partition(f"\n## {heading}")[2].partition("\n## ")[0]
         shown = set(re.findall(r"(\d\.\d{3}) at ([+-]\d\.\d{3})", section))
         assert len(shown) >= least and shown <= known, shown - known
+
+
+def test_the_switch_pages_tables_are_those_of_its_results() -> None:
+    found = json.loads((ROOT / "recipes/study/switch_detectors.json").read_text())
+    assert len(found["layers"]) == 2 and tables(found) in (ROOT / "recipes/study/switch.md").read_text()
 
 
 def test_the_short_answers_numbers_are_those_of_the_results() -> None:
