@@ -58,6 +58,10 @@ def read_growth(folder: Path) -> dict[str, Any]:
     """Returns growth.json of a grown checkpoint or a growth package. Raises UserError if there is none that makes
     sense."""
     path = folder / GROWTH_NAME
+    if not path.exists():
+        raise UserError(
+            f"{folder}: no growth there (it has no {GROWTH_NAME}): name a growth package, or a grown checkpoint"
+        )
     facts = check_growth(read_json(path), path)
     try:
         for key in ("tensors", "base_tensors"):

@@ -73,9 +73,14 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
         raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
     made: dict[str, LazyTensor] = {}
     known: dict[str, Any] = {}
+    sums_of: dict[str, Any] = {}
     skills, identities = {}, []
     for name, package in packages.items():
         facts, added = open_package(package)
+        twice = next((other for other, known_sums in sums_of.items() if known_sums == facts["tensors"]), None)
+        if twice is not None:
+            raise UserError(f"attach: {name} and {twice} are the same growth; attach it once")
+        sums_of[name] = facts["tensors"]
         known |= {key: facts[key] for key in ("base", "base_tensors")} | check_same_base(own, facts)
         made |= {of_skill(key, name): tensor for key, tensor in added_as_of(own, added).items()}
         skills[name] = {k: v for k, v in without_checksums(facts).items() if k not in ("base", "format_version")}

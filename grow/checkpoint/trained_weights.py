@@ -9,6 +9,7 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, mean
 from grow.checkpoint.metadata import check_growth
+from grow.checkpoint.one_skill import has_skills
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,
@@ -126,6 +127,11 @@ def load_trained(
             raise UserError(f"{folder}: name the checkpoint that its training started from: --start CKPT")
         return _open_deepspeed(folder, Checkpoint(start), tag)
     checkpoint = Checkpoint(path)
+    if has_skills(checkpoint.config):
+        names = ", ".join(checkpoint.config["growth"]["skills"])
+        raise UserError(
+            f"{folder}: holds several skills ({names}); take one out: grow growth {folder} OUT --name SKILL"
+        )
     if tag:
         raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, which {folder} is not")
     if start:

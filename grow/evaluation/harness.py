@@ -10,6 +10,7 @@ from typing import Any
 
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
+from grow.model.switched import by_decision
 
 
 class Harness:
@@ -49,7 +50,16 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        wrapped = HFLM(
+        class Deciding(HFLM):
+            """Lets a switch decide at the end of each request's context, of which HFLM tells the model nothing."""
+
+            def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+                score = super()._loglikelihood_tokens
+                return by_decision(
+                    model, requests, lambda request: request[1], lambda part: score(part, *args, **kwargs)
+                )
+
+        wrapped = Deciding(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self.batch_size,
             add_bos_token=tokenizer.bos_token_id is not None,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grow.checkpoint.hub import locate
+from grow.checkpoint.metadata import GROWTH_NAME
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.model.alpha import has_base_inside, set_alpha
@@ -32,6 +33,8 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     folder = locate(path)
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
+    if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{path}: a growth package; put it on its base: grow attach BASE {path} OUT")
     inside = holds_base(folder)
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")

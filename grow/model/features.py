@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.model.alpha import base_inside
@@ -48,3 +49,9 @@ def mlp_inputs(model: Any, prompts: Sequence[list[int]], layer: int, what: str =
     finally:
         handle.remove()
     return [found[row] for row in range(len(prompts))]
+
+
+def opens(model: Any, record: SwitchRecord, prompts: Sequence[list[int]]) -> list[bool]:
+    """Returns what a switch decides for each prompt, read from the model's base."""
+    weight_H = torch.from_numpy(record.weight)
+    return [bool(x[-1] @ weight_H > record.threshold) for x in mlp_inputs(model, prompts, record.layer, "deciding")]

@@ -44,7 +44,8 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         add_growth(self, plan)
 
     members = {"__init__": __init__, "__module__": cls.__module__, "stock_class": cls}
-    return type(f"Grown{cls.__name__}", (cls,), members)
+    # Under the stock class's name, which transformers writes to config.json and compares with those that it knows.
+    return type(cls.__name__, (cls,), members)
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha: float = 1.0) -> PreTrainedModel:

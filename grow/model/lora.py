@@ -14,18 +14,19 @@ class SwitchedLora:
     """Is mixed into the class of PEFT's linear layer, so that its parameters keep their names."""
 
     switch: Any
+    training: bool
     base_layer: nn.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps […, in] to […, out]."""
         every_rank = hasattr(self.base_layer.weight, "ds_id")
-        if self.switch.on is True and not every_rank:
+        if self.switch.acts(self.training) is True and not every_rank:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
         def full(chosen: Tensor, _: Tensor) -> Tensor:
             return super(SwitchedLora, self).forward(chosen, *args, **kwargs)  # type: ignore[misc]
 
-        return where_on(self.switch, x, self.base_layer(x), full, every_rank)
+        return where_on(self.switch.acts(self.training), x, self.base_layer(x), full, every_rank)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class GrownMLP:
     factor: int
     alpha: float | Tensor
     own_alpha: float = 1.0
+    training: bool
     switch: Any = None  # grow.model.switch.Switch, if the model has one
     grown: GrownBranch
     trained: Any
@@ -83,13 +84,13 @@ class GrownMLP:
         if self.alpha == 0:
             return self._base(x)
         every_rank = hasattr(self.gate_proj.weight, "ds_id")
-        if self.switch is None or (self.switch.on is True and not every_rank):
+        if self.switch is None or (self.switch.acts(self.training) is True and not every_rank):
             return self._with_growth(x, self._base(x))
 
         def full(chosen: Tensor, own: Tensor) -> Tensor:
             return self._with_growth(chosen, own if self.trained is None else self._base(chosen))
 
-        return where_on(self.switch, x, super().forward(x), full, every_rank)  # type: ignore[misc]
+        return where_on(self.switch.acts(self.training), x, super().forward(x), full, every_rank)  # type: ignore[misc]
 
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""

@@ -36,6 +36,7 @@ class SkilledMLP:
 
     alpha: float
     own_alpha: float = 1.0
+    training: bool
     skills: dict[str, Skill]
     grown: nn.ModuleDict
     trained: nn.ModuleDict
@@ -43,7 +44,10 @@ class SkilledMLP:
     def forward(self, x: Tensor) -> Tensor:
         """Maps […, h] to […, h]."""
         own = super().forward(x)  # type: ignore[misc]
-        on = {name: True if skill.switch is None else skill.switch.on for name, skill in self.skills.items()}
+        on = {
+            name: True if skill.switch is None else skill.switch.acts(self.training)
+            for name, skill in self.skills.items()
+        }
         on = {name: where for name, where in on.items() if where is not False and self.alpha * self.skills[name].alpha}
         if not on:
             return own

@@ -15,15 +15,16 @@ size. Columns count the tokens of a sequence, those in a KV cache included.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from grow.checkpoint.switch_record import SwitchRecord
+from grow.errors import UserError
 from grow.model.alpha import base_inside
 from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
 
@@ -31,23 +32,25 @@ from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows,
 class Switch:
     """Decides, in each forward pass of a model, where what was trained acts.
 
-    `on` says it of the pass under way: True, False, or bool [B, L]. `decided` says of each row of the last pass whether
-    it was on, bool [R]; for the kind "token" of each token, bool [B, L].
+    `on` says it of the pass under way: True, False, or bool [B, L]; None between passes. `decided` says of each row of
+    the last pass whether it was on, bool [R]; for the kind "token" of each token, bool [B, L]; None in training.
     """
 
     def __init__(self, record: SwitchRecord, first_pass: bool):
         self.record, self.first_pass = record, first_pass
         self.mode = "auto"
-        self.on: bool | Tensor = True
+        self.on: bool | Tensor | None = None
+        self._last: bool | Tensor = False  # what `on` was in the last pass
         self.decided: Tensor | None = None
         self._weight_H = torch.from_numpy(record.weight)
         self._batch: Rows | None = None  # of a batch whose labels are known
         self._rows: Rows | None = None  # of the pass under way, if something is to be decided in it
         self._asking = self._partitioned = False  # in a pass that decides and does no more; under ZeRO-3
         self._generating = False
+        self._cache: Any = None  # of the pass under way
         self._prompt_length: int | None = None  # in `generate`
         self._start_R: Tensor | None = None  # the column from which each row is on
-        self._caches: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # what their contents were computed with
+        self._key = uuid4().hex  # under which a KV cache carries with what it was filled
 
     @contextlib.contextmanager
     def of_batch(self, batch: dict[str, Tensor]) -> Iterator[None]:
@@ -68,16 +71,22 @@ class Switch:
         """Finds where this pass is to decide, and decides already if it need not read features for it."""
         if getattr(model, "deciding", False):  # in a pass that decides and does no more, this switch's or another's
             return
-        if self.mode != "auto" or (model.training and self.record.kind != "call"):
-            self.on = self.mode != "off"
+        if model.training and self.record.kind != "call":
+            self.decided = self._start_R = None
+            return
+        if self.mode != "auto":
+            inputs = _named(model, args, kwargs)
+            rows = self._batch or rows_of_inputs(inputs, 0)
+            self._set(rows, torch.full_like(rows.decides_R, NEVER if self.mode == "off" else 0))
+            self._cache = inputs.get("past_key_values")
             return
         inputs = _named(model, args, kwargs)
-        cache = inputs.get("past_key_values")
+        cache = self._cache = inputs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         rows = self._batch or rows_of_inputs(inputs, past, self._prompt_length if self._generating else None)
-        held_R = self._start_R if self._generating else self._caches.get(cache) if past else None
+        held_R = self._start_R if self._generating else self._held(cache, rows) if past else None
         if self.record.kind == "token":
-            self._rows = rows
+            self._rows, self._start_R = rows, None
         elif held_R is not None:
             # In beam search each sequence stands in the batch several times.
             self._set(rows, held_R.repeat_interleave(max(1, len(rows.decides_R) // len(held_R))))
@@ -106,15 +115,40 @@ class Switch:
         if self._asking and not self._partitioned:
             raise _Decided
 
-    def end(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Notes with which decision a KV cache was filled."""
-        cache = getattr(output, "past_key_values", None)
-        if not self._asking and cache is not None and self._start_R is not None:
-            self._caches[cache] = self._start_R
+    def end(self, model: nn.Module, __: Any, output: Any) -> None:
+        """Notes with which decision a KV cache was filled. Until the next pass nothing that was trained acts."""
+        if self._asking:
+            return
+        among = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in (self._cache, *among):
+            if isinstance(cache, Cache) and self._start_R is not None:
+                _note(cache, self._key, self._start_R)
+        self._cache, self._last, self.on = None, bool(self.on) if self.on is None else self.on, None
+
+    def acts(self, training: bool) -> bool | Tensor:
+        """Returns where what was trained acts, in a module that trains or does not. Between passes it does nowhere; but
+        activations that are computed again in the backward pass see what the last pass saw."""
+        if training and self.record.kind != "call":
+            return self.mode != "off"
+        if self.on is None:
+            return self._last if training else False
+        return self.on
+
+    def _held(self, cache: Any, rows: Rows) -> Tensor | None:
+        """Returns with which decision a KV cache was filled. Raises UserError if that is not known of its rows."""
+        held_R = _noted(cache, self._key)
+        if self.record.kind == "token":
+            return None
+        if held_R is None or len(held_R) != len(rows.decides_R):
+            raise UserError(
+                "the switch does not know with which decision this KV cache was filled (or for which rows): start from "
+                "an empty one, or use model.generate, which fills it again"
+            )
+        return held_R
 
     def tokens_on(self, like_BL: Tensor) -> Tensor:
         """Returns which tokens of the last pass were on, bool [B, L], as `like_BL` is shaped."""
-        return self.on if isinstance(self.on, Tensor) else torch.full_like(like_BL, self.on, dtype=torch.bool)
+        return self._last if isinstance(self._last, Tensor) else torch.full_like(like_BL, self._last, dtype=torch.bool)
 
     def _set(self, rows: Rows, start_R: Tensor) -> None:
         self._start_R, self.decided = start_R, start_R != NEVER
@@ -149,7 +183,8 @@ class Switch:
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
         self._generating, self._start_R = True, None
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        name_of_ids = "inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"
+        ids = kwargs.get(name_of_ids, kwargs.get("inputs", args[0] if args else None))
         self._prompt_length = None if ids is None else ids.shape[1]
         try:
             cache = kwargs.get("past_key_values")
@@ -163,10 +198,10 @@ class Switch:
                 and (kept or in_chunks)
             ):
                 taken = inspect.signature(type(model).forward).parameters
-                inputs = {name: value for name, value in kwargs.items() if name in taken} | {"input_ids": ids}
+                inputs = {name: value for name, value in kwargs.items() if name in taken} | {name_of_ids: ids}
                 self._rows = rows_of_inputs(inputs, 0)
                 self._ask(model, inputs)
-                if kept and self._is_stale(self._caches.get(cache)):
+                if kept and self._is_stale(_noted(cache, self._key)):
                     _empty(cache, model)
             yield
             if self.decided is not None and ids is not None and self.decided.ndim == 1:
@@ -185,6 +220,44 @@ def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     given.pop("self", None)
     given |= given.pop("kwargs", {})
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _noted(cache: Any, key: str) -> Tensor | None:
+    """Returns from which column each row of a KV cache was on, if a switch has noted it there, int64 [R]."""
+    return getattr(cache, "switched", {}).get(key)
+
+
+def _note(cache: Any, key: str, start_R: Tensor) -> None:
+    """Notes it in the cache itself, whose copies have it too, and whose rows may be chosen and change places."""
+    if not hasattr(cache, "switched"):
+        cache.switched = {}
+        cls = type(cache)
+        cache.__class__ = type(cls.__name__, (_NotedCache, cls), {"__module__": cls.__module__})
+    cache.switched[key] = start_R
+
+
+class _NotedCache:
+    """Is mixed into the class of a KV cache that carries notes, which follow its rows."""
+
+    switched: dict[str, Tensor]
+
+    def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.switched = {key: change(start_R) for key, start_R in self.switched.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts rows in another order."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._follow(lambda start_R: start_R[beam_idx.to(start_R.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._follow(lambda start_R: start_R[torch.as_tensor(indices, device=start_R.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._follow(lambda start_R: start_R.repeat_interleave(repeats))
 
 
 def _short(on_BL: Tensor) -> bool | Tensor:

@@ -1,7 +1,7 @@
 """Models with a switch, or with one for each of several skills."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
+from grow.model.features import opens
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
 from grow.model.mlp import GrownMLP, gated_mlps
 from grow.model.skills import SkilledMLP
@@ -115,7 +116,7 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
 def _mix_in(model: Any, switch: Switch | Switches) -> None:
     cls = type(model)
     members = {"__module__": cls.__module__, "stock_class": getattr(cls, "stock_class", cls)}
-    model.__class__ = type(f"Switched{cls.__name__}", (SwitchedModel, cls), members)
+    model.__class__ = type(cls.__name__, (SwitchedModel, cls), members)
     model.switch = switch
 
 
@@ -135,6 +136,34 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
             f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "
             "the lowest grown layer or one below"
         )
+
+
+def by_decision(
+    model: Any, rows: list[Any], prompt: Callable[[Any], list[int]], score: Callable[[list[Any]], list[Any]]
+) -> list[Any]:
+    """Returns `score(rows)`, for which each switch of a model is as it decides at the end of a row's `prompt`.
+
+    For code that hands whole rows to a model, and does not say where their prompts end. Rows for which alike is decided
+    are scored together.
+    """
+    own = getattr(model, "switch", None)
+    switches = list(own.switches.values()) if isinstance(own, Switches) else [own] if own else []
+    switches = [switch for switch in switches if switch.mode == "auto" and switch.record.kind in ("row", "answer")]
+    if not switches or not rows:
+        return score(rows)
+    prompts = [list(prompt(row)) for row in rows]
+    decided = list(zip(*(opens(model, switch.record, prompts) for switch in switches), strict=True))
+    found: dict[int, Any] = {}
+    try:
+        for alike in dict.fromkeys(decided):
+            for switch, on in zip(switches, alike, strict=True):
+                switch.mode = "on" if on else "off"
+            part = [index for index, one in enumerate(decided) if one == alike]
+            found |= zip(part, score([rows[index] for index in part]), strict=True)
+    finally:
+        for switch in switches:
+            switch.mode = "auto"
+    return [found[index] for index in range(len(rows))]
 
 
 def set_switch(model: Any, mode: str) -> None:

@@ -1,19 +1,19 @@
 """Computes what was trained for those tokens alone for which a switch is on; the others are never touched."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def where_on(switch: Any, x: Tensor, own: Tensor, full: Callable[[Tensor, Tensor], Tensor], every_rank: bool) -> Tensor:
-    """Returns `own` […, out], what the base makes of x […, in], but `full(x, own)` where the switch is on.
+def where_on(
+    on: bool | Tensor, x: Tensor, own: Tensor, full: Callable[[Tensor, Tensor], Tensor], every_rank: bool
+) -> Tensor:
+    """Returns `own` […, out], what the base makes of x […, in], but `full(x, own)` for tokens that are `on`.
 
     `full` is given tokens that are on, [N, in] and [N, out]. `every_rank`: it has parameters that all ranks gather
     together (ZeRO-3), so it is called on every one of them, if for a token whose result is dropped.
     """
-    on = switch.on
     if on is False and not every_rank:
         return own
     x_NI, own_NO = x.flatten(0, -2), own.flatten(0, -2)

@@ -23,7 +23,7 @@ from grow.errors import UserError
 from grow.model.features import mlp_inputs
 from grow.recipe import Recipe
 from grow.switch.detector import auroc, fit, threshold
-from grow.switch.rows import ON_ROWS, Prompts, near_prompts, retention_prompts, task_prompts, variations
+from grow.switch.rows import ON_ROWS, Prompts, after_rows, near_prompts, retention_prompts, task_prompts, variations
 
 OWN, NEAR = "text that the base writes", "near text that the base writes"
 _LOOKED_AT = 300  # rows of a set that is in the table alone
@@ -72,7 +72,8 @@ def fit_switch(
     wanted += [] if every else variations(examples, prompts, passages, tokenizer)
     wanted += on
     print("switch: the base writes near text", file=sys.stderr, flush=True)
-    others = [Prompts(NEAR, near_prompts(model, recipe, passages, tokenizer)), *off]
+    near = after_rows(near_prompts(model, recipe, passages, tokenizer), examples, tokenizer)
+    others = [Prompts(NEAR, near), *off]
     validation = task_prompts(_examples(recipe, recipe.validation_split, tokenizer), _LOOKED_AT, whole=every)
 
     def read(of: Prompts, each: bool = every) -> _Kind:

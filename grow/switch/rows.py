@@ -65,13 +65,7 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
     lines = [line.strip() for passage in passages for line in _text(passage, tokenizer)[1].split("\n")]
     lines = [line for line in lines if len(line) > 20] or ["…"]
     draw = random.Random(0)
-    chat = any(number in tokenizer.all_special_ids for number in prompts[0][1:])
-    gap = [] if chat else _ids("\n\n", tokenizer)
-
-    def after_a_row(prompt: Prompt) -> Prompt:
-        ids, labels = examples.arrays(draw.randrange(len(examples)))
-        last = [] if labels[-1] in (IGNORED, tokenizer.eos_token_id) else [int(labels[-1])]
-        return [*ids.tolist(), *last, *gap, *prompt[prompt[0] == tokenizer.bos_token_id :]]
+    chat = _is_chat(prompts[0], tokenizer)
 
     def written(change: Callable[[str], str]) -> Callable[[Prompt], Prompt]:
         def make(prompt: Prompt) -> Prompt:
@@ -80,7 +74,7 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
 
         return make
 
-    kinds: dict[str, Callable[[Prompt], Prompt]] = {"a row before": after_a_row}
+    kinds: dict[str, Callable[[Prompt], Prompt]] = {"a row before": _Before(examples, tokenizer, chat)}
     if not chat:
         kinds |= {
             "a line before": written(lambda text: f"{draw.choice(lines)}\n\n{text}"),
@@ -93,6 +87,31 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
     made = zip(prompts, itertools.cycle(kinds.items()))
     found = [(name, change(prompt)) for prompt, (name, change) in made]
     return [Prompts(kind, [prompt for name, prompt in found if name == kind]) for kind in kinds]
+
+
+class _Before:
+    """Puts a row of the task, drawn by chance, before a prompt."""
+
+    def __init__(self, examples: Examples, tokenizer: Any, chat: bool):
+        self.examples, self.tokenizer, self.draw = examples, tokenizer, random.Random(0)
+        self.gap = [] if chat else _ids("\n\n", tokenizer)
+
+    def __call__(self, prompt: Prompt) -> Prompt:
+        ids, labels = self.examples.arrays(self.draw.randrange(len(self.examples)))
+        last = [] if labels[-1] in (IGNORED, self.tokenizer.eos_token_id) else [int(labels[-1])]
+        return [*ids.tolist(), *last, *self.gap, *prompt[prompt[0] == self.tokenizer.bos_token_id :]]
+
+
+def _is_chat(prompt: Prompt, tokenizer: Any) -> bool:
+    """Says whether a prompt has special tokens inside, as those of turns are."""
+    return any(number in tokenizer.all_special_ids for number in prompt[1:])
+
+
+def after_rows(prompts: list[Prompt], examples: Examples, tokenizer: Any) -> list[Prompt]:
+    """Returns every second prompt with another row of the task, and its answer, before it: what asks for something else
+    is to be left alone there too."""
+    after = _Before(examples, tokenizer, bool(prompts) and _is_chat(prompts[0], tokenizer))
+    return [after(prompt) if index % 2 else prompt for index, prompt in enumerate(prompts)]
 
 
 def near_prompts(model: Any, recipe: Recipe, passages: list[Prompt], tokenizer: Any) -> list[Prompt]:

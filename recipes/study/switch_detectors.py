@@ -31,7 +31,7 @@ from grow.model.features import mlp_inputs
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.switch.detector import auroc, fit, threshold
 from grow.switch.fit import base_checksum
-from grow.switch.rows import ON_ROWS, near_prompts, other_rows, retention_prompts, task_prompts, variations
+from grow.switch.rows import ON_ROWS, after_rows, near_prompts, other_rows, retention_prompts, task_prompts, variations
 
 RECIPE = Path(__file__).parents[1] / "gemma3_270m" / "translation.yaml"
 FAR = ("capitals", "qa_wikidata", "winowhy", "prose", "german", "code")
@@ -61,7 +61,7 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100") -> None:
     examples = encode_cached(train, tokenizer, template_of(recipe), recipe.max_length).examples
     prompts = task_prompts(examples, ON_ROWS)
     task = prompts + [p for kind in variations(examples, prompts, own, tokenizer) for p in kind.prompts]
-    near = near_prompts(model, recipe, own, tokenizer)
+    near = after_rows(near_prompts(model, recipe, own, tokenizer), examples, tokenizer)
     sets = _sets(recipe, tokenizer, count)
     found: dict[str, Any] = {"rows": count, "layers": {}}
     for layer in map(int, layers.split(",")):

@@ -119,8 +119,8 @@ def test_each_opens_on_its_own(world: Path, text_base: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_0_of_each(text_base: Path, tmp_path: Path, capsys: Any, dtype: torch.dtype) -> None:
     """Skills that have not been trained leave the base's bits, all on together; one that has is what it is alone."""
-    for seed, name in ((0, "one"), (0, "two"), (5, "three")):
-        skill(text_base, tmp_path / name, seed, "all", "g_freeze", None)
+    for seed, name, layers in ((0, "one", "all"), (0, "two", "1-3"), (5, "three", "all")):
+        skill(text_base, tmp_path / name, seed, layers, "g_freeze", None)
     here(capsys, "attach", text_base, tmp_path / "one", tmp_path / "two", tmp_path / "fresh")
     base = load(text_base, dtype)
     assert torch.equal(logits(load(tmp_path / "fresh", dtype)), logits(base))
@@ -158,6 +158,8 @@ def test_scores(world: Path, text_base: Path, sums: Path, tmp_path: Path) -> Non
 def test_mistakes(world: Path, text_base: Path, tmp_path: Path, capsys: Any) -> None:
     french, sums, out = world / "french", world / "sums", tmp_path / "out"
     assert "two skills are called french" in here(capsys, "attach", text_base, french, french, out, code=2)
+    assert "are the same growth" in here(capsys, "attach", text_base, f"a={french}", f"b={french}", out, code=2)
+    assert "no growth there" in here(capsys, "attach", text_base, french, text_base, out, code=2)
     assert "no name of a skill" in here(capsys, "attach", text_base, f"a b={french}", sums, out, code=2)
     assert "there is no such skill" in here(capsys, "attach", text_base, french, sums, out, "--alpha", "x=1", code=2)
     assert "between 0" in here(capsys, "attach", text_base, french, sums, out, "--alpha", "sums=2", code=2)

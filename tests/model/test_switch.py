@@ -15,7 +15,7 @@ from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
 from grow.model.loss import labelled_logits
 from grow.model.mlp import gated_mlps, grown_mlps
-from grow.model.switched import put_switch, set_switch
+from grow.model.switched import by_decision, put_switch, set_switch
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PROMPTS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(3))
@@ -332,6 +332,80 @@ def test_a_copy_decides_for_itself(text_base: Path) -> None:
     found = run(copied, input_ids=PROMPTS)
     assert torch.equal(copied.switched, on) and switched.switched is None
     assert torch.equal(found[~on], run(base, input_ids=PROMPTS)[~on])
+
+
+@torch.no_grad()
+def test_a_loop_of_ones_own(text_base: Path) -> None:
+    """A KV cache carries with what it was filled: through a copy, a choice of rows, another order, tuples."""
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    base, grown, switched = three(text_base, torch.float32, record)
+    both = torch.stack((PROMPTS[on][0], PROMPTS[~on][0]))
+    step = torch.tensor([[5], [6]])
+
+    def filled(model: Any) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(both, past_key_values=cache)
+        return cache
+
+    expected = [model(step, past_key_values=filled(model)).logits for model in (grown, base)]
+    reference = torch.cat((expected[0][:1], expected[1][1:]))
+    assert torch.allclose(switched(step, past_key_values=filled(switched)).logits, reference, atol=1e-4)
+    copied = copy.deepcopy(filled(switched))
+    assert torch.allclose(switched(step, past_key_values=copied).logits, reference, atol=1e-4)
+    chosen = filled(switched)
+    chosen.batch_select_indices(torch.tensor([1]))
+    assert torch.allclose(switched(step[1:], past_key_values=chosen).logits, reference[1:], atol=1e-4)
+    assert switched.switched.tolist() == [False]
+    turned = filled(switched)
+    turned.reorder_cache(torch.tensor([1, 0]))
+    found = switched(step.flip(0), past_key_values=turned).logits
+    assert switched.switched.tolist() == [False, True] and torch.allclose(found, reference.flip(0), atol=1e-4)
+    _, cache = switched(both, return_dict=False, use_cache=True)[:2]
+    switched(step, past_key_values=cache)
+    assert switched.switched.tolist() == [True, False]
+    cache = DynamicCache(config=base.config)
+    base(both, past_key_values=cache)
+    with pytest.raises(UserError, match="with which decision"):
+        switched(step, past_key_values=cache)
+    embeds = switched.get_input_embeddings()(both)
+    switched(inputs_embeds=embeds)
+    assert switched.switched.tolist() == [True, False]
+
+
+@torch.no_grad()
+def test_what_did_act_is_what_it_says(text_base: Path) -> None:
+    """In each mode; and what does not pass through the model's forward is the base's."""
+    record = record_for(text_base, 2)
+    base, _, switched = three(text_base, torch.float32, record)
+    assert torch.equal(switched.model(PROMPTS)[0], base.model(PROMPTS)[0])
+    for mode in ("on", "off"):
+        set_switch(switched, mode)
+        switched(PROMPTS)
+        assert switched.switched.tolist() == [mode == "on"] * 6
+    set_switch(switched, "auto")
+    switched(PROMPTS)
+    assert torch.equal(switched.model(PROMPTS)[0], base.model(PROMPTS)[0]), "whatever the last pass decided"
+    switched.train()(PROMPTS)
+    assert switched.switched is None
+    assert type(switched).__name__ == type(base).__name__, "which transformers writes to config.json"
+
+
+def test_whole_rows_are_decided_at_their_prompts(text_base: Path) -> None:
+    """As lm-eval hands them over."""
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    base, grown, switched = three(text_base, torch.float32, record)
+    rows = [(prompt.tolist(), [7, 8, 9, index]) for index, prompt in enumerate(PROMPTS)]
+
+    def score(model: Any) -> Any:
+        return lambda part: [run(model, input_ids=torch.tensor([ids + more])) for ids, more in part]
+
+    found = by_decision(switched, rows, lambda row: row[0], score(switched))
+    assert by_decision(base, rows, lambda row: row[0], score(base))[0].shape == found[0].shape
+    for row, logits in enumerate(found):
+        assert torch.equal(logits, score(grown if on[row] else base)([rows[row]])[0])
+    assert switched.switch.mode == "auto"
 
 
 def test_it_must_fit(text_base: Path) -> None:
