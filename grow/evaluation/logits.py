@@ -4,6 +4,7 @@ import torch
 
 from grow.data.tokenizer import load_tokenizer
 from grow.model.loading import load
+from grow.model.switched import SwitchedModel, set_switch
 
 # Any text will do; this one is long enough for 200 tokens in any tokenizer.
 TEXT = (
@@ -28,7 +29,10 @@ def compare_logits(path: str, base_path: str, device: str = "cpu") -> dict[str, 
     ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        logits = [load(one, dtype).to(device)(input_ids=ids, use_cache=False).logits for one in (path, base_path)]
+        models = [load(one, dtype).to(device) for one in (path, base_path)]
+        if isinstance(models[0], SwitchedModel):  # it is the growth that is compared
+            set_switch(models[0], "on")
+        logits = [model(input_ids=ids, use_cache=False).logits for model in models]
         difference = 0.0 if torch.equal(*logits) else float((logits[0] - logits[1]).abs().max())
         found[str(dtype).removeprefix("torch.")] = {"difference": difference, "largest": float(logits[1].abs().max())}
     return found

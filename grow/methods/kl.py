@@ -43,6 +43,11 @@ class KlRegularized(Method):
                 f"{recipe.deepspeed}: {recipe.method} with kl_weight holds a second model and does not work with "
                 "ZeRO-3; give --deepspeed a config of stage 1 or 2"
             )
+        if self.kl_weight and recipe.gradient_checkpointing and recipe.switch.startswith("call:"):
+            raise UserError(
+                "switch: call: with kl_weight and gradient_checkpointing: activations would be computed again for "
+                "another batch than they were computed for; leave one of the three out"
+            )
         if self.kl_text:
             self._text(recipe)
 

@@ -108,10 +108,11 @@ def _is_chat(prompt: Prompt, tokenizer: Any) -> bool:
 
 
 def after_rows(prompts: list[Prompt], examples: Examples, tokenizer: Any) -> list[Prompt]:
-    """Returns every second prompt with another row of the task, and its answer, before it: what asks for something else
-    is to be left alone there too."""
+    """Returns half of the prompts with another row of the task, and its answer, before them: what asks for something
+    else is to be left alone there too."""
     after = _Before(examples, tokenizer, bool(prompts) and _is_chat(prompts[0], tokenizer))
-    return [after(prompt) if index % 2 else prompt for index, prompt in enumerate(prompts)]
+    # In pairs, since every second prompt is held out.
+    return [after(prompt) if index // 2 % 2 else prompt for index, prompt in enumerate(prompts)]
 
 
 def near_prompts(model: Any, recipe: Recipe, passages: list[Prompt], tokenizer: Any) -> list[Prompt]:

@@ -39,6 +39,7 @@ NEAR: dict[str, str] = {
     "German": "English: {en}\nGerman:", "Spanish": "English: {en}\nSpanish:",
     "French to English": "French: {fr}\nEnglish:",
     "summary": "English: {en}\nSummary:", "question": "English: {en}\nQuestion: What is this about?\nAnswer:",
+    "German after a row": "English: {before[en]}\nFrench: {before[fr]}\n\nEnglish: {en}\nGerman:",
     "English text": "{en}", "French text": "{fr}",
 }  # fmt: skip
 SHOULD_OPEN: dict[str, str] = {
@@ -46,6 +47,7 @@ SHOULD_OPEN: dict[str, str] = {
     "a line end after": "English: {en}\nFrench:\n", "capital letters": "ENGLISH: {en}\nFRENCH:",
     "one line": "English: {en} French:", "a long text before": "{prose}\n\nEnglish: {en}\nFrench:",
     "an example before": "English: {before[en]}\nFrench: {before[fr]}\n\nEnglish: {en}\nFrench:",
+    "an instruction before": "Translate the following sentence into French.\n\nEnglish: {en}\nFrench:",
     "other words 1": "Translate to French: {en}\n", "other words 2": "English: {en}\nTranslation into French:",
     "other words 3": "In French, \"{en}\" is",
 }  # fmt: skip
