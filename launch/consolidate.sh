@@ -18,8 +18,8 @@ help_if_asked "$@"
 check_numbers LIMIT ALPHA
 enter "$@"
 install "$ROOT/requirements.txt"
-shown=$(grow show "$1" output_dir method grows switch "${@:2}")
-{ read -r run && read -r method && read -r grows && read -r switch; } <<<"$shown"
+shown=$(grow show "$1" output_dir switch method grows "${@:2}") # an empty line in the middle stays, one at the end not
+{ read -r run && read -r switch && read -r method && read -r grows; } <<<"$shown"
 [[ -f $run/COMPLETE ]] || die 2 "$run: training is not finished; run launch/train.sh first"
 OUT=${OUT:-$run-${switch:+switched}}
 [[ $OUT != "$run-" ]] || OUT=$run-stock
