@@ -16,9 +16,9 @@ from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, read_json
+from grow.checkpoint.shards import SINGLE_NAME, read_json
 from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, hidden_units, stock_mlp
-from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
+from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import PROJECTIONS, is_growth, mlp_prefixes, of_skill
@@ -74,7 +74,7 @@ def consolidate(
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     skills = format == "stock" and not start and has_skills_at(path)
-    source = TrainedWeights(Checkpoint(path)) if skills else load_trained(path, start, tag, average, export)
+    source = load_skills(path) if skills else load_trained(path, start, tag, average, export)
     if source.has_switch and format == "stock" and not without_switch:
         raise UserError(
             f"{path}: has a switch, and a stock file cannot have one: --format grown keeps it, --without-switch writes "

@@ -9,7 +9,7 @@ from grow.checkpoint.card import base_facts
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, mean
 from grow.checkpoint.metadata import check_growth
-from grow.checkpoint.one_skill import has_skills
+from grow.checkpoint.one_skill import OneSkill, has_skills
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,
@@ -147,6 +147,14 @@ def load_trained(
     return TrainedWeights(
         checkpoint, facts=checkpoint.config["growth"]["trained"] or {}, identity=checkpoint.identity()
     )
+
+
+def load_skills(path: str) -> TrainedWeights:
+    """Opens a grown checkpoint with several skills. Raises UserError for growth that is not as its config says."""
+    checkpoint = Checkpoint(path)
+    for name in checkpoint.config["growth"]["skills"]:
+        _check_grown(OneSkill(checkpoint, name))
+    return TrainedWeights(checkpoint, identity=checkpoint.identity())
 
 
 def _check_grown(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Several skills on one base: each comes out as it went in, and computes what it does alone where it alone is on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ def test_the_stock_form(world: Path, text_base: Path, tmp_path: Path, capsys: An
     assert torch.allclose(found, logits(both, input_ids=PROMPTS), atol=2e-3)
     if alpha == "0":
         assert torch.allclose(found, logits(load(text_base, torch.float32), input_ids=PROMPTS), atol=2e-3)
+
+
+def test_a_broken_one_is_one_line(world: Path, tmp_path: Path, capsys: Any) -> None:
+    """A skill whose config speaks of other layers than its tensors."""
+    broken = tmp_path / "broken"
+    shutil.copytree(world / "both", broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["growth"]["skills"]["french"]["layers"] = [0, 1, 2, 3]
+    (broken / "config.json").write_text(json.dumps(config))
+    line = here(capsys, "consolidate", broken, tmp_path / "stock", "--uniform", "--without-switch", code=2)
+    assert "is in the plan but not in the checkpoint" in line and not (tmp_path / "stock").exists()
 
 
 def test_scores(world: Path, text_base: Path, sums: Path, tmp_path: Path) -> None:
