@@ -63,6 +63,15 @@ class GrowthPlan:
             ) from None
 
 
+def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the "growth" object that one of several skills would have alone."""
+    alone: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for key, value in growth["skills"][name].items():
+        alone |= {} if key == "alpha" else {key: value}
+        alone |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before
+    return alone
+
+
 def skill_plans(growth: dict[str, Any] | None) -> dict[str, GrowthPlan]:
     """Returns the plans of several skills by name, from the "growth" object of a config; {} if it has not several.
 
@@ -71,8 +80,8 @@ def skill_plans(growth: dict[str, Any] | None) -> dict[str, GrowthPlan]:
     if growth is None or growth.get("format_version") != SKILLS_VERSION:
         return {}
     plans = {}
-    for name, own in growth["skills"].items():
-        plan = GrowthPlan.from_config({"growth": {**own, "format_version": FORMAT_VERSION}})
+    for name in growth["skills"]:
+        plan = GrowthPlan.from_config({"growth": growth_of_skill(growth, name)})
         assert plan is not None
         plans[name] = plan
     return plans

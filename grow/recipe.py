@@ -15,8 +15,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from grow.errors import UserError, unknown
 from grow.plan import parse_factor
 from grow.recipe_values import (
+    FITTED,
     begun_with,
     check_numbers,
+    check_switch,
     find_deepspeed,
     find_file,
     read_values,
@@ -28,8 +30,6 @@ Methods = Mapping[str, type[Any]]
 """The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
 
 METRICS = ("loss", "chrf", "accuracy")
-FITTED = ("row", "answer", "token")
-"""The switches that are fitted to the task; "call:TEXT" is not."""
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 _NO_FIELDS = ("method_class", "method_fields", "day")
@@ -278,10 +278,7 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
     check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
-    if recipe.switch and recipe.switch not in FITTED and not recipe.switch.startswith("call:"):
-        raise UserError(f"{path}: switch: {unknown(recipe.switch, [*FITTED, 'call:TEXT'], 'switch')}")
-    if recipe.switch == "call:":
-        raise UserError(f"{path}: switch: call: needs the text of the prompt from which the skill is on, call:TEXT")
+    check_switch(recipe.switch, path)
     if recipe.metric not in METRICS:
         raise UserError(f"{path}: metric: {unknown(recipe.metric, METRICS, 'metric')}")
     if (recipe.metric == "accuracy") != bool(recipe.options) or (recipe.options and not recipe.completion):

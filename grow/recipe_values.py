@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from grow.errors import UserError
+from grow.errors import UserError, unknown
 
 _LARGEST = 2**31 - 1
 _DEEPSPEED = Path(__file__).parent / "training" / "deepspeed"
@@ -131,6 +131,18 @@ def find_deepspeed(recipe: str, value: str) -> str:
     if stem in ours and place.parent.name == "deepspeed" and not there:
         return str(ours[stem])  # older recipes named ours by their path in the repository
     return find_file(recipe, "deepspeed", value)
+
+
+FITTED = ("row", "answer", "token")
+"""The switches that are fitted to the task; "call:TEXT" is not."""
+
+
+def check_switch(switch: str, path: str) -> None:
+    """Raises UserError for a switch that there is not; "" is none. `path` is the recipe's, for the message."""
+    if switch and switch not in FITTED and not switch.startswith("call:"):
+        raise UserError(f"{path}: switch: {unknown(switch, [*FITTED, 'call:TEXT'], 'switch')}")
+    if switch == "call:":
+        raise UserError(f"{path}: switch: call: needs the text of the prompt from which the skill is on, call:TEXT")
 
 
 def begun_with(output_dir: str) -> dict[str, Any]:

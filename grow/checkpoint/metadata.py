@@ -15,7 +15,7 @@ from grow.checkpoint.output import OutputFolder
 from grow.checkpoint.shards import plain_name, read_json
 from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
-from grow.plan import FORMAT_VERSION, SKILLS_VERSION, GrowthPlan
+from grow.plan import SKILLS_VERSION, GrowthPlan, growth_of_skill
 
 GROWTH_NAME = "growth.json"
 # The base's files that growth replaces are kept here in a grown checkpoint, unchanged.
@@ -30,7 +30,7 @@ def check_growth(growth: Any, where: Path) -> dict[str, Any]:
             for name, own in growth["skills"].items():
                 if not 0 <= own["alpha"] <= 1 or not isinstance(name, str):
                     raise ValueError(f"{name} has no α")
-                check_growth({**own, "format_version": FORMAT_VERSION, "base": growth["base"]}, where)
+                check_growth(growth_of_skill(growth, name), where)
             return growth
         GrowthPlan.from_config({"growth": growth})
         if not isinstance(growth["trained"], dict | None):

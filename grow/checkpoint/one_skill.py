@@ -9,7 +9,7 @@ from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.names import is_growth, of_skill, skill_of
-from grow.plan import FORMAT_VERSION, SKILLS_VERSION, GrowthPlan, skill_plans
+from grow.plan import SKILLS_VERSION, GrowthPlan, growth_of_skill, skill_plans
 
 
 def has_skills_at(path: str) -> bool:
@@ -48,7 +48,7 @@ class OneSkill(Checkpoint):
                 f"{whole.path}: --name {name}: there is no such skill; there are {', '.join(growth['skills'])}"
             )
         self.path, self.shards, self._files = whole.path, whole.shards, {}
-        self.config = whole.config | {"growth": growth_of(growth, name)}
+        self.config = whole.config | {"growth": growth_of_skill(growth, name)}
         self.tensors = {
             of_skill(key, ""): info
             for key, info in whole.tensors.items()
@@ -56,17 +56,8 @@ class OneSkill(Checkpoint):
         }
 
 
-def growth_of(growth: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the metadata of one of several skills, as a checkpoint with it alone has them."""
-    facts: dict[str, Any] = {"format_version": FORMAT_VERSION}
-    for key, value in growth["skills"][name].items():
-        facts |= {} if key == "alpha" else {key: value}
-        facts |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before
-    return facts
-
-
 def facts_of(path: Path, name: str) -> dict[str, Any]:
     """Returns growth.json as a checkpoint with one skill alone would have it."""
     whole = read_growth(path)
     sums = {of_skill(key, ""): digest for key, digest in whole["tensors"].items() if skill_of(key) == name}
-    return growth_of(whole, name) | {"tensors": sums, "base_tensors": whole["base_tensors"]}
+    return growth_of_skill(whole, name) | {"tensors": sums, "base_tensors": whole["base_tensors"]}

@@ -1,7 +1,7 @@
 """Templates turn a row of a data set into text, and say which of it is to be learnt."""
 
 from _string import formatter_field_name_split  # what string.Formatter itself takes names apart with
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from string import Formatter
@@ -54,24 +54,12 @@ class Template:
 
     def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str) -> str:
         """Returns `prompt` or `completion` with a row's values. Raises ValueError if a value is missing or no text."""
-        parts = []
-        for literal, name, spec, conversion in _parsed(template):
-            parts.append(literal)
-            if name is not None:
-                value = Formatter().convert_field(_value(row, name), conversion)
-                parts.append(guard(_written(value, spec, name)))
-        return "".join(parts)
+        return "".join(text if own else guard(text) for text, own in _filled(template, row))
 
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """Returns the text of a row's prompt in pieces, each with whether it is of the template's own words. Raises
         ValueError as `fill` does."""
-        found = []
-        for literal, name, spec, conversion in _parsed(self.prompt):
-            found.append((literal, True))
-            if name is not None:
-                value = Formatter().convert_field(_value(row, name), conversion)
-                found.append((_written(value, spec, name), False))
-        return [(text, own) for text, own in found if text]
+        return [(text, own) for text, own in _filled(self.prompt, row) if text]
 
     def texts(self, row: Mapping[str, Any]) -> list[str]:
         """Returns the row's own texts, column by column (messages: turn by turn); [] if the row is bad."""
@@ -82,6 +70,15 @@ class Template:
             return [_written(_value(row, name), spec, name) for name, spec in names.items()]
         except ValueError:
             return []
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yields a template's text and a row's values in turn, each with whether it is of the template's own words."""
+    for literal, name, spec, conversion in _parsed(template):
+        yield literal, True
+        if name is not None:
+            value = Formatter().convert_field(_value(row, name), conversion)
+            yield _written(value, spec, name), False
 
 
 @cache

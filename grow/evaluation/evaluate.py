@@ -23,7 +23,7 @@ from grow.evaluation.bootstrap import interval
 from grow.evaluation.generation import generate, translation_scores
 from grow.evaluation.interpolation import Interpolation, check_alphas
 from grow.evaluation.scoring import choices, right_options, score
-from grow.model.switched import MODES
+from grow.model.switched import check_mode
 from grow.recipe import Recipe
 
 
@@ -75,8 +75,7 @@ def evaluate(
     "auto", "on" or "off".
     """
     check_alphas(path, start, alphas)
-    if switch not in MODES:
-        raise UserError(f"--switch {switch}: there are {', '.join(MODES)}")
+    check_mode(switch)
     tokenizer = load_tokenizer(path)
     sets = _items(recipe, tokenizer, limit, retention_limit) if recipe else []
     if recipe and recipe.options:

@@ -33,8 +33,7 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     folder = locate(path)
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
-    if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{path}: a growth package; put it on its base: grow attach BASE {path} OUT")
+    refuse_package(folder)
     inside = holds_base(folder)
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")
@@ -45,6 +44,12 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
             raise UserError(f"--alpha {alpha:g}: it lies between 0 (the base) and 1 (as trained)")
         if alpha != 1 and not (inside or start):
             raise UserError(f"{path}: no base is inside; name what it was trained from: --start BASE")
+
+
+def refuse_package(folder: Path) -> None:
+    """Raises UserError for a growth package, which is no model by itself."""
+    if (folder / GROWTH_NAME).is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: a growth package; put it on its base: grow attach BASE {folder} OUT")
 
 
 def holds_base(folder: Path) -> bool:

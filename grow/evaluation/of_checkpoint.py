@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.hub import locate
-from grow.checkpoint.metadata import GROWTH_NAME
 from grow.checkpoint.shards import read_json
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
-from grow.evaluation.interpolation import holds_base
+from grow.evaluation.interpolation import holds_base, refuse_package
 from grow.methods.trained_model import load_model
 from grow.model.loading import compute_device, compute_dtype
 from grow.model.memory import tune_malloc
-from grow.model.switched import MODES, set_switch
+from grow.model.switched import check_mode, set_switch
 
 
 def model_and_tokenizer(path: str, switch: str = "auto", needs_base: bool = False) -> tuple[Any, Any]:
@@ -22,10 +21,8 @@ def model_and_tokenizer(path: str, switch: str = "auto", needs_base: bool = Fals
     `needs_base`, where a checkpoint has no base inside.
     """
     run = Path(path) / "run.json"
-    if switch not in MODES:
-        raise UserError(f"--switch {switch}: there are {', '.join(MODES)}")
-    if (Path(path) / GROWTH_NAME).is_file() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: a growth package; put it on its base: grow attach BASE {path} OUT")
+    check_mode(switch)
+    refuse_package(Path(path))
     if (needs_base or switch != "auto") and not run.is_file() and not holds_base(locate(path)):
         raise UserError(f"{path}: has no base inside; name a grown checkpoint, a run by growth, or a LoRA's result")
     tokenizer = load_tokenizer(str(read_json(run).get("start")) if run.is_file() else path)

@@ -68,11 +68,7 @@ class GrownMLP:
 
         `kind` has device and dtype, if they are not torch's defaults.
         """
-        self.trained = nn.Module()
-        for name in ("gate_proj", "up_proj"):
-            own = getattr(self, name)
-            layer = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, **kind)
-            self.trained.add_module(name, layer)
+        self.trained = up_projection(self, **kind)
 
     def _base(self, x: Tensor) -> Tensor:
         if self.trained is None or self.alpha == 0:
@@ -139,16 +135,30 @@ def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives the planned layers of a model their added copies, uninitialised, in place."""
+def up_projection(mlp: Any, **kind: Any) -> nn.Module:
+    """Returns gate and up, [p, h], as an MLP has them, uninitialised. `kind` has device and dtype, if they are not
+    torch's defaults."""
+    made = nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        own = getattr(mlp, name)
+        made.add_module(name, nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, **kind))
+    return made
+
+
+def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
+    """Returns the MLPs of a plan's layers. Raises UserError, after the words of `whose`, for one that does not fit."""
     mlps = gated_mlps(model)
     missing = sorted(set(plan.layers) - set(mlps))
     if missing:
         raise UserError(
-            f"growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
+            f"{whose}growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
         )
-    for layer in plan.layers:
-        mlp: Any = mlps[layer]
+    return {layer: mlps[layer] for layer in plan.layers}
+
+
+def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
+    """Gives the planned layers of a model their added copies, uninitialised, in place."""
+    for layer, mlp in planned_mlps(model, plan).items():
         grow_mlp(mlp, plan.factor)
         mlp.own_alpha = plan.own_alpha(layer)
         if plan.trained_up:

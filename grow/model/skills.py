@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.errors import UserError
-from grow.model.mlp import GrownBranch, gated_mlps, trained_base, with_growth
+from grow.model.mlp import GrownBranch, planned_mlps, trained_base, up_projection, with_growth
 from grow.plan import GrowthPlan
 
 
@@ -76,15 +75,8 @@ class SkilledMLP:
 
 def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mapping[str, float]) -> None:
     """Gives a model the parameters of several skills, uninitialised, in place: `plans` and `alphas` by name."""
-    mlps = gated_mlps(model)
     for name, plan in plans.items():
-        missing = sorted(set(plan.layers) - set(mlps))
-        if missing:
-            raise UserError(
-                f"{name}: growth of layers {missing} does not fit the model, whose layers are {sorted(mlps)}"
-            )
-        for layer in plan.layers:
-            mlp: Any = mlps[layer]
+        for layer, mlp in planned_mlps(model, plan, f"{name}: ").items():
             if not isinstance(mlp, SkilledMLP):
                 cls = type(mlp)
                 mlp.__class__ = type(f"Skilled{cls.__name__}", (SkilledMLP, cls), {})
@@ -92,14 +84,4 @@ def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mappin
             mlp.skills[name] = Skill(plan.factor, alphas[name] * plan.own_alpha(layer))
             mlp.grown[name] = GrownBranch(mlp, (plan.factor - 1) * mlp.gate_proj.out_features)
             if plan.trained_up:
-                trained = mlp.trained[name] = nn.Module()
-                for projection in ("gate_proj", "up_proj"):
-                    own = getattr(mlp, projection)
-                    trained.add_module(
-                        projection, nn.Linear(own.in_features, own.out_features, bias=own.bias is not None)
-                    )
-
-
-def skill_names(model: nn.Module) -> list[str]:
-    """Returns the names of a model's skills; none if it has not several."""
-    return list(dict.fromkeys(n for m in gated_mlps(model).values() if isinstance(m, SkilledMLP) for n in m.skills))
+                mlp.trained[name] = up_projection(mlp)

@@ -14,6 +14,7 @@ size. Columns count the tokens of a sequence, those in a KV cache included.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,20 +75,19 @@ class Switch:
         if model.training and self.record.kind != "call":
             self.decided = self._start_R = None
             return
-        if self.mode != "auto":
-            inputs = _named(model, args, kwargs)
-            rows = self._batch or rows_of_inputs(inputs, 0)
-            self._set(rows, torch.full_like(rows.decides_R, NEVER if self.mode == "off" else 0))
-            self._cache = inputs.get("past_key_values")
-            return
         inputs = _named(model, args, kwargs)
         cache = self._cache = inputs.get("past_key_values")
+        if self.mode != "auto":
+            rows = self._batch or rows_of_inputs(inputs, 0)
+            self._set(rows, torch.full_like(rows.decides_R, NEVER if self.mode == "off" else 0))
+            return
         past = cache.get_seq_length() if cache is not None else 0
         rows = self._batch or rows_of_inputs(inputs, past, self._prompt_length if self._generating else None)
-        held_R = self._start_R if self._generating else self._held(cache, rows) if past else None
         if self.record.kind == "token":
             self._rows, self._start_R = rows, None
-        elif held_R is not None:
+            return
+        held_R = self._start_R if self._generating else self._held(cache, rows) if past else None
+        if held_R is not None:
             # In beam search each sequence stands in the batch several times.
             self._set(rows, held_R.repeat_interleave(max(1, len(rows.decides_R) // len(held_R))))
         elif self.record.kind == "call":
@@ -117,13 +117,13 @@ class Switch:
 
     def end(self, model: nn.Module, __: Any, output: Any) -> None:
         """Notes with which decision a KV cache was filled. Until the next pass nothing that was trained acts."""
-        if self._asking:
+        if getattr(model, "deciding", False):
             return
         among = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (self._cache, *among):
             if isinstance(cache, Cache) and self._start_R is not None:
                 _note(cache, self._key, self._start_R)
-        self._cache, self._last, self.on = None, bool(self.on) if self.on is None else self.on, None
+        self._cache, self._last, self.on = None, False if self.on is None else self.on, None
 
     def acts(self, training: bool) -> bool | Tensor:
         """Returns where what was trained acts, in a module that trains or does not. Between passes it does nowhere; but
@@ -134,11 +134,9 @@ class Switch:
             return self._last if training else False
         return self.on
 
-    def _held(self, cache: Any, rows: Rows) -> Tensor | None:
+    def _held(self, cache: Any, rows: Rows) -> Tensor:
         """Returns with which decision a KV cache was filled. Raises UserError if that is not known of its rows."""
         held_R = _noted(cache, self._key)
-        if self.record.kind == "token":
-            return None
         if held_R is None or len(held_R) != len(rows.decides_R):
             raise UserError(
                 "the switch does not know with which decision this KV cache was filled (or for which rows): start from "
@@ -197,7 +195,7 @@ class Switch:
                 and ids is not None
                 and (kept or in_chunks)
             ):
-                taken = inspect.signature(type(model).forward).parameters
+                taken = _signature(model.__class__).parameters
                 inputs = {name: value for name, value in kwargs.items() if name in taken} | {name_of_ids: ids}
                 self._rows = rows_of_inputs(inputs, 0)
                 self._ask(model, inputs)
@@ -214,9 +212,15 @@ class _Decided(Exception):
     """Ends a pass that only decides."""
 
 
+@functools.cache
+def _signature(cls: type[Any]) -> inspect.Signature:
+    """Returns the signature of a class's forward, which every pass, and so every token, asks for."""
+    return inspect.signature(cls.forward)
+
+
 def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a forward pass by name; those that are None are left out."""
-    given = dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
+    given = dict(_signature(model.__class__).bind_partial(model, *args, **kwargs).arguments)
     given.pop("self", None)
     given |= given.pop("kwargs", {})
     return {name: value for name, value in given.items() if value is not None}

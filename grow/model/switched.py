@@ -166,6 +166,12 @@ def by_decision(
     return [found[index] for index in range(len(rows))]
 
 
+def check_mode(mode: str) -> None:
+    """Raises UserError for a value of --switch that there is not."""
+    if mode not in MODES:
+        raise UserError(f"--switch {mode}: there are {', '.join(MODES)}")
+
+
 def set_switch(model: Any, mode: str) -> None:
     """Sets a model's switch to "on", to "off" (the base), or to "auto", as it was fitted.
 

@@ -23,7 +23,8 @@ from grow.errors import UserError
 from grow.model.features import mlp_inputs
 from grow.recipe import Recipe
 from grow.switch.detector import auroc, fit, threshold
-from grow.switch.rows import ON_ROWS, Prompts, after_rows, near_prompts, retention_prompts, task_prompts, variations
+from grow.switch.near import near_prompts
+from grow.switch.rows import ON_ROWS, Prompts, after_rows, retention_prompts, task_prompts, variations
 
 OWN, NEAR = "text that the base writes", "near text that the base writes"
 _LOOKED_AT = 300  # rows of a set that is in the table alone

@@ -16,9 +16,10 @@ from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.lora import highest_unchanged
 from grow.names import mlp_prefixes
 from grow.plan import GrowthPlan, parse_layers
-from grow.recipe import FITTED, Recipe
+from grow.recipe import Recipe
+from grow.recipe_values import FITTED
 from grow.switch.fit import OWN, fit_switch
-from grow.switch.rows import Prompts, other_rows, task_prompts
+from grow.switch.rows import ON_ROWS, Prompts, other_rows, task_prompts
 
 _LEAST_CALLED = 0.99
 
@@ -102,7 +103,7 @@ def _called(recipe: Recipe) -> SwitchRecord:
     text, tokenizer = recipe.switch.removeprefix("call:"), tokenizer_of(recipe)
     tokens = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     rows, template = rows_of(recipe, recipe.train_split), template_of(recipe)
-    prompts = task_prompts(encode_cached(rows, tokenizer, template, recipe.max_length).examples, 1000)
+    prompts = task_prompts(encode_cached(rows, tokenizer, template, recipe.max_length).examples, ON_ROWS)
     size = len(tokens)
     having = [any(tuple(p[i : i + size]) == tokens for i in range(len(p))) for p in prompts]
     if sum(having) < _LEAST_CALLED * len(prompts):

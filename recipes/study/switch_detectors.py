@@ -31,7 +31,8 @@ from grow.model.features import mlp_inputs
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.switch.detector import auroc, fit, threshold
 from grow.switch.fit import base_checksum
-from grow.switch.rows import ON_ROWS, after_rows, near_prompts, other_rows, retention_prompts, task_prompts, variations
+from grow.switch.near import near_prompts
+from grow.switch.rows import ON_ROWS, after_rows, other_rows, retention_prompts, task_prompts, variations
 
 RECIPE = Path(__file__).parents[1] / "gemma3_270m" / "translation.yaml"
 FAR = ("capitals", "qa_wikidata", "winowhy", "prose", "german", "code")
