@@ -16,6 +16,7 @@ from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
+from grow.model.lora import add_gates
 from grow.model.mlp import add_growth, gated_mlps
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
@@ -173,9 +174,20 @@ def load_lora(path: Path, dtype: torch.dtype | str, alpha: float = 1.0, base: st
         model.load_adapter(str(path), is_trainable=False)
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
         raise UserError(f"{path}: PEFT cannot put it on {name} ({_short(error)})") from error
+    _add_gates(model, path)
     if (path / SWITCH_NAME).is_file():
         put_switch(model, read_switch(read_json(path / SWITCH_NAME), path / SWITCH_NAME))
     return model.eval()
+
+
+def _add_gates(model: Any, path: Path) -> None:
+    """Adds the gates that a folder of the baseline `disel` has among its LoRAs, of which PEFT knows nothing."""
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file) if file.is_file() else {}
+    gates = {name.removeprefix("base_model.model."): t for name, t in tensors.items() if ".lora_gate." in name}
+    if gates:
+        add_gates(model)
+        model.load_state_dict(gates, strict=False)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

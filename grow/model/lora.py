@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grow.model.where_on import where_on
@@ -50,3 +51,33 @@ def switch_lora(layer: Any, switch: Any) -> None:
     cls = type(layer)
     layer.__class__ = type(f"Switched{cls.__name__}", (SwitchedLora, cls), {})
     layer.switch = switch
+
+
+class RankGate(nn.Linear):
+    """A gate for each rank of a LoRA, σ(W x + b), in (0, 1); b is −3 at first (arXiv 2605.19028).
+
+    There the gates' rate is 5 times the LoRA's. Adam's steps do not depend on a gradient's scale, so parameters that
+    count 5 times come to the same: W and b are held divided by that.
+    """
+
+    RATE, BIAS = 5.0, -3.0
+
+    def reset_parameters(self) -> None:
+        """Sets W as torch does for a linear layer, and b."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight /= self.RATE
+            self.bias.fill_(self.BIAS / self.RATE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps […, in] to […, rank]."""
+        return torch.sigmoid(self.RATE * super().forward(x))
+
+
+def add_gates(model: nn.Module) -> None:
+    """Gives each of PEFT's linear layers gates between its A and its B, in place."""
+    for layer in lora_layers(model).values():
+        down = layer.lora_A["default"]
+        kind = {"device": down.weight.device, "dtype": down.weight.dtype}
+        layer.lora_gate = RankGate(down.in_features, down.out_features, **kind)
+        down.register_forward_hook(lambda _, inputs, output, gate=layer.lora_gate: output * gate(inputs[0]))

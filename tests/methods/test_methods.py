@@ -16,6 +16,8 @@ from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.methods import METHODS, read_recipe
 from grow.methods.baselines.adapter import Adapter
+from grow.methods.baselines.disel import Disel
+from grow.model.alpha import base_inside
 from grow.model.loading import load
 from tests.helpers.running import Deeper, Toy, alone, consolidate, rows_of, train, train_and_resume
 from tests.helpers.tiny import logits, make_base, make_recipe
@@ -182,6 +184,45 @@ def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype:
         assert torch.allclose(tensor, merged[name], atol=1e-5)
         assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
         assert torch.equal(none[name], own[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "ranks"),
+    [
+        ("text", 1, 1),
+        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
+    ],
+)
+def test_disel(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
+    """Its gates train with the LoRAs, and are in what a run ends in, which is no LoRA without them."""
+    tiny_base = make_base(tmp_path / "base", kind)
+    fields = {"method": "disel", "lora_rank": 4, "dtype": "float32"}
+    recipe = make_recipe(tmp_path / "r.yaml", tiny_base, tmp_path, sums, stage, **fields)
+    trained = train_and_resume(recipe, ranks)
+    gates = [tensor for name, tensor in trained.items() if name.endswith(".lora_gate.bias")]
+    assert len(gates) == 7 * 4 and len(trained) == 4 * len(gates)
+    moved = torch.cat(gates) + 0.6
+    assert moved.abs().max() > 1e-3, "from σ(−3), where they start"
+
+    model: Any = load(tiny_base, torch.float32)
+    expected = logits(model)
+    Disel(lora_rank=4).prepare(model)
+    assert torch.equal(logits(model), expected), "exact at step 0"
+    seen: dict[str, Any] = {}
+    layer = next(module for module in model.modules() if hasattr(module, "lora_gate"))
+    layer.lora_A["default"].register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], gated=output))
+    logits(model)
+    shares = seen["gated"] / torch.nn.functional.linear(seen["x"], layer.lora_A["default"].weight)
+    assert shares.min() > 0 and float(shares.median()) == pytest.approx(0.047, abs=0.02), "nearly shut: σ(−3)"
+
+    model.load_state_dict(trained, strict=False)
+    result = tmp_path / "run" / "result"
+    loaded = load(result, torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    with base_inside(loaded):
+        assert torch.equal(logits(loaded), expected)
+    with pytest.raises(UserError, match="disel: its gates read the input"):
+        consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
 
 
 @pytest.mark.parametrize(
