@@ -65,7 +65,8 @@ def evaluate(
     `log_likelihood`, nats per row, the mean over rows; where the base is known, `kl`, KL(base ‖ model) of the next
     token, nats, the mean over labels, and `identical`, the share of rows whose logits at labels are the base's bit for
     bit; `opened`, the share of rows that a switch opened for; `rows`; `contaminated`, how many were left out;
-    `intervals` of the figures; `items`, each row's log-likelihood; `unusable`, how many rows could not be scored. The
+    `intervals` of the figures; `items`, each row's log-likelihood, `kl_items`, each row's KL summed over its labels,
+    and `opened_items`, 1 where a switch opened; `unusable`, how many rows could not be scored. The
     task also has the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the parts
     that failed. For several α, "by_alpha" has all that for each, and the rest is that of the largest.
 

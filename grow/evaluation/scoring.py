@@ -58,10 +58,11 @@ class Scores:
             same = sum(self.identical)
             found |= {
                 "kl": math.fsum(self.divergences) / tokens, "identical": same / rows, "identical_rows": same,
+                "kl_items": [round(value, 6) for value in self.divergences],
             }  # fmt: skip
             found["intervals"]["kl"] = interval(self.divergences, self.tokens)
         if self.opened is not None:
-            found["opened"] = sum(self.opened) / rows
+            found |= {"opened": sum(self.opened) / rows, "opened_items": list(map(int, self.opened))}
         return found
 
 
@@ -148,4 +149,7 @@ def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, 
             hits.append(float(found[place] == max(found)))
     if not hits:
         raise UserError(f"options: no test row can be scored with every one of them at max_length {recipe.max_length}")
-    return {"accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "intervals": {"accuracy": interval(hits)}}
+    return {
+        "accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "accuracy_items": list(map(int, hits)),
+        "intervals": {"accuracy": interval(hits)},
+    }  # fmt: skip

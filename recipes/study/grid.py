@@ -3,8 +3,9 @@
 A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and at which α. Under `methods`
 it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of a method
 that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one; `learn_alphas`, the
-arguments of that command. A cell is a row at one rate with one seed. Results are identified by its name alone, so a row
-that is changed needs another label.
+arguments of that command; `switches`, the kinds of switch with which it is scored besides, the first while it trains;
+`two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base. A cell is a row
+at one rate with one seed. Results are identified by its name alone, so a row that is changed needs another label.
 """
 
 import sys
@@ -23,7 +24,8 @@ from grow.methods import METHODS
 class Cell:
     """Describes one training run of a grid. `layers` is empty for methods that do not grow; `fields` are the recipe's;
     `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
-    if each layer gets an α of its own."""
+    if each layer gets an α of its own; `switches` are kinds of switch, and `two_models` is the cell that decides
+    between whole models."""
 
     label: str
     method: str
@@ -32,6 +34,8 @@ class Cell:
     fields: dict[str, Any] = field(default_factory=dict)
     average: int = 1
     learn_alphas: dict[str, Any] = field(default_factory=dict)
+    switches: list[str] = field(default_factory=list)
+    two_models: str = ""
     learning_rate: float
     seed: int
 
@@ -42,7 +46,7 @@ class Cell:
 
 
 _NEEDED = ("recipe", "fields", "alphas", "limit", "retention_limit", "seeds", "methods")
-_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "learn_alphas")
+_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "learn_alphas", "switches", "two_models")
 
 
 def read_grid(path: Path) -> dict[str, Any]:

@@ -17,12 +17,12 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import switched
+from commands import arguments, grow
 from filelock import FileLock, Timeout
 from grid import Cell, cells, read_grid
 from xxhash import xxh3_64_hexdigest
@@ -35,7 +35,6 @@ from grow.data.of_recipe import sliced
 from grow.errors import UserError
 from grow.methods import read_recipe
 
-ROOT = Path(__file__).parents[2]
 WATCHED = ("step", "eval_loss", "eval_accuracy", "retention", "kl_from_base")
 
 
@@ -108,23 +107,36 @@ class Study:
     def run(self, cell: Cell) -> None:
         """Trains and scores one cell, and adds its line to the results before its checkpoints are removed."""
         against, start = self.base_scores(), self.start(cell)
-        run, trained, out = (self.work / f"{cell.name}{end}".replace(" ", "-") for end in ("", "-trained", "-scores"))
+        run, trained, out = (self.folder(cell.name, end) for end in ("", "-trained", "-scores"))
+        fields = self.fields(**cell.fields)
+        if cell.switches:
+            fields.append(f"--switch={cell.switches[0]}")
+            switched.put(self, cell, run, cell.switches[0])
         grow(
-            "train", self.recipe, *self.fields(**cell.fields), f"--method={cell.method}", f"--seed={cell.seed}",
+            "train", self.recipe, *fields, f"--method={cell.method}", f"--seed={cell.seed}",
             f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         grow("rank", run, "--out", f"{run}-ranking")
         if self.ranked(cell):
             grow("effective-rank", run, "--out", f"{run}-ranks")
+        if cell.switches and not cell.layers:
+            trained = run / "result"  # whose LoRA is not merged
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
         options = [f"--alpha={self.places(cell)}", "--against", str(against)]
-        self.score(scored, out, *options, *(() if cell.layers else ("--start", self.base)))
-        self.note(self.line(cell, run, scored, read_json(against), read_json(out)))
+        options += ["--switch", "on"] if cell.switches else []
+        self.score(scored, out, *options, *(() if cell.layers or cell.switches else ("--start", self.base)))
+        line = self.line(cell, run, scored, read_json(against), read_json(out))
+        line["switched"] = switched.scores(self, cell, run, trained, options[2:4])
+        self.note(line)
         for left in () if self.keep else {run, trained, scored}:
             remove(left)
+
+    def folder(self, name: str, end: str = "") -> Path:
+        """Returns where a cell, by its name, has its run, or what is called by the `end`."""
+        return self.work / f"{name}{end}".replace(" ", "-")
 
     def ranked(self, cell: Cell) -> bool:
         """Says whether the grid wants this cell's effective ranks."""
@@ -146,6 +158,7 @@ class Study:
         # Keyed by step: a run that resumes validates again at the step that it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
         points = [self.point(scores) for scores in result.get("by_alpha", [result])]
+        reported = points[-1]["retention"]
         alphas = ",".join(f"{scores['alpha']:g}" for scores in points)
         return {
             "grid": self.path.name,
@@ -160,6 +173,7 @@ class Study:
             "history": list(watched.values()),
             "base": self.point(base),
             "by_alpha": points,
+            **{key: {name: own[key] for name, own in reported.items() if key in own} for key in ("kl", "identical")},
             "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
             "effective_rank": effective_ranks(Path(f"{run}-ranks")) if self.ranked(cell) else [],
         }
@@ -167,9 +181,12 @@ class Study:
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
         """Returns the part of the scores at one α that a line keeps: no single rows."""
         sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
-        keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base")
+        keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base", "kl", "identical", "opened")
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
-        shown = ("loss", "token_accuracy", "accuracy", "chrf", "bleu", "rows", "intervals")
+        for name, known in kept.items():
+            if "kl" in known:
+                known["kl_interval"] = sets[name]["intervals"]["kl"]
+        shown = ("loss", "token_accuracy", "accuracy", "chrf", "bleu", "rows", "intervals", "kl", "identical", "opened")
         task = {key: scores["task"][key] for key in shown if key in scores["task"]}
         return {"alpha": scores["alpha"], "task": task, "retention": kept}
 
@@ -190,32 +207,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
-
-
-def arguments(values: dict[str, Any]) -> list[str]:
-    """Returns values as arguments of a command, a list with commas."""
-    return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
-
-
-def grow(*words: str | Path) -> None:
-    """Runs a command of `grow`, whose output goes to stderr. An exit code other than 0 ends the study. A signal is
-    passed on; whatever the command makes of that, the study ends with 75."""
-    # -P keeps the working folder out of sys.path, so that the same `grow` is imported as here.
-    command = [sys.executable, "-P", "-m", "grow", *map(os.path.expandvars, map(str, words))]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    asked = []
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sys.stderr) as process:
-
-        def leave(which: int, _: Any) -> None:
-            asked.append(which)
-            process.send_signal(which)
-
-        before = {which: signal.signal(which, leave) for which in (signal.SIGTERM, signal.SIGUSR1)}
-        code = process.wait()
-    for which, handler in before.items():
-        signal.signal(which, handler)
-    if code or asked:
-        raise SystemExit(75 if asked else code)
 
 
 def study(grid: str, only: str = "", seeds: str = "", alphas: str = "", work: str = "", keep: bool = False) -> None:
