@@ -119,15 +119,16 @@ class Study:
         grow("rank", run, "--out", f"{run}-ranking")
         if self.ranked(cell):
             grow("effective-rank", run, "--out", f"{run}-ranks")
-        if cell.switches and not cell.layers:
-            trained = run / "result"  # whose LoRA is not merged
+        base_inside = bool(cell.layers)
+        if not cell.layers and (cell.switches or cell.method == "disel"):
+            trained, base_inside = run / "result", True  # its LoRAs are not merged
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
         options = [f"--alpha={self.places(cell)}", "--against", str(against)]
         options += ["--switch", "on"] if cell.switches else []
-        self.score(scored, out, *options, *(() if cell.layers or cell.switches else ("--start", self.base)))
+        self.score(scored, out, *options, *(() if base_inside else ("--start", self.base)))
         line = self.line(cell, run, scored, read_json(against), read_json(out))
         line["switched"] = switched.scores(self, cell, run, trained, options[2:4])
         self.note(line)
