@@ -3,6 +3,7 @@
     python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths]          the model, and tasks
                                         [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    retention rows
                                         [questions]    for KL regularisation, beside prose, german and code
+                                        [translation_elsewhere]    the task's rows of programs that none was trained on
 
 Everything is fetched once, into $GROW_CACHE (default ~/.cache/grow). A task becomes a folder with train.jsonl,
 validation.jsonl and test.jsonl, a retention set one with test.jsonl, text for KL regularisation one with train.jsonl;
@@ -25,6 +26,7 @@ import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,9 @@ def make_model(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def translation_rows() -> Iterator[tuple[str, Row]]:
+def translation_rows(*packages: str) -> Iterator[tuple[str, Row]]:
     """Yields English and French sentences of message catalogues: 4 to 40 words, no markup and no placeholders."""
-    for file in packed_files(r".*/fr/LC_MESSAGES/[^/]*\.mo$", "Django", "wagtail", "gramps", "spyder"):
+    for file in packed_files(r".*/fr/LC_MESSAGES/[^/]*\.mo$", *packages):
         catalogue: dict[Any, str] = gettext.GNUTranslations(io.BytesIO(file))._catalog  # type: ignore[attr-defined]
         for english, french in catalogue.items():
             if not isinstance(english, str):  # plural forms
@@ -235,9 +237,13 @@ QUESTIONS = (
     "sports_understanding", "strategyqa", "tense",
 )  # fmt: skip
 
+PROGRAMS = ("Django", "wagtail", "gramps", "spyder")
+OTHER_PROGRAMS = ("sphinx", "django-oscar", "django-allauth", "djangorestframework")
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "model": make_model,
-    "translation": make_data(translation_rows, test=0.1, validation=0.03, train=0.87),
+    "translation": make_data(partial(translation_rows, *PROGRAMS), test=0.1, validation=0.03, train=0.87),
+    "translation_elsewhere": make_data(partial(translation_rows, *OTHER_PROGRAMS), limit=500, test=1.0),
     "capitals": make_data(capitals_rows, test=1.0),
     "entailment": make_data(entailment_rows, test=0.05, validation=0.02, train=0.93),
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
@@ -261,11 +267,11 @@ def main(names: list[str]) -> None:
         if folder.is_dir():
             print(f"{name}: there already, in {folder}", file=sys.stderr)
             continue
-        partial = folder.with_name(name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        MAKERS[name](partial)
-        partial.rename(folder)
+        made = folder.with_name(name + ".partial")
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        MAKERS[name](made)
+        made.rename(folder)
         print(f"{name}: in {folder}", file=sys.stderr)
 
 

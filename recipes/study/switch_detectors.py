@@ -1,13 +1,15 @@
 """Which detector a switch should have, and where it ends: near sets, and what should open, on the real 270M.
 
     python recipes/gemma3_270m/fetch.py model translation capitals qa_wikidata winowhy prose german code
-    python recipes/study/switch_detectors.py --out results [--layers 6,14] [--rows 100]
+    python recipes/gemma3_270m/fetch.py translation_elsewhere
+    python recipes/study/switch_detectors.py --out results [--layers 6,14] [--rows 100] [--tuned CHECKPOINT]
 
 Every detector is fitted on the same rows (grow.switch.rows): half of the task's prompts and their variations against
 half of what the base writes. Its threshold leaves 99 % of the other half of the task's open. Then: the share of each
 set that opens. Near sets are the same sentences with another request, or text in one of the languages; "should open"
 asks for the task in another way. Last, two detectors that are shown some rows of near sets (`--off`), and of all sets
-but the one that is looked at. Writes OUT/switch_detectors.json and .md.
+but the one that is looked at. The squared hinge reads several tokens and several layers besides; a checkpoint that was
+fine-tuned on the task (`--tuned`) gives the likelihood ratio. Writes OUT/switch_detectors.json and .md.
 """
 
 import re
@@ -54,7 +56,12 @@ SHOULD_OPEN: dict[str, str] = {
 }  # fmt: skip
 
 
-def switch_detectors(out: str, layers: str = "6,14", rows: str = "100") -> None:
+OPEN = (*SHOULD_OPEN, "strings of other programs")
+SEVERAL = {"layers 6, 10 and 14": ((6, 10, 14), 1), "layer 6, mean of four tokens": ((6,), 4)}
+"""What else the squared hinge reads: layers, side by side, and the mean over so many last tokens."""
+
+
+def switch_detectors(out: str, layers: str = "6,14", rows: str = "100", tuned: str = "") -> None:
     """Writes the tables to the folder OUT, for these layers, with so many rows of each set."""
     count, recipe = int(rows), read_recipe(str(RECIPE))
     tokenizer = tokenizer_of(recipe)
@@ -80,9 +87,29 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100") -> None:
         lines = {n: _judged(fit_one(on_x[::2], off_x), *held_out, sets_x) for n, fit_one in DETECTORS.items()}
         lines |= _with_near_rows(on_x, off_x, held_out, sets_x)
         found["layers"][layer] = lines
+    found["several"] = {}
+    for name, (some, tokens) in SEVERAL.items():
+        print(name, file=sys.stderr, flush=True)
+
+        def means(of: list[list[int]], some: tuple[int, ...] = some, tokens: int = tokens) -> Tensor:
+            each = [[x[-tokens:].mean(0) for x in mlp_inputs(model, of, layer)] for layer in some]
+            return torch.stack([torch.cat(of_row) for of_row in zip(*each, strict=True)])
+
+        # Passages that the base wrote, cut at any place, so that what precedes a token is known too.
+        cut = [passage[: 8 + 13 * index % (len(passage) - 7)] for index, passage in enumerate(own)] + own
+        on_x, off_x = means(task), [means(cut), means(near)]
+        scores = _squared_hinge(on_x[::2], [x[::2] for x in off_x])
+        held_out = on_x[1::2], torch.cat([x[1::2] for x in off_x])
+        found["several"][f"squared hinge, {name}"] = _judged(
+            scores, *held_out, {n: means(of) for n, of in sets.items()}
+        )
     text = {name: [tokenizer.decode(p[1:]) for p in of] for name, of in sets.items()}
     on_text, off_text = ([tokenizer.decode(p[1:]) for p in of] for of in (task, own + near))
     found["prompt"] = _of_text(on_text, off_text, text)
+    if tuned:
+        found["prompt"]["likelihood ratio"] = _likelihood_ratio(
+            model, tuned, (task[1::2], own[1::2] + near[1::2]), sets
+        )
     write_json(Path(out) / "switch_detectors.json", found)
     write_text(Path(out) / "switch_detectors.md", tables(found))
     print(tables(found))
@@ -103,6 +130,9 @@ def _sets(recipe: Any, tokenizer: Any, count: int) -> dict[str, list[list[int]]]
         found[name] = [[tokenizer.bos_token_id, *own] for own in ids]
     (known,) = (of.prompts for of in retention_prompts(recipe, tokenizer, count))
     others = {name: other_rows(f"{folder / name}[:{count}]", recipe, tokenizer) for name in FAR if name != "capitals"}
+    elsewhere = rows_of(_of(recipe, folder / "translation_elsewhere"), "test")[:count]
+    ids = [tokenizer(f"English: {row['en']}\nFrench:", add_special_tokens=False).input_ids for row in elsewhere]
+    found["strings of other programs"] = [[tokenizer.bos_token_id, *own] for own in ids]
     return found | {"capitals": known} | others
 
 
@@ -173,7 +203,7 @@ def _judged(scores: Scores, on: Tensor, off: Tensor, sets: dict[str, Tensor]) ->
     return {
         "opens_at_most": limit.opens_at_most,
         "open": {name: float((scores(x) > limit.value).double().mean()) for name, x in sets.items()},
-        "auroc": {name: auroc(of_task, scores(x)) for name, x in sets.items() if name not in SHOULD_OPEN},
+        "auroc": {name: auroc(of_task, scores(x)) for name, x in sets.items() if name not in OPEN},
     }
 
 
@@ -220,19 +250,54 @@ def _of_text(on: list[str], off: list[str], sets: dict[str, list[str]]) -> dict[
     }
 
 
+def _likelihood_ratio(
+    base: Any, tuned: str, held_out: tuple[list[list[int]], list[list[int]]], sets: dict[str, list[list[int]]]
+) -> dict[str, Any]:
+    """Returns the log-likelihood of a prompt under a fine-tuned model less that under the base, a token (arXiv
+    2404.08679), as a detector. It costs a whole pass of both models."""
+    after = load(tuned, compute_dtype()).to(compute_device())
+
+    @torch.no_grad()
+    def scores(prompts: list[list[int]]) -> Tensor:
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=base.device)
+            each = [m(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1).float() for m in (after, base)]
+            own = [x.gather(1, ids[0, 1:, None]).mean() for x in each]
+            found.append(own[0] - own[1])
+        return torch.stack(found).cpu()
+
+    on, off = map(scores, held_out)
+    limit = threshold(on, off)
+    named = {name: scores(of) for name, of in sets.items()}
+    return {
+        "opens_at_most": limit.opens_at_most,
+        "open": {name: float((x > limit.value).double().mean()) for name, x in named.items()},
+        "auroc": {name: auroc(on, x) for name, x in named.items() if name not in OPEN},
+    }
+
+
 def tables(found: dict[str, Any]) -> str:
     """Returns the shares that open, in percent, as Markdown tables: what should, near sets, far sets."""
     rows = [
         (f"{name}, layer {layer}", line) for layer, lines in found["layers"].items() for name, line in lines.items()
     ]
-    rows += list(found["prompt"].items())
+    rows += [*found["several"].items(), *found["prompt"].items()]
     text = []
-    for title, names in (("should open", SHOULD_OPEN), ("near", NEAR), ("far", FAR)):
+    for title, names in (("should open", OPEN), ("near", NEAR), ("far", FAR)):
         lines = [f"| {title}: % open | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for name, line in rows:
             cells = [f"{100 * line['open'][one]:.0f}" if one in line["open"] else "" for one in names]
             lines += [f"| {name} | " + " | ".join(cells) + " |"] if any(cells) else []
         text.append("\n".join(lines))
+    lines = ["| AUROC, task against the set | " + " | ".join(NEAR) + " | lowest of the far sets |"]
+    lines.append("|---" * (len(NEAR) + 2) + "|")
+    for name, line in rows:
+        areas = line.get("auroc") or {}
+        if areas:
+            lowest = min(areas[one] for one in FAR)
+            lines.append(f"| {name} | " + " | ".join(f"{areas[one]:.3f}" for one in NEAR) + f" | {lowest:.3f} |")
+    text.append("\n".join(lines))
     return "\n\n".join(text) + "\n"
 
 
