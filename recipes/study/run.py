@@ -126,14 +126,19 @@ class Study:
             form = ("--format", "grown") if cell.layers else ()
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
-        options = [f"--alpha={self.places(cell)}", "--against", str(against)]
-        options += ["--switch", "on"] if cell.switches else []
+        options = [f"--alpha={self.places(cell)}", f"--against={against}"]
+        if cell.switches:  # writing takes long: it is scored with the switch
+            options += ["--switch=on", *self.unwritten()]
         self.score(scored, out, *options, *(() if base_inside else ("--start", self.base)))
         line = self.line(cell, run, scored, read_json(against), read_json(out))
-        line["switched"] = switched.scores(self, cell, run, trained, options[2:4])
+        line["switched"] = switched.scores(self, cell, run, trained)
         self.note(line)
         for left in () if self.keep else {run, trained, scored}:
             remove(left)
+
+    def unwritten(self) -> list[str]:
+        """Returns arguments of `eval` that leave out what a model writes."""
+        return ["--metric=loss"] if self.grid["fields"].get("metric") == "chrf" else []
 
     def folder(self, name: str, end: str = "") -> Path:
         """Returns where a cell, by its name, has its run, or what is called by the `end`."""

@@ -36,7 +36,7 @@ def put(study: "Study", cell: Cell, run: Path, kind: str) -> None:
     shutil.copyfile(switch_file(fitted), switch_file(run))
 
 
-def scores(study: "Study", cell: Cell, run: Path, trained: Path, against: list[str]) -> dict[str, Any]:
+def scores(study: "Study", cell: Cell, run: Path, trained: Path) -> dict[str, Any]:
     """Returns a cell's scores with each of its switches, by kind; with two whole models, by "row"."""
     found = {}
     for kind in cell.switches:
@@ -46,7 +46,9 @@ def scores(study: "Study", cell: Cell, run: Path, trained: Path, against: list[s
             scored = trained.with_name(f"{trained.name}-{kind}")
             if not scored.exists():
                 grow("consolidate", run, scored, "--format", "grown", f"--average={cell.average}")
-        study.score(scored, out, *against)
+        study.score(
+            scored, out, f"--against={study.base_scores()}", *(study.unwritten() if kind != cell.switches[0] else ())
+        )
         found[kind] = study.point(read_json(out))
         if scored != trained and not study.keep:
             shutil.rmtree(scored)
