@@ -8,7 +8,7 @@ cost nothing beside reading.
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
@@ -203,3 +203,8 @@ def file_checksums(path: Path) -> tuple[str, dict[str, str]]:
                 digest.update(part)
             tensors[name] = digest.hexdigest()
     return whole.hexdigest(), tensors
+
+
+def weights_checksum(shards: Iterable[Path]) -> str:
+    """Returns what identifies a checkpoint's weights: XXH3-128 over the checksums of its files."""
+    return xxh3_128(" ".join(file_checksums(shard)[0] for shard in shards).encode()).hexdigest()

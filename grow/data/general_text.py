@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grow.data.examples import all_learnt
 from grow.data.load import load_rows
 from grow.data.packing import Epochs, PackedDataset
 from grow.data.template import Template
@@ -27,16 +28,24 @@ class GeneralText:
         return self.orders[turn][place]
 
 
-def general_text(folders: list[str], max_length: int, tokenizer: Any, seed: int) -> GeneralText:
-    """Returns the packed rows of the folders' split train, which have a column text. Raises UserError for a folder
-    without any."""
+def general_text(
+    folders: list[str], max_length: int, tokenizer: Any, seed: int, own: list[list[int]] | None = None
+) -> GeneralText:
+    """Returns the packed rows of the folders' split train, which have a column text. `own` are passages, in tokens, of
+    what the base writes by itself, in the place of the folder "self"; None before they are written.
+
+    Raises UserError for a folder without any.
+    """
     template, packed = Template("", "{text}"), []
     for folder in folders:
+        if folder == "self":
+            packed += [PackedDataset(all_learnt(own), max_length, pad_token_id(tokenizer))] if own else []
+            continue
         rows = load_rows(folder, "train")
-        own = encode_cached(rows, tokenizer, template, max_length, end=False).examples
-        if not own:
+        examples = encode_cached(rows, tokenizer, template, max_length, end=False).examples
+        if not examples:
             raise UserError(
                 f"kl_text: {folder}: no row of its split train is of at most max_length {max_length} tokens"
             )
-        packed.append(PackedDataset(own, max_length, pad_token_id(tokenizer)))
+        packed.append(PackedDataset(examples, max_length, pad_token_id(tokenizer)))
     return GeneralText(packed, seed)

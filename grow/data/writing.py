@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,16 @@ def begin_token(tokenizer: Any) -> int:
 
 
 def self_text(
-    model: Any, tokenizer: Any, base: str, tokens: int = SELF_TOKENS, seed: int = 0, length: int = SELF_LENGTH
+    model: Callable[[], Any],
+    tokenizer: Any,
+    base: str,
+    tokens: int = SELF_TOKENS,
+    seed: int = 0,
+    length: int = SELF_LENGTH,
 ) -> list[list[int]]:
     """Returns text that a model writes by itself at temperature 1, BOS included: `tokens` in all, in passages of at
     most `length`. It is kept in GROW_CACHE by `base`, which stands for the model's weights (a checksum), and the
-    numbers."""
+    numbers; `model` returns the model, if it is needed."""
     key = xxh3_128_hexdigest(repr([base, tokens, seed, length]).encode())
     folder = Path(os.environ.get("GROW_CACHE", "~/.cache/grow")).expanduser() / "self_text"
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ def self_text(
         if not file.is_file():
             first = begin_token(tokenizer)
             count = -(-tokens // length)
-            written = sampled(model, [[first]] * count, length - 1, seed, tokenizer, "the base writes")
+            written = sampled(model(), [[first]] * count, length - 1, seed, tokenizer, "the base writes")
             write_json(file, {"passages": [[first, *ids] for ids in written]})
         return [list(map(int, ids)) for ids in read_json(file)["passages"]]
 

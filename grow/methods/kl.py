@@ -4,6 +4,7 @@ A base that is inside the model needs no second model and no memory of its own: 
 with the LoRAs at 0.
 """
 
+import sys
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.writer import weights_checksum
 from grow.data.examples import IGNORED
 from grow.data.packing import collate
 from grow.errors import UserError
 from grow.methods.method import Method
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 
+SELF = "self"
+"""In the place of a folder of general text: what the base writes by itself."""
 _POSITIONS = 64
 """The positions of a sequence that count, evenly spread: each costs three rows of the vocabulary head."""
 
@@ -25,19 +30,23 @@ _POSITIONS = 64
 class KlRegularized(Method):
     """Trains with `kl_weight` times KL(base ‖ model) of the next token added to the loss, on general text.
 
-    `kl_text` are folders whose split train has rows with a column text; they take turns. It costs a forward pass of the
-    base and a step's work on one sequence more. Methods that keep the base inside the model need no more memory. The
-    others hold a whole second model on every rank, and so do not work with ZeRO-3.
+    `kl_text` are folders whose split train has rows with a column text; they take turns. "self" among them is text that
+    the base writes by itself, `self_tokens` of it (arXiv 2505.13811): nothing from outside is needed then. It costs a
+    forward pass of the base and a step's work on one sequence more. Methods that keep the base inside the model need no
+    more memory. The others hold a whole second model on every rank, and so do not work with ZeRO-3.
     """
 
     kl_weight: float = 0.0
     kl_text: list[str] = field(default_factory=list)
+    self_tokens: int = 16_384
 
     def check(self, recipe: Any) -> None:
         """Raises UserError also for a weight without text, and where the base cannot be kept beside the model."""
         super().check(recipe)
         if self.kl_weight < 0 or (self.kl_weight > 0) != bool(self.kl_text):
-            raise UserError("kl_weight (above 0) and kl_text, folders of general text, go together")
+            raise UserError("kl_weight (above 0) and kl_text, folders of general text or self, go together")
+        if self.self_tokens < 1:
+            raise UserError("self_tokens must be at least 1")
         if self.kl_weight and not self.keeps_base and recipe.zero.get("stage") == 3:
             raise UserError(
                 f"{recipe.deepspeed}: {recipe.method} with kl_weight holds a second model and does not work with "
@@ -53,7 +62,22 @@ class KlRegularized(Method):
 
     def texts_read(self, recipe: Any) -> list[str]:
         """Names the folders of general text."""
-        return self.kl_text if self.kl_weight else []
+        return [text for text in self.kl_text if text != SELF] if self.kl_weight else []
+
+    def make(self, recipe: Any) -> Any:
+        """Returns the text that the base writes, if it is asked for: passages of tokens."""
+        if not self.kl_weight or SELF not in self.kl_text:
+            return None
+        from grow.data.of_recipe import tokenizer_of
+        from grow.data.writing import SELF_LENGTH, self_text
+        from grow.model.loading import compute_device, compute_dtype, load
+
+        print("kl_text: the base writes text by itself", file=sys.stderr, flush=True)
+        return self_text(
+            lambda: load(recipe.base_name, compute_dtype()).to(compute_device()), tokenizer_of(recipe),
+            weights_checksum(Checkpoint(recipe.base_name).shards), self.self_tokens,
+            length=min(SELF_LENGTH, recipe.max_length),
+        )  # fmt: skip
 
     def extra_bytes(self, shapes: dict[str, tuple[int, ...]], width: int) -> int:
         """Counts the bytes of the second model."""
@@ -73,8 +97,12 @@ class KlRegularized(Method):
     def _text(self, recipe: Any) -> Any:
         from grow.data.general_text import general_text  # imports transformers and datasets: see above
         from grow.data.of_recipe import tokenizer_of
+        from grow.data.writing import begin_token
 
-        return general_text(self.kl_text, recipe.max_length, tokenizer_of(recipe), recipe.seed)
+        tokenizer = tokenizer_of(recipe)
+        if SELF in self.kl_text:
+            begin_token(tokenizer)
+        return general_text(self.kl_text, recipe.max_length, tokenizer, recipe.seed, self.made)
 
     def penalty(self) -> Tensor | float:
         """Returns the KL term times its weight."""

@@ -28,6 +28,7 @@ class Method:
     keeps_base: ClassVar[bool] = False
     switches: ClassVar[bool] = False
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    made: ClassVar[Any] = None
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
@@ -51,6 +52,11 @@ class Method:
     def texts_read(self, recipe: Any) -> list[str]:
         """Names folders, beside the data, whose rows affect the result."""
         return []
+
+    def make(self, recipe: Any) -> Any:
+        """Returns what a run needs made before its model is loaded, as JSON. It is made on rank 0, once, when the run
+        first begins; every rank has it as `made`, also in a run that resumes."""
+        return None
 
     # What is added.
 

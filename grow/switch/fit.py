@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128_hexdigest
 
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import SwitchRecord
-from grow.checkpoint.writer import file_checksums
+from grow.checkpoint.writer import weights_checksum
 from grow.data.examples import Examples
 from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.tokens import encode_cached
@@ -64,9 +63,10 @@ def fit_switch(
     `model` is the recipe's base, or has it inside. `on` are prompts with the same request in other words, `off` those
     that are to be left alone. Raises UserError where the task cannot be told apart from other text.
     """
-    tokenizer, base, every = tokenizer_of(recipe), base_checksum(recipe), kind == "token"
+    tokenizer, every = tokenizer_of(recipe), kind == "token"
+    base = weights_checksum(Checkpoint(recipe.base_name).shards)
     print("switch: the base writes text by itself", file=sys.stderr, flush=True)
-    passages = self_text(model, tokenizer, base)
+    passages = self_text(lambda: model, tokenizer, base)
     examples = _examples(recipe, recipe.train_split, tokenizer)
     prompts = task_prompts(examples, ON_ROWS, whole=every)
     wanted = [Prompts("training rows", prompts)]
@@ -134,9 +134,3 @@ def _refuse(table: list[dict[str, Any]]) -> None:
                 f"switch: the task cannot be told apart from {line['name']}, {line['open']:.0%} of which would open; "
                 "give the template words that no other text has, or train without a switch"
             )
-
-
-def base_checksum(recipe: Recipe) -> str:
-    """Returns what identifies a recipe's base: XXH3-128 over the checksums of its files."""
-    sums = [file_checksums(shard)[0] for shard in Checkpoint(recipe.base_name).shards]
-    return xxh3_128_hexdigest(" ".join(sums).encode())

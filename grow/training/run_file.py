@@ -21,10 +21,12 @@ from grow.checkpoint.writer import file_checksums
 from grow.data.of_recipe import template_of
 from grow.data.packing import PackedDataset
 from grow.errors import UserError
+from grow.methods import Method
 from grow.recipe import Recipe
 from grow.training.same_run import NAME, places
 
 _CHECKSUMS = 2  # of rows: how they are computed
+_MADE = "made.json"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
 
 
@@ -32,6 +34,16 @@ def first_day(run: Path) -> str:
     """Returns the day of the run's first start, such as 2026-11-28: today, unless it has begun."""
     begun = read_json(run / NAME).get("day") if (run / NAME).exists() else None
     return begun or date.today().isoformat()
+
+
+def made_once(run: Path, method: Method, recipe: Recipe) -> Any:
+    """Returns what a method makes before the model is loaded, as the run has it or else made now; rank 0 calls it."""
+    if (run / _MADE).exists():
+        return read_json(run / _MADE)["made"]
+    made = method.make(recipe)
+    if made is not None:
+        write_json(run / _MADE, {"made": made})
+    return made
 
 
 def write_run_file(
@@ -42,8 +54,10 @@ def write_run_file(
     dtype: str,
     model: nn.Module,
     switch: SwitchRecord | None,
+    made: Any,
 ) -> None:
-    """Writes run.json on rank 0; every rank calls it. `data` has the sequences of each split.
+    """Writes run.json on rank 0; every rank calls it. `data` has the sequences of each split; `made` is what the method
+    made (made_once), of which the checksum is kept.
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
@@ -59,6 +73,7 @@ def write_run_file(
         **places(recipe),
         "growth": recipe.make_method().grows,
         "switch": None if switch is None else {name: v for name, v in switch.values().items() if name != "weight"},
+        "made_checksum": None if made is None else xxh3_128(json.dumps(made).encode()).hexdigest(),
         "world_size": dist.get_world_size(),
         "dtype": dtype,
         "device": device_name(),

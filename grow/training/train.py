@@ -2,6 +2,7 @@
 
     RUN/run.json                     the resolved recipe, what it started from, versions
     RUN/checkpoint-N/                what trains, at step N, as DeepSpeed shards; COMPLETE in it when it is whole
+    RUN/made.json                    what the method made before the first step, such as text that the base wrote
     RUN/logs/                        TensorBoard
     RUN/result/                      what the run ends in, where that is more than its last checkpoint
     RUN/COMPLETE                     written last: the run is done
@@ -50,7 +51,7 @@ from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import hush_accumulation, quiet
 from grow.training.resume import needs_universal
-from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, write_run_file
+from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, made_once, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import planned_start, starting_checkpoint, with_learning_rate
 from grow.training.trainer import GrowTrainer, changed_frozen
@@ -101,6 +102,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
+    method = recipe.make_method()
+    method.made = from_rank_0(lambda: made_once(run, method, recipe))
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
     zero = None if checkpoint is None else ZeroCheckpoint(checkpoint)
@@ -110,13 +113,12 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
-    method = recipe.make_method()
     method.prepare(model)
     if switch is not None:
         put_switch(model, switch)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    write_run_file(run, recipe, start, data, str(dtype), model, switch)
+    write_run_file(run, recipe, start, data, str(dtype), model, switch, method.made)
     return GrowTrainer(
         model=model,
         args=args,

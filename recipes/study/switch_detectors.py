@@ -24,6 +24,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from grow.checkpoint.files import write_json, write_text
+from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.writer import weights_checksum
 from grow.cli.arguments import run_script
 from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.tokens import encode_cached
@@ -32,7 +34,6 @@ from grow.methods import read_recipe
 from grow.model.features import mlp_inputs
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.switch.detector import auroc, fit, threshold
-from grow.switch.fit import base_checksum
 from grow.switch.near import near_prompts
 from grow.switch.rows import ON_ROWS, after_rows, other_rows, retention_prompts, task_prompts, variations
 
@@ -66,7 +67,7 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100", tuned: s
     count, recipe = int(rows), read_recipe(str(RECIPE))
     tokenizer = tokenizer_of(recipe)
     model = load(recipe.base_name, compute_dtype()).to(compute_device())
-    own = self_text(model, tokenizer, base_checksum(recipe))
+    own = self_text(lambda: model, tokenizer, weights_checksum(Checkpoint(recipe.base_name).shards))
     train = rows_of(recipe, recipe.train_split)
     examples = encode_cached(train, tokenizer, template_of(recipe), recipe.max_length).examples
     prompts = task_prompts(examples, ON_ROWS)

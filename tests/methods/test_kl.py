@@ -1,5 +1,6 @@
 """KL regularisation towards the frozen base: a model learns, stays nearer to it, and resumes in the same bits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,33 @@ def test_near_the_base(
     assert 0 < distances[1] < distances[0] * 0.7
 
 
+def test_near_the_base_on_its_own_text(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """Nothing from outside: the base writes what the model is held near on, once, and a run that resumes has it."""
+    grown, distances = tmp_path / "grown", []
+    expand(str(text_base), str(grown), layers="1,2")
+    for weight in (20.0, 0.0):
+        run = tmp_path / f"run-{weight}"
+        fields = {"dtype": "float32", "output_dir": str(run), "learning_rate": 2e-2}
+        held = {"kl_weight": weight, "kl_text": "self", "self_tokens": 512} if weight else {}
+        recipe = make_recipe(tmp_path / f"{weight}.yaml", text_base, grown, sums, 2, **fields, **held)
+        if weight:
+            train_and_resume(recipe, 1)
+            written = json.loads((run / "made.json").read_text())["made"]
+        else:
+            train(recipe, 1)
+            assert not (run / "made.json").exists()
+        consolidate(str(run), str(tmp_path / f"trained-{weight}"), "grown")
+        model = load(tmp_path / f"trained-{weight}", torch.float32)
+        general = general_text(["self"], 32, AutoTokenizer.from_pretrained(text_base), 0, written)
+        batch = collate([general[i] for i in range(8)])
+        with torch.no_grad():
+            now, labels = labelled_logits(model, batch)
+            distances.append(float(likelihood_and_kl(now, base_logits(model, batch), labels)[1].mean()))
+    assert sum(map(len, written)) > 300 and all(len(passage) <= 32 for passage in written)
+    assert len({json.loads((tmp_path / "run-20.0" / "run.json").read_text())["made_checksum"], None}) == 2
+    assert 0 < distances[0] < distances[1] * 0.7
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.keeps_base])
 def test_the_base_is_inside(method: str, text_base: Path, text: Path, tmp_path: Path) -> None:
     expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
@@ -114,6 +142,7 @@ def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tm
     for fields, message in (
         ({"kl_weight": 1.0}, "go together"),
         ({"kl_text": str(text)}, "go together"),
+        ({"kl_weight": 1.0, "kl_text": "self", "self_tokens": 0}, "self_tokens"),
         ({"kl_weight": -1.0, "kl_text": str(text)}, "above 0"),
         ({"kl_weight": 1.0, "kl_text": str(tmp_path / "none")}, "no such folder"),
         ({"kl_weight": 1.0, "kl_text": str(sums)}, "text"),

@@ -139,7 +139,7 @@ def test_mistakes(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, mist
 def test_a_task_like_any_text(text_base: Path, tmp_path: Path) -> None:
     """Rows whose prompts the base has written cannot be told apart from what it writes."""
     tokenizer = AutoTokenizer.from_pretrained(text_base)
-    passages = self_text(load(text_base), tokenizer, "a test's", 8192, seed=1)
+    passages = self_text(lambda: load(text_base), tokenizer, "a test's", 8192, seed=1)
     rows = [{"question": tokenizer.decode(ids, skip_special_tokens=True), "answer": "1"} for ids in passages]
     rows = [row for row in rows if row["question"].strip()]
     (tmp_path / "data").mkdir()
