@@ -18,7 +18,7 @@ from grow.errors import Fault, UserError
 def eval(
     checkpoint: str, recipe: str = "", alpha: str = "1", start: str = "", against: str = "", samples: str = "0",
     limit: str = "0", retention_limit: str = "0", lm_eval: str = "", include_path: str = "", switch: str = "auto",
-    name: str = "", out: str = "", json: bool = False, **fields: str,
+    generate: str = "0", shots: str = "0", name: str = "", out: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Scores a checkpoint on the recipe's test rows and on retention rows, with 95 % intervals, at one α or several.
 
@@ -38,6 +38,8 @@ def eval(
         lm_eval: Tasks of lm-evaluation-harness, with commas.
         include_path: A folder of more such tasks.
         switch: "auto", as the model's was fitted, "on" or "off".
+        generate: Score what is written, greedily, after each retention question: so many tokens at most; 0 is none.
+        shots: Put so many other questions with their answers before each of these.
         name: What to call it in a report; the folder's name unless given.
         out: Write the result to this file, for `report`.
         json: Print one JSON object.
@@ -49,21 +51,26 @@ def eval(
     if not recipe and not lm_eval:
         raise UserError("eval: name what to score it on: --recipe FILE, or --lm-eval TASK,TASK")
     settings = read_recipe(recipe, fields) if recipe else None
-    most, most_known, shown = (
-        number(flag, value)
-        for flag, value in (("--limit", limit), ("--retention-limit", retention_limit), ("--samples", samples))
-    )
+    flags = {
+        "--limit": limit, "--retention-limit": retention_limit, "--samples": samples, "--generate": generate,
+        "--shots": shots,
+    }  # fmt: skip
+    most, most_known, shown, tokens, before = (number(flag, value) for flag, value in flags.items())
+    if before and not tokens:
+        raise UserError("--shots: goes with --generate TOKENS")
     alphas = tuple(number("--alpha", part, float) for part in alpha.split(","))
     base = read_json(Path(against)) if against else None
 
     from grow.checkpoint.files import write_json
+    from grow.evaluation.answers import Answers
     from grow.evaluation.evaluate import evaluate
     from grow.evaluation.harness import Harness
 
     harness = Harness(lm_eval.split(","), include_path, most or None).scores if lm_eval else None
     result = evaluate(
-        checkpoint, settings, alphas, shown, most or None, most_known or None, start, base, harness, switch
-    )
+        checkpoint, settings, alphas, shown, most or None, most_known or None, start, base, harness, switch,
+        Answers(tokens, before) if tokens else None,
+    )  # fmt: skip
     result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
     if out:
         write_json(out, result)

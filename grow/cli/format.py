@@ -98,6 +98,13 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         parts.append(f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical_rows']:,} rows")
     if "opened" in s:
         parts.append(f"switch open for {s['opened']:.1%}")
+    if "generation" in s:
+        written = s["generation"]
+        shots = f" after {written['shots']} others" if written["shots"] else ""
+        parts.append(
+            f"written{shots}: exact {figure_text(written, 'exact_match', '.1%')}, "
+            f"begins with it {figure_text(written, 'begins', '.1%')} over {written['rows']} rows"
+        )
     if "from_base" in s:
         parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")
     left_out = f", {s['contaminated']} left out as contaminated by training rows" if s["contaminated"] else ""

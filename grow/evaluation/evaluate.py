@@ -19,6 +19,7 @@ from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
 from grow.errors import UserError, one_line
+from grow.evaluation.answers import Answers
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.generation import generate, translation_scores
 from grow.evaluation.interpolation import Interpolation, check_alphas
@@ -56,6 +57,7 @@ def evaluate(
     against: dict[str, Any] | None = None,
     harness: Callable[[Any, Any], dict[str, Any]] | None = None,
     switch: str = "auto",
+    answers: Answers | None = None,
 ) -> dict[str, Any]:
     """Scores one checkpoint, stock, grown or an adapter's folder, at each α.
 
@@ -73,7 +75,8 @@ def evaluate(
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`). `harness` is given
     model and tokenizer, and its result stands under "lm_eval"; the recipe may be None then. `switch` sets the model's:
-    "auto", "on" or "off".
+    "auto", "on" or "off". With `answers`, each retention set of questions also has `generation`, what
+    grow.evaluation.answers.Answers.score returns.
     """
     check_alphas(path, start, alphas)
     check_mode(switch)
@@ -92,6 +95,9 @@ def evaluate(
         parts = Parts(point)
         if recipe:
             _scores(parts, interpolation, recipe, tokenizer, sets, samples)
+            if answers:
+                for items in sets[1:]:
+                    _add_answers(parts, answers, interpolation.model, tokenizer, items)
         if harness:
             parts.add("lm_eval", lambda: harness(interpolation.model, tokenizer))
         points.append(point)
@@ -132,6 +138,16 @@ def _scores(
         parts.add(items.name, partial(_summary, interpolation, items, recipe, tokenizer), among)
     first = task.rows.select(range(min(samples, len(task.rows))))
     parts.add("samples", lambda: generate(interpolation.model, tokenizer, task.template, first))
+
+
+def _add_answers(parts: Parts, answers: Answers, model: Any, tokenizer: Any, items: Items) -> None:
+    """Adds what the model writes to a retention set's scores, if it has questions."""
+    scores = _known(parts.point).get(items.name)
+    if scores is not None and items.template.prompt:
+        what = f"{items.name}, answers"
+        parts.add(what, lambda: answers.score(model, tokenizer, items.template, items.rows))
+        if what in parts.point:
+            scores["generation"] = parts.point.pop(what)
 
 
 def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: int | None) -> list[Items]:

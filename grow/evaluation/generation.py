@@ -28,12 +28,14 @@ class Asked:
     reference_ids: list[int]
 
 
-def generate(model: Any, tokenizer: Any, template: Template, rows: Rows) -> list[dict[str, str]]:
+def generate(
+    model: Any, tokenizer: Any, template: Template, rows: Rows, most: int | None = None
+) -> list[dict[str, str]]:
     """Returns what the model writes, greedily, after each row's prompt; with prompt and reference.
 
-    It writes up to an end token or, where all references are of one line, to the line's end, and at most twice as many
-    tokens as the longest reference of its batch. The model's own generation config (sampling, penalties, lengths) is
-    ignored, except for its end tokens.
+    It writes up to an end token or, where all references are of one line, to the line's end, and at most `most` tokens,
+    or twice as many as the longest reference of its batch has. The model's own generation config (sampling, penalties,
+    lengths) is ignored, except for its end tokens.
     """
     encoder = Encoder(tokenizer, template)
     asked = [_asked(encoder, row) for row in rows]
@@ -45,7 +47,9 @@ def generate(model: Any, tokenizer: Any, template: Template, rows: Rows) -> list
     texts: dict[int, str] = {}
     for first in tqdm(range(0, len(order), _AT_A_TIME), desc="writing", leave=False, disable=None):
         part = order[first : first + _AT_A_TIME]
-        written = _written(model, [asked[i] for i in part], ends, pad_token_id(tokenizer))
+        of_batch = [asked[i] for i in part]
+        tokens = most or 2 * max(len(row.reference_ids) for row in of_batch)
+        written = _written(model, of_batch, tokens, ends, pad_token_id(tokenizer))
         texts |= dict(zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True))
     several = any("\n" in row.reference for row in asked)
     return [
@@ -85,10 +89,10 @@ def _ends(model: Any, encoder: Encoder, asked: list[Asked]) -> list[int]:
     return sorted(number for number in ends if number is not None)
 
 
-def _written(model: Any, part: list[Asked], ends: list[int], pad: int) -> torch.Tensor:
+def _written(model: Any, part: list[Asked], tokens: int, ends: list[int], pad: int) -> torch.Tensor:
     settings = GenerationConfig(
-        max_new_tokens=2 * max(len(row.reference_ids) for row in part), do_sample=False, num_beams=1, use_cache=True,
-        eos_token_id=ends or None, pad_token_id=pad,
+        max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None,
+        pad_token_id=pad,
     )  # fmt: skip
     return write(model, [row.ids for row in part], settings)
 

@@ -87,11 +87,12 @@ class Study:
                 self.score(self.base, out)
         return out
 
-    def score(self, checkpoint: str | Path, out: Path, *more: str) -> None:
-        """Runs `eval` on a checkpoint."""
+    def score(self, checkpoint: str | Path, out: Path, *more: str, write: bool = True) -> None:
+        """Runs `eval` on a checkpoint; `write` says whether what the model writes is scored, if the grid wants that."""
+        quick = {} if write or self.grid["fields"].get("metric") != "chrf" else {"metric": "loss"}
         grow(
             "eval", checkpoint, "--recipe", self.recipe, "--out", out, f"--limit={self.grid['limit']}",
-            f"--retention-limit={self.grid['retention_limit']}", *self.fields(), *more,
+            f"--retention-limit={self.grid['retention_limit']}", *self.fields(**quick), *more,
         )  # fmt: skip
 
     def start(self, cell: Cell) -> Path:
@@ -127,18 +128,13 @@ class Study:
             grow("consolidate", run, trained, *form, f"--average={cell.average}")
         scored = self.by_layer(cell, trained)
         options = [f"--alpha={self.places(cell)}", f"--against={against}"]
-        if cell.switches:  # writing takes long: it is scored with the switch
-            options += ["--switch=on", *self.unwritten()]
-        self.score(scored, out, *options, *(() if base_inside else ("--start", self.base)))
+        options += ["--switch=on"] if cell.switches else [] if base_inside else [f"--start={self.base}"]
+        self.score(scored, out, *options, write=not cell.switches)  # with its switch, then
         line = self.line(cell, run, scored, read_json(against), read_json(out))
         line["switched"] = switched.scores(self, cell, run, trained)
         self.note(line)
         for left in () if self.keep else {run, trained, scored}:
             remove(left)
-
-    def unwritten(self) -> list[str]:
-        """Returns arguments of `eval` that leave out what a model writes."""
-        return ["--metric=loss"] if self.grid["fields"].get("metric") == "chrf" else []
 
     def folder(self, name: str, end: str = "") -> Path:
         """Returns where a cell, by its name, has its run, or what is called by the `end`."""

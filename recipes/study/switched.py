@@ -46,9 +46,7 @@ def scores(study: "Study", cell: Cell, run: Path, trained: Path) -> dict[str, An
             scored = trained.with_name(f"{trained.name}-{kind}")
             if not scored.exists():
                 grow("consolidate", run, scored, "--format", "grown", f"--average={cell.average}")
-        study.score(
-            scored, out, f"--against={study.base_scores()}", *(study.unwritten() if kind != cell.switches[0] else ())
-        )
+        study.score(scored, out, f"--against={study.base_scores()}", write=kind == cell.switches[0])
         found[kind] = study.point(read_json(out))
         if scored != trained and not study.keep:
             shutil.rmtree(scored)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from grow.analysis.report import report
@@ -16,6 +17,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.decontamination import contaminated
 from grow.data.template import Template
 from grow.errors import UserError
+from grow.evaluation.answers import Answers, after
 from grow.evaluation.evaluate import evaluate
 from grow.evaluation.generation import translation_scores
 from grow.methods import read_recipe
@@ -200,6 +202,56 @@ def test_translations_are_written_and_scored(trained: Path, recipe: Path) -> Non
     settings = read_recipe(str(recipe), {"metric": "chrf"})
     found = json.loads(json.dumps(evaluate(str(trained), settings, limit=20, samples=2)))
     assert 0 <= found["task"]["chrf"] <= 100 and len(found["samples"]) == 2
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_answers_are_written_and_scored(
+    shots: int, trained: Path, recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedily, a few tokens, to questions and not to running text; with others and their answers before, or none."""
+    monkeypatch.setattr("grow.evaluation.interpolation.compute_dtype", lambda: torch.float32)  # which has no ties
+    words = ["eval", trained, "--recipe", recipe, "--limit", 5, "--generate", 4, "--shots", shots]
+    out = tmp_path / "scores.json"
+    said = here(capsys, *words, "--retention-limit", 12, "--switch", "auto", "--out", out)
+    found = json.loads(out.read_text())
+    written = found["retention_sets"]["facts"]["generation"]
+    assert "generation" in found["retention"] and "generation" not in found["retention_sets"]["prose"]
+    assert written["rows"] == len(written["outputs"]) == 12 - shots and written["tokens"] == 4
+    assert f"written{' after 2 others' if shots else ''}: exact {written['exact_match']:.1%}" in said
+    model, tokenizer = load(trained, torch.float32), AutoTokenizer.from_pretrained(trained)
+    before = "10 is even\n11 is odd\n" if shots else ""
+    right = 0
+    for number, output in enumerate(written["outputs"]):
+        ids = tokenizer(f"{before}{number} is", return_tensors="pt").input_ids
+        start, ends = ids.shape[1], [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False).input_ids]
+        while ids.shape[1] < start + 4 and ids[0, -1] not in ends:
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        assert output in (expected.strip().split("\n")[0], "–")
+        right += output.casefold().rstrip(".,;:!?") == ("odd" if number % 2 else "even")
+    assert written["exact_match"] == right / written["rows"]
+
+
+@pytest.mark.parametrize(
+    ("output", "exact", "begins"),
+    [
+        ("Paris", 1, 1), (" paris.", 1, 1), ("Paris, in France", 0, 1), ("Parisian", 0, 0), ("la ville", 0, 0),
+        ("–", 0, 0),
+    ],
+)  # fmt: skip
+def test_an_answer_may_go_on(output: str, exact: float, begins: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grow.evaluation.answers.generate", lambda *_: [{"output": output, "reference": "Paris"}])
+    rows = Dataset.from_list([{"prompt": "{a}", "completion": "b"}])
+    found = Answers().score(None, None, Template("{prompt}", "{completion}"), rows)
+    assert (found["exact_match"], found["begins"]) == (exact, begins)
+
+
+def test_shots_are_other_rows(trained: Path, recipe: Path, capsys: Any) -> None:
+    shown = after([{"prompt": "{a} is", "completion": " {b}"}], Template("{prompt}", "{completion}"))
+    assert shown.text({"prompt": "2 is", "completion": " even"}, None).text == "{a} is {b}\n2 is even"
+    words = ["eval", trained, "--recipe", recipe, "--retention-limit", 3, "--limit", 3]
+    assert "goes with --generate" in here(capsys, *words, "--shots", 1, code=2)
+    assert "give fewer shots" in here(capsys, *words, "--generate", 4, "--shots", 3, code=2)
 
 
 TASK: dict[str, Any] = {
