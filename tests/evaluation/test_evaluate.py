@@ -222,12 +222,13 @@ def test_answers_are_written_and_scored(
     before = "10 is even\n11 is odd\n" if shots else ""
     right = 0
     for number, output in enumerate(written["outputs"]):
-        ids = tokenizer(f"{before}{number} is", return_tensors="pt").input_ids
+        own = tokenizer(f"{before}{number} is", add_special_tokens=False).input_ids
+        ids = torch.tensor([[tokenizer.bos_token_id, *own]])
         start, ends = ids.shape[1], [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False).input_ids]
         while ids.shape[1] < start + 4 and ids[0, -1] not in ends:
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-        assert output in (expected.strip().split("\n")[0], "–")
+        assert output == (expected.strip().split("\n")[0] or "–")
         right += output.casefold().rstrip(".,;:!?") == ("odd" if number % 2 else "even")
     assert written["exact_match"] == right / written["rows"]
 
