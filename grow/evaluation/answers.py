@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from grow.data.template import Template
-from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.generation import generate
 
@@ -27,10 +26,8 @@ class Answers:
         `begins`, the share in which it begins with it; case, and punctuation at the end, do not count. With `rows`, how
         many were scored, their `intervals`, and `outputs`, what was written.
 
-        The last rows are the shots, which are not scored. Raises UserError if there are no others.
+        The last rows are the shots, which are not scored.
         """
-        if len(rows) <= self.shots:
-            raise UserError(f"--shots {self.shots}: the set has {len(rows)} rows; give fewer shots")
         count = len(rows) - self.shots
         shown = [rows[index] for index in range(count, len(rows))]
         written = generate(model, tokenizer, after(shown, template), rows.select(range(count)), self.tokens)

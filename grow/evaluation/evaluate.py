@@ -84,6 +84,10 @@ def evaluate(
     sets = _items(recipe, tokenizer, limit, retention_limit) if recipe else []
     if recipe and recipe.options:
         right_options(sets[0].rows, recipe)  # a mistake in them is found before anything is loaded
+    shots = answers.shots if answers else 0
+    for items in sets[1:]:
+        if items.template.prompt and len(items.rows) <= shots:
+            raise UserError(f"--shots {shots}: {items.name} has {len(items.rows)} rows; give fewer shots")
     if against:
         against = _base_of(against)
         _check_base(against, sets)
