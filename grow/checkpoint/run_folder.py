@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grow.checkpoint.files import checksum
 from grow.checkpoint.output import sync
@@ -46,6 +47,16 @@ def last_checkpoint(run: Path) -> Path:
     if not complete:
         raise UserError(f"{run}: the run has no complete checkpoint yet")
     return complete[0]
+
+
+def final_checkpoint(run: Path) -> Path:
+    """Returns the checkpoint of a run that counts: the newest complete one or, with `keep_best`, that with the lowest
+    validation loss. Raises UserError if there is none."""
+    last = last_checkpoint(run)
+    if not read_json(run / "run.json").get("recipe", {}).get("keep_best"):
+        return last
+    there = {step_of(path): path for path in complete_checkpoints(run)}
+    return there.get(best_step([one for one in validation_losses(last) if one[0] in there]), last)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -92,19 +103,28 @@ def set_aside(path: Path) -> None:
     print(f"{path}: something else was there; it is {other.name} now", file=sys.stderr)
 
 
-def remove_old_checkpoints(run: Path, newest: int, limit: int) -> None:
-    """Keeps the last `limit` checkpoints up to step `newest`, which has just been written, and removes those before
-    them, except any that hold files which no run wrote."""
+def remove_old_checkpoints(run: Path, newest: int, limit: int, best: int = 0) -> None:
+    """Keeps the last `limit` checkpoints up to step `newest`, which has just been written, and that of step `best`, and
+    removes those before them, except any that hold files which no run wrote."""
     kept = [path for path in complete_checkpoints(run) if step_of(path) <= newest][:limit]
     for path in own_checkpoints(run):
-        if step_of(path) < newest and path not in kept and not strange_files(path):
+        if step_of(path) < newest and step_of(path) != best and path not in kept and not strange_files(path):
             shutil.rmtree(path)
 
 
 def validation_losses(checkpoint: Path) -> list[tuple[int, float]]:
     """Returns step and validation loss of every validation up to a checkpoint of a run."""
-    history = read_json(checkpoint / "trainer_state.json")["log_history"]
+    return losses_of(read_json(checkpoint / "trainer_state.json")["log_history"])
+
+
+def losses_of(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Returns step and loss of every validation in a Trainer's history."""
     return [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+
+
+def best_step(losses: list[tuple[int, float]]) -> int:
+    """Returns the step with the lowest validation loss, of several the first, and not the start; 0 if there is none."""
+    return min((one for one in losses if one[0]), key=lambda one: (one[1], one[0]), default=(0, 0.0))[0]
 
 
 def fsync_and_hash(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:

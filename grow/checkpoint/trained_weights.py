@@ -13,6 +13,7 @@ from grow.checkpoint.one_skill import OneSkill, has_skills
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,
+    final_checkpoint,
     last_checkpoint,
     step_of,
     steps_in,
@@ -170,7 +171,10 @@ def _check_grown(checkpoint: Checkpoint) -> None:
 
 
 def _open_mean(run: Path, average: int, start: str, export: ExportFunction) -> TrainedWeights:
-    """Opens a run's last checkpoint, with the mean of its last `average` ones in the place of its own tensors."""
+    """Opens the checkpoint of a run that counts; or its last one, with the mean of its last `average` ones in the place
+    of its own tensors."""
+    if average == 1:
+        return _open_run(run, final_checkpoint(run), start, export)
     last = last_checkpoint(run)
     paths = complete_checkpoints(run)[:average]
     if len(paths) != average:
@@ -179,13 +183,12 @@ def _open_mean(run: Path, average: int, start: str, export: ExportFunction) -> T
             "(the recipe's save_steps and save_total_limit say how many a run keeps)"
         )
     source = _open_run(run, last, start, export)
-    if average > 1:
-        others = [_open_run(run, path, start, export) for path in paths[1:]]
-        source.trained = {
-            name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()
-        }
-        source.facts["averaged_steps"] = sorted(step_of(path) for path in paths)
-        source.identity += [other.identity for other in others]
+    others = [_open_run(run, path, start, export) for path in paths[1:]]
+    source.trained = {
+        name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()
+    }
+    source.facts["averaged_steps"] = sorted(step_of(path) for path in paths)
+    source.identity += [other.identity for other in others]
     return source
 
 

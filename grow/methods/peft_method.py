@@ -8,7 +8,7 @@ from torch import nn
 
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress, side_files
-from grow.checkpoint.run_folder import last_checkpoint
+from grow.checkpoint.run_folder import final_checkpoint
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.switch_record import switch_file
 from grow.checkpoint.trained_weights import Export
@@ -86,7 +86,7 @@ class PeftMethod(Method):
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes a folder as PEFT does, in fp32: PeftModel.from_pretrained(base, RUN/result) loads it."""
-        zero = ZeroCheckpoint(last_checkpoint(run))
+        zero = ZeroCheckpoint(final_checkpoint(run))
         layers = self._by_layer(zero.trained)
         tensors = {
             f"base_model.model.{layer}.{name}": tensor

@@ -16,7 +16,14 @@ import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from grow.checkpoint.run_folder import clear_place, fsync_and_hash, mark_complete, remove_old_checkpoints
+from grow.checkpoint.run_folder import (
+    best_step,
+    clear_place,
+    fsync_and_hash,
+    losses_of,
+    mark_complete,
+    remove_old_checkpoints,
+)
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import Fault, UserError, one_line
 from grow.training.deepspeed_patches import add_defaults, patch_engine
@@ -89,7 +96,8 @@ class CheckpointingTrainer(transformers.Trainer):
             ) from error
         if self.args.should_save:
             mark_complete(folder, {name: facts for part in parts for name, facts in part.items()})
-            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit)
+            best = best_step(losses_of(self.state.log_history)) if self.recipe.keep_best else 0
+            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit, best)
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:

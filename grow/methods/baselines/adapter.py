@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress, side_files
-from grow.checkpoint.run_folder import last_checkpoint
+from grow.checkpoint.run_folder import final_checkpoint
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
@@ -57,7 +57,7 @@ class Adapter(KlRegularized):
     def write_result(self, run: Path, out: Path) -> None:
         """Writes the adapter in a folder of its own, with the base's tokenizer, in fp32; grow.model.loading.load loads
         it."""
-        zero = ZeroCheckpoint(last_checkpoint(run))
+        zero = ZeroCheckpoint(final_checkpoint(run))
         start = Checkpoint(read_json(run / "run.json")["start"])
         with OutputFolder(out, {"adapter of": zero.identity()}) as folder:
             folder.write_shards({FILE: zero.trained}, no_progress)
