@@ -35,7 +35,7 @@ _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "
 _NO_FIELDS = ("method_class", "method_fields", "day")
 # ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
 _PLACES = {
-    "base", "grown", "data", "data_dir", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
+    "base", "grown", "data", "data_dir", "mix", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
     "output_dir", "mlp_layers",
 }  # fmt: skip
 
@@ -68,6 +68,9 @@ class Recipe:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
+    # Other data sets to learn from beside it, with the share of the sequences that are of each: {FOLDER: 0.1}, or
+    # FOLDER=0.1 with commas. Their rows have the same columns, or prompt and completion, or a text.
+    mix: dict[str, float] = field(default_factory=dict)
     # Without any of these, the columns called prompt and completion, or messages, are used as they are.
     prompt: str = ""
     completion: str = ""
@@ -123,6 +126,10 @@ class Recipe:
     eval_steps: int = 20
     save_steps: int = 20
     save_total_limit: int = 2
+    # What counts is the checkpoint with the lowest validation loss, not the last one; and the run ends after so many
+    # validations in a row that are not lower (0: never).
+    keep_best: bool = False
+    early_stopping_patience: int = 0
     report_to: str = "tensorboard"
 
     # Not lines of the file: the class of the method (grow.methods.METHODS), the method's own fields in the file, and
@@ -156,6 +163,11 @@ class Recipe:
         """Returns the base as commands take it: a folder, or "organisation/model@revision"."""
         here = not self.base_revision or os.path.isdir(self.base)
         return self.base if here else f"{self.base}@{self.base_revision}"
+
+    @property
+    def follows_best(self) -> bool:
+        """Says whether the lowest validation loss decides what is kept, or when the run ends."""
+        return self.keep_best or self.early_stopping_patience > 0
 
     @property
     def fits_switch(self) -> bool:
@@ -240,9 +252,10 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
     elif bool in kinds:
         if str(value).lower() in _SWITCH:
             return _SWITCH[str(value).lower()]
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) or get_origin(wanted) is dict:
         if any(get_origin(kind) is dict for kind in kinds):
-            return {key: _coerce(f"{name}.{key}", item, float) for key, item in value.items()}
+            pairs = list(value.items()) if isinstance(value, dict) else _pairs(name, str(value))
+            return {_coerce(name, key, str): _coerce(f"{name}.{key}", item, float) for key, item in pairs}
     elif get_origin(wanted) is list:
         items = value if isinstance(value, list) else str(value).split(",")
         return [_coerce(name, item, str) for item in items]
@@ -258,6 +271,14 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
             pass
     names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
     raise UserError(f"{name}: {value!r} is not what it takes ({names})")
+
+
+def _pairs(name: str, text: str) -> list[tuple[str, str]]:
+    """Reads "a=1,b=2"."""
+    parts = [part.rpartition("=") for part in text.split(",") if part]
+    if not all(key for key, _, _ in parts):
+        raise UserError(f"{name}: {text!r}: write {name.upper()}=NUMBER, several with commas")
+    return [(key, item) for key, _, item in parts]
 
 
 def own_grown(output_dir: str) -> str:
@@ -279,6 +300,8 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
     check_switch(recipe.switch, path)
+    if not all(share > 0 for share in recipe.mix.values()) or sum(recipe.mix.values()) >= 1:
+        raise UserError(f"{path}: mix: shares are above 0, and below 1 together, since the rest is of data")
     if recipe.metric not in METRICS:
         raise UserError(f"{path}: metric: {unknown(recipe.metric, METRICS, 'metric')}")
     if (recipe.metric == "accuracy") != bool(recipe.options) or (recipe.options and not recipe.completion):

@@ -34,6 +34,33 @@ def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
     return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
 
 
+def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
+    """Returns the data sets that are mixed in, packed, by the names that `mix` gives them: rows by the recipe's
+    template if they have its columns, else a prompt and its completion, or a text, all of which is learnt.
+
+    Raises UserError as read_sequences does.
+    """
+    found = {}
+    for folder in recipe.mix:
+        path, part = sliced(folder)
+        rows = load_rows(path, "train" + part)
+        template = other_template(rows, template_of(recipe))
+        whole = "{text}" not in template.completion  # a text may be a part of one
+        encoded = encode_cached(rows, tokenizer, template, recipe.max_length, end=whole)
+        encoded.check(f"mix: {folder}", recipe.max_bad_rows)
+        found[folder] = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
+    return found
+
+
+def other_template(rows: Rows, template: Template) -> Template:
+    """Returns how rows of another data set become text: by the recipe's template if they have its columns, else by
+    columns called prompt and completion, or text."""
+    columns = rows.columns(["text", "prompt", *template.columns()])
+    if set(template.columns()) <= set(columns):
+        return template
+    return Template("", "{text}") if "text" in columns else Template("{prompt}", "{completion}")
+
+
 def sliced(folder: str) -> tuple[str, str]:
     """Splits "FOLDER[:80]" into its path, and the part of its rows as datasets writes it: "[:80]", or "" for all."""
     path, bracket, part = folder.partition("[:")

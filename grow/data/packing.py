@@ -98,11 +98,11 @@ class Epochs(Dataset[dict[str, Tensor]]):
     """Yields `length` items, epoch after epoch over packed sequences, each epoch in its own order.
 
     Item i is sequence number i % N of epoch i // N, whose order is a permutation drawn from (seed, epoch). So a run
-    that resumes at any step, on any number of ranks, finds its place by counting.
+    that resumes at any step, on any number of ranks, finds its place by counting. `share` of them are of `sequences`.
     """
 
     def __init__(self, sequences: PackedDataset, length: int, seed: int):
-        self.sequences, self.length, self.seed = sequences, length, seed
+        self.sequences, self.length, self.seed, self.share = sequences, length, seed, 1.0
         self._epoch, self._order = -1, Tensor()
 
     def __len__(self) -> int:
@@ -121,6 +121,40 @@ class Epochs(Dataset[dict[str, Tensor]]):
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
         return torch.randperm(len(self.sequences), generator=generator)
+
+
+class Mixed(Epochs):
+    """Yields `length` items of several packed data sets, each epoch after epoch in its own order: a share of them of
+    each of `others`, as even as can be at any point, and the rest of the first.
+
+    `rows` of the others are numbered after those of the first, which is `sequences`.
+    """
+
+    def __init__(self, sequences: PackedDataset, others: list[tuple[PackedDataset, float]], length: int, seed: int):
+        super().__init__(sequences, length, seed)
+        shares = np.array([1 - sum(share for _, share in others), *(share for _, share in others)])
+        self.share = float(shares[0])
+        self._source, self._place = np.empty(length, np.int64), np.empty(length, np.int64)
+        taken = np.zeros(len(shares), np.int64)
+        for index in range(length):
+            source = int(np.argmax(shares * (index + 1) - taken))
+            self._source[index], self._place[index] = source, taken[source]
+            taken[source] += 1
+        self._parts = [Epochs(own, length, seed) for own, _ in others]
+        sizes = [len(own.examples) for own in (sequences, *(own for own, _ in others))]
+        self._firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._own = int(taken[0])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source, place = int(self._source[index]), int(self._place[index])
+        if source == 0:
+            return super().__getitem__(place)
+        item = self._parts[source - 1][place]
+        return item | {"rows": item["rows"].where(item["rows"] < 0, item["rows"] + self._firsts[source])}
+
+    def seen(self) -> Dataset[dict[str, Tensor]]:
+        """Returns each sequence of the first data set that the run comes to, once."""
+        return Subset(self.sequences, self._permutation(0)[: self._own].tolist())
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

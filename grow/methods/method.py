@@ -43,6 +43,8 @@ class Method:
                 f"{recipe.deepspeed}: {recipe.method} does not work with ZeRO-{stage}; "
                 f"give --deepspeed a config of stage {' or '.join(map(str, self.stages))}"
             )
+        if recipe.mix and type(self).token_weights is not Method.token_weights:
+            raise UserError(f"mix: {recipe.method} weighs the rows of one data set; take mix out, or another method")
         if recipe.switch and not self.switches:
             raise UserError(
                 f"switch: {recipe.method} leaves no base that what it trains could be off for; "

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grow.data.examples import IGNORED, Examples
-from grow.data.of_recipe import retention_rows, retention_template, sliced, template_of
-from grow.data.template import Template
+from grow.data.of_recipe import other_template, retention_rows, retention_template, sliced, template_of
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.recipe import Recipe
@@ -119,10 +118,7 @@ def other_rows(data: str, recipe: Recipe, tokenizer: Any) -> list[Prompt]:
             tried = tried or str(error)
     if len(rows) < 2:
         raise UserError(tried or f"{data}: has {len(rows)} rows; one is fitted on and one held out, so 2 are needed")
-    template = template_of(recipe)
-    columns = rows.columns(["text", "prompt", *template.columns()])
-    if not set(template.columns()) <= set(columns):
-        template = Template("", "{text}") if "text" in columns else Template("{prompt}", "{completion}")
+    template = other_template(rows, template_of(recipe))
     rows = rows.select(spread(len(rows), ON_ROWS))
     encoded = encode(rows, tokenizer, template, recipe.max_length, end=False)
     if not encoded.examples:

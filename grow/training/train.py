@@ -25,11 +25,27 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grow.checkpoint.run_folder import MARKER, complete_checkpoints, find_corruption, set_aside, write_marker
+from grow.checkpoint.run_folder import (
+    MARKER,
+    best_step,
+    complete_checkpoints,
+    find_corruption,
+    losses_of,
+    set_aside,
+    write_marker,
+)
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.data.of_recipe import read_sequences, retention_rows, retention_template, right_option, rows_of, tokenizer_of
-from grow.data.packing import Epochs, PackedDataset, summary
+from grow.data.of_recipe import (
+    read_mixed,
+    read_sequences,
+    retention_rows,
+    retention_template,
+    right_option,
+    rows_of,
+    tokenizer_of,
+)
+from grow.data.packing import Epochs, Mixed, PackedDataset, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
@@ -97,9 +113,9 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
-    steps = recipe.max_steps
+    steps, share = recipe.max_steps, 1 - sum(recipe.mix.values())
     if steps < 1:
-        steps = ceil(recipe.num_train_epochs * len(sequences) / recipe.train_batch_size)
+        steps = ceil(recipe.num_train_epochs * len(sequences) / share / recipe.train_batch_size)
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
     method = recipe.make_method()
@@ -124,13 +140,21 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         args=args,
         recipe=recipe,
         method=method,
-        sequences=Epochs(sequences, steps * recipe.train_batch_size, recipe.seed),
+        sequences=_shuffled(recipe, data, steps * recipe.train_batch_size),
         validation=validation,
         shutdown=shutdown,
         about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
         zero=zero,
     )
+
+
+def _shuffled(recipe: Recipe, data: dict[str, PackedDataset], count: int) -> Epochs:
+    """Returns so many sequences in the order in which the run learns them."""
+    if not recipe.mix:
+        return Epochs(data["train"], count, recipe.seed)
+    others = [(data[f"mix: {name}"], share) for name, share in recipe.mix.items()]
+    return Mixed(data["train"], others, count, recipe.seed)
 
 
 def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dtype: Any) -> str:
@@ -161,10 +185,13 @@ def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
 
 
 def _result(trainer: Any) -> dict[str, Any]:
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    losses = losses_of(trainer.state.log_history)
+    best = best_step(losses) if trainer.recipe.keep_best else 0
+    kept = [loss for step, loss in losses if not best or step == best]
     return {
         "steps": trainer.state.global_step,
-        "validation_loss": losses[-1] if losses else None,
+        **({"best_step": best} if best else {}),
+        "validation_loss": kept[-1] if kept else None,
         "frozen_unchanged": sum(not parameter.requires_grad for parameter in trainer.model.parameters()),
     }
 
@@ -202,8 +229,7 @@ def check_all(recipe: Recipe) -> None:
     _probe(recipe, tokenizer, Path(recipe.output_dir))
     for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
-    train_rows, validation_rows = (sequences.examples.checksum() for sequences in data.values())
-    if train_rows == validation_rows:
+    if data["train"].examples.checksum() == data["validation"].examples.checksum():
         print(
             "validation: these are the training rows; cut them, such as --train_split 'train[:90%]' "
             "--validation_split 'train[90%:]'",
@@ -224,12 +250,14 @@ def _check_scores(recipe: Recipe) -> None:
 
 
 def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:
-    """Returns the rows to learn from and to validate on, in packed sequences, from the cache if they were read before.
+    """Returns the rows to learn from ("train", and "mix: FOLDER" of those mixed in) and to validate on ("validation"),
+    in packed sequences, from the cache if they were read before.
 
     Raises UserError for rows, templates and tokenizers that cannot be used.
     """
     splits = {"train": recipe.train_split, "validation": recipe.validation_split}
     data = {name: read_sequences(recipe, tokenizer, split) for name, split in splits.items()}
+    data |= {f"mix: {name}": sequences for name, sequences in read_mixed(recipe, tokenizer).items()}
     check_vocabulary(max(sequences.examples.largest() for sequences in data.values()), start)
     check_rows(Path(recipe.output_dir), data)
     return data

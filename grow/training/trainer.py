@@ -21,6 +21,7 @@ from grow.model.gather import gathered
 from grow.model.loss import labelled_logits, loss_sum, token_scores
 from grow.names import canonical
 from grow.recipe import Recipe
+from grow.training.best import BestCheckpoint
 from grow.training.callbacks import GracefulShutdown, ThroughputMeter
 from grow.training.flops import StepFlops
 from grow.training.probe import Probe
@@ -43,7 +44,8 @@ class GrowTrainer(CheckpointingTrainer):
         validation: PackedDataset,
         **kwargs: Any,
     ):
-        callbacks = [shutdown, ProgressLines(about)]
+        best = [BestCheckpoint(recipe.keep_best, recipe.early_stopping_patience)] if recipe.follows_best else []
+        callbacks = [shutdown, ProgressLines(about), *best]
         super().__init__(
             train_dataset=sequences, eval_dataset=validation, data_collator=collate, callbacks=callbacks, **kwargs
         )
@@ -85,7 +87,8 @@ class GrowTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput, and the true epoch: Trainer counts the whole run as one."""
         step, batch = self.state.global_step, self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self.state.epoch = step * batch * self.args.world_size / len(self.train_dataset.sequences)
+        seen = step * batch * self.args.world_size * self.train_dataset.share
+        self.state.epoch = seen / len(self.train_dataset.sequences)
         if "loss" in logs:
             logs |= self.meter.take()
         super().log(logs, start_time)

@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 from grow.data.examples import IGNORED
 from grow.data.load import load_rows
-from grow.data.packing import Epochs, PackedDataset, collate, pack
+from grow.data.packing import Epochs, Mixed, PackedDataset, collate, pack
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.model.loading import load
 from grow.model.loss import labelled_logits, loss_sum, token_scores
+from tests.helpers.running import rows_of
 
 TEMPLATE = Template("Q: {q}\nA:", " {a}")
 ROWS = [{"q": "How many legs has a spider " + "or two " * n, "a": f"eight, {n} times"} for n in range(8)]
@@ -150,3 +151,27 @@ def test_chat_is_learnt_where_the_assistant_speaks(text_base: Path) -> None:
     )
     assert tokenizer.decode([t for t in example.labels if t != IGNORED]) == "Hello!</>See you</>"
     assert encoded.bad == {"without an assistant's turn": [1]}
+
+
+def test_mixed_in_shares(sums: Path, text_base: Path) -> None:
+    """At any point each data set has its share, to a sequence; each in its own order, epoch after epoch."""
+    packed = [PackedDataset(rows_of(text_base, sums, split), 32, 0) for split in ("train", "validation", "test")]
+    main, first, second = packed
+    whole = Mixed(main, [(first, 0.2), (second, 0.1)], 200, seed=3)
+    assert len(whole) == 200 and whole.share == pytest.approx(0.7)
+    sizes = [len(own.examples) for own in packed]
+    bounds = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
+    counts = [0, 0, 0]
+    alone = [Epochs(own, 200, 3) for own in packed]
+    for index in range(200):
+        item = whole[index]
+        rows = item["rows"][item["rows"] >= 0]
+        (source,) = {sum(int(row) >= bound for bound in bounds[1:3]) for row in rows}
+        expected = alone[source][counts[source]]
+        assert torch.equal(item["input_ids"], expected["input_ids"])
+        assert torch.equal(rows - bounds[source], expected["rows"][expected["rows"] >= 0])
+        counts[source] += 1
+        assert all(abs(n - share * (index + 1)) <= 1 for n, share in zip(counts, (0.7, 0.2, 0.1), strict=True))
+    assert len(whole.seen()) == min(counts[0], len(main))  # type: ignore[arg-type]
+    again = Mixed(main, [(first, 0.2), (second, 0.1)], 200, seed=3)
+    assert torch.equal(again[150]["input_ids"], whole[150]["input_ids"]), "found by counting, wherever a run resumes"
