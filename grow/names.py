@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from grow.errors import UserError
+from grow.errors import UserError, unknown
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -44,6 +44,16 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
                 f"{prefixes[layer]} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
             )
     return prefixes
+
+
+def check_matrices(field: str, wanted: Iterable[str], keys: Iterable[str]) -> None:
+    """Raises UserError for the name of a matrix, such as gate_proj, that no decoder layer has; a recipe's `field` names
+    it."""
+    layers = (re.match(r"layers\.\d+\..*?(\w+)\.weight$", canonical(key)) for key in keys if not is_growth(key))
+    there = dict.fromkeys(match[1] for match in layers if match and not match[1].endswith("norm"))
+    for name in wanted:
+        if name not in there:
+            raise UserError(f"{field}: {unknown(name, there, 'matrix of a decoder layer')}")
 
 
 def is_growth(key: str) -> bool:

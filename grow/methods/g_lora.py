@@ -13,8 +13,8 @@ class GLora(Lora, GFreeze):
     LoRA's."""
 
     def targets(self, name: str) -> bool:
-        """Says whether a layer is a projection of the copies."""
-        return ".mlp.grown." in name
+        """Says whether a layer is a projection of the copies, and a chosen one."""
+        return ".mlp.grown." in name and self.named(name)
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter belongs to a LoRA."""

@@ -2,15 +2,15 @@
 
 import operator
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.methods.peft_method import PeftMethod
-from grow.names import canonical, of_language_model
+from grow.names import canonical, check_matrices, of_language_model
 from grow.plan import parse_layers
 
 
@@ -18,7 +18,8 @@ from grow.plan import parse_layers
 class Lora(KlRegularized, PeftMethod):
     """Trains W + (lora_alpha / lora_rank) · B A for every linear layer, with A [rank, in] random and B [out, rank] zero
     at first (Hu et al. 2021, arXiv 2106.09685); as PEFT does it. `lora_layers` are the decoder layers whose linear
-    layers have one, as `layers` for growth. KL regularisation can be added."""
+    layers have one, as `layers` for growth; `lora_targets` the names of these, such as gate_proj and up_proj. KL
+    regularisation can be added."""
 
     keeps_base: ClassVar[bool] = True
     switches: ClassVar[bool] = True
@@ -27,6 +28,7 @@ class Lora(KlRegularized, PeftMethod):
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_layers: str = "all"
+    lora_targets: list[str] = field(default_factory=list)
 
     def check(self, recipe: Any) -> None:
         """Raises UserError also for an invalid rank."""
@@ -49,9 +51,18 @@ class Lora(KlRegularized, PeftMethod):
         count = 1 + max((int(match[1]) for match in found if match), default=-1)
         self._layers = {f"layers.{layer}" for layer in parse_layers(self.lora_layers, count)}
 
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises UserError for a layer or a matrix that the model does not have."""
+        self._choose(names)
+        check_matrices("lora_targets", self.lora_targets, names)
+
     def targets(self, name: str) -> bool:
-        """Says whether a linear layer is in one of the chosen decoder layers."""
-        return super().targets(name) and ".".join(canonical(name).split(".")[:2]) in self._layers
+        """Says whether a linear layer, by its name or its weight's, is a chosen one in a chosen decoder layer."""
+        return super().targets(name) and self.named(name) and ".".join(canonical(name).split(".")[:2]) in self._layers
+
+    def named(self, name: str) -> bool:
+        """Says whether a linear layer is among `lora_targets`, by its name or its weight's."""
+        return not self.lora_targets or name.removesuffix(".weight").rpartition(".")[2] in self.lora_targets
 
     def config(self, target_modules: list[str]) -> Any:
         """Returns PEFT's LoraConfig."""

@@ -1,6 +1,7 @@
 """The interface of a training method. Everything else in a run is the same for every method."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -51,6 +52,9 @@ class Method:
                 "--method g_freeze does, or take switch out"
             )
 
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises UserError for a part of the model that the recipe names and that is not among these tensors."""
+
     def texts_read(self, recipe: Any) -> list[str]:
         """Names folders, beside the data, whose rows affect the result."""
         return []
@@ -87,7 +91,11 @@ class Method:
         return of_language_model(name)
 
     def prepare(self, model: nn.Module) -> None:
-        """Adds parameters, and freezes what does not train before DeepSpeed sees the model."""
+        """Adds parameters, and freezes what does not train before DeepSpeed sees the model.
+
+        Raises UserError as check_names does.
+        """
+        self.check_names([name for name, _ in model.named_parameters()])
         self.add_parameters(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))

@@ -1,13 +1,12 @@
 """Plain fine-tuning: every parameter of the language model trains. It is the baseline that forgets."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from grow.methods.kl import KlRegularized
-from grow.model.mlp import gated_mlps
-from grow.names import canonical
+from grow.names import canonical, check_matrices, mlp_prefixes
 from grow.plan import parse_layers
 
 _ANY = 10**6
@@ -15,24 +14,28 @@ _ANY = 10**6
 
 @dataclass
 class Sft(KlRegularized):
-    """Trains everything, or the MLPs of some layers alone: `mlp_layers`, written as for `expand --layers`.
+    """Trains everything; or the MLPs of some layers alone, `mlp_layers`, written as for `expand --layers`; or the
+    matrices of some names alone, `sft_matrices`, such as gate_proj and up_proj (arXiv 2510.08564); or what is both.
 
     KL regularisation can be added.
     """
 
     mlp_layers: str = ""
+    sft_matrices: list[str] = field(default_factory=list)
 
-    def prepare(self, model: Any) -> None:
-        """Raises UserError also for a layer that the model does not have."""
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises UserError for a layer or a matrix that the model does not have."""
         if self.mlp_layers:
-            parse_layers(self.mlp_layers, len(gated_mlps(model)))
-        super().prepare(model)
+            parse_layers(self.mlp_layers, len(mlp_prefixes(names)))
+        check_matrices("sft_matrices", self.sft_matrices, names)
 
     def trains(self, name: str) -> bool:
-        """Says whether a parameter trains: every one, or those of the chosen MLPs."""
-        if not self.mlp_layers:
-            return super().trains(name)
+        """Says whether a parameter trains: every one, or those that are chosen."""
+        if not super().trains(name) or (self.sft_matrices and name.split(".")[-2] not in self.sft_matrices):
+            return False
         mlp = re.match(r"layers\.(\d+)\.mlp\.", canonical(name))
+        if not self.mlp_layers:
+            return True
         return mlp is not None and (self.mlp_layers == "all" or int(mlp[1]) in self._layers)
 
     @cached_property

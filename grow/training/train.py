@@ -207,7 +207,9 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
             f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
         )
-    recipe.make_method().check(recipe)
+    method = recipe.make_method()
+    method.check(recipe)
+    method.check_names(start.tensors)
     check_same_run(run, recipe)
     with quiet():
         check_loads(start)

@@ -19,7 +19,7 @@ from grow.methods.baselines.adapter import Adapter
 from grow.methods.baselines.disel import Disel
 from grow.model.alpha import base_inside
 from grow.model.loading import load
-from tests.helpers.running import Deeper, Toy, alone, consolidate, rows_of, train, train_and_resume
+from tests.helpers.running import Deeper, Toy, alone, consolidate, here, rows_of, train, train_and_resume
 from tests.helpers.tiny import logits, make_base, make_recipe
 
 pytestmark = pytest.mark.gpu
@@ -84,6 +84,27 @@ def test_sft_of_some_mlps(sums: Path, stage: int, ranks: int, tmp_path: Path) ->
     for layers, message in (("1,4", "layer 4 does not exist"), ("x", "neither a layer")):
         with pytest.raises(UserError, match=message):
             METHODS["sft"](mlp_layers=layers).prepare(load(base))
+
+
+@pytest.mark.parametrize("method", ["sft", "lora"])
+def test_some_matrices(method: str, text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """gate and up alone, in all layers or in some; a name that no layer has is found before anything is loaded."""
+    matrices, layers = {"sft": ("sft_matrices", "mlp_layers"), "lora": ("lora_targets", "lora_layers")}[method]
+    fields = {"method": method, "dtype": "float32", matrices: ["gate_proj", "up_proj"]}
+    for name, chosen, where in (("all", {}, range(4)), ("some", {layers: "1,3"}, (1, 3))):
+        recipe = make_recipe(
+            tmp_path / f"{name}.yaml", text_base, tmp_path, sums, 2, **fields, **chosen, output_dir=str(tmp_path / name)
+        )
+        train(recipe, 1)
+        consolidate(str(tmp_path / name), str(tmp_path / f"{name}-stock"), dtype="float32")
+        before, after = (
+            dict(load(path, torch.float32).named_parameters()) for path in (text_base, tmp_path / f"{name}-stock")
+        )
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        parts = itertools.product(where, ("gate_proj", "up_proj"))
+        assert changed == {f"model.layers.{layer}.mlp.{part}.weight" for layer, part in parts}
+    line = here(capsys, "train", recipe, "--check", f"--{matrices}=gate_prj", "--output_dir", tmp_path / "x", code=2)
+    assert f"{matrices}: gate_prj is not a matrix of a decoder layer; did you mean gate_proj?" in line
 
 
 @pytest.fixture(scope="module")
