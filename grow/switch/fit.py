@@ -27,7 +27,9 @@ from grow.switch.rows import ON_ROWS, Prompts, after_rows, retention_prompts, ta
 
 OWN, NEAR = "text that the base writes", "near text that the base writes"
 _LOOKED_AT = 300  # rows of a set that is in the table alone
-_LEAST_TOLD_APART = 0.9
+_LEAST_OPEN = {"row": 0.9, "answer": 0.9, "token": 0.5}
+"""Of the task's validation rows, or tokens: a text of which some tokens are off still gains from the others."""
+_MOST_OPEN = 0.1  # of any kind of other text
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def fit_switch(
         "opens_at_most": limit.opens_at_most,
         "table": table,
     }
-    _refuse(table)
+    _refuse(table, kind)
     return SwitchRecord(kind, layer, detector.weight.float().numpy(), limit.value - detector.bias, facts=facts)
 
 
@@ -120,16 +122,16 @@ def _line(what: str, name: str, scores: Tensor, of_task: Tensor, limit: float) -
     return line if what == "task" else line | {"auroc": auroc(of_task, scores)}
 
 
-def _refuse(table: list[dict[str, Any]]) -> None:
+def _refuse(table: list[dict[str, Any]], kind: str) -> None:
     """Raises UserError where a switch would not do what it is for."""
-    task = table[0]
-    if task["open"] < _LEAST_TOLD_APART:
+    task, unit = table[0], "tokens" if kind == "token" else "rows"
+    if task["open"] < _LEAST_OPEN[kind]:
         raise UserError(
-            f"switch: the task cannot be told apart: {task['open']:.0%} of the validation rows would open; see whether "
-            "they are like the training rows (grow preview), or train without a switch"
+            f"switch: the task cannot be told apart: {task['open']:.0%} of the validation {unit} would open; see "
+            "whether they are like the training rows (grow preview), or train without a switch"
         )
     for line in table:
-        if line["kind"] == "other" and line["open"] > 1 - _LEAST_TOLD_APART:
+        if line["kind"] == "other" and line["open"] > _MOST_OPEN:
             raise UserError(
                 f"switch: the task cannot be told apart from {line['name']}, {line['open']:.0%} of which would open; "
                 "give the template words that no other text has, or train without a switch"
