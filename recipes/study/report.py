@@ -85,6 +85,8 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
+    for grid in [grid for grid, lines in grids.items() if any(line.get("switched") for line in lines)]:
+        del grids[grid]  # switch_report.py's
     folder = Path(out)
     parts: list[str] = []
     all_points: list[str] = []
