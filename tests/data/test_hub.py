@@ -45,6 +45,10 @@ def stand_ins(root: Path) -> None:
     parquet(root, "Helsinki-NLP/opus-100", "de-en", claims)
     parquet(root, "allenai/scitail", "tsv_format", claims)
     parquet(root, "allenai/math_qa", "default", sums)
+    science = [{"support": "" if n % 3 else f"{n} is odd.", "question": f"Is {n} odd?", "correct_answer": "yes"}
+               for n in range(40)]  # fmt: skip
+    for split in ("train", "validation", "test"):
+        write(root / f"datasets/allenai/sciq/main/data/{split}-00000-of-00001.parquet", science)
     chats = [{"messages": [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": "No."}]}
              for n in range(2000)]  # fmt: skip
     ultrachat = root / "datasets/HuggingFaceH4/ultrachat_200k/main"
