@@ -88,7 +88,10 @@ class Study:
         return out
 
     def score(self, checkpoint: str | Path, out: Path, *more: str, write: bool = True) -> None:
-        """Runs `eval` on a checkpoint; `write` says whether what the model writes is scored, if the grid wants that."""
+        """Runs `eval` on a checkpoint, unless a cell that was stopped has done so; `write` says whether what the model
+        writes is scored, if the grid wants that."""
+        if out.exists():
+            return
         quick = {} if write or self.grid["fields"].get("metric") != "chrf" else {"metric": "loss"}
         grow(
             "eval", checkpoint, "--recipe", self.recipe, "--out", out, f"--limit={self.grid['limit']}",
@@ -108,6 +111,8 @@ class Study:
     def run(self, cell: Cell) -> None:
         """Trains and scores one cell, and adds its line to the results before its checkpoints are removed."""
         against, start = self.base_scores(), self.start(cell)
+        for old in self.work.glob(self.folder(cell.name, "*-scores").name) if cell.name in self.done() else ():
+            old.unlink()
         run, trained, out = (self.folder(cell.name, end) for end in ("", "-trained", "-scores"))
         fields = self.fields(**cell.fields)
         if cell.switches:
