@@ -4,8 +4,8 @@ A grid is a YAML file such as translation.yaml: a recipe and its fields, what is
 it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of a method
 that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one; `learn_alphas`, the
 arguments of that command; `switches`, the kinds of switch with which it is scored besides, the first while it trains;
-`two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base. A cell is a row
-at one rate with one seed. Results are identified by its name alone, so a row that is changed needs another label.
+`two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base; `write: false`,
+if what the model writes is not to be scored, which takes longest. A cell is a row at one rate with one seed. Results are identified by its name alone, so a row that is changed needs another label.
 """
 
 import sys
@@ -36,6 +36,7 @@ class Cell:
     learn_alphas: dict[str, Any] = field(default_factory=dict)
     switches: list[str] = field(default_factory=list)
     two_models: str = ""
+    write: bool = True
     learning_rate: float
     seed: int
 
@@ -46,7 +47,18 @@ class Cell:
 
 
 _NEEDED = ("recipe", "fields", "alphas", "limit", "retention_limit", "seeds", "methods")
-_ROW = ("method", "layers", "factor", "learning_rate", "fields", "average", "learn_alphas", "switches", "two_models")
+_ROW = (
+    "method",
+    "layers",
+    "factor",
+    "learning_rate",
+    "fields",
+    "average",
+    "learn_alphas",
+    "switches",
+    "two_models",
+    "write",
+)
 
 
 def read_grid(path: Path) -> dict[str, Any]:

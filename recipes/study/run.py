@@ -134,7 +134,7 @@ class Study:
         scored = self.by_layer(cell, trained)
         options = [f"--alpha={self.places(cell)}", f"--against={against}"]
         options += ["--switch=on"] if cell.switches else [] if base_inside else [f"--start={self.base}"]
-        self.score(scored, out, *options, write=not cell.switches)  # with its switch, then
+        self.score(scored, out, *options, write=cell.write and not cell.switches)
         line = self.line(cell, run, scored, read_json(against), read_json(out))
         line["switched"] = switched.scores(self, cell, run, trained)
         self.note(line)

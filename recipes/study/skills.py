@@ -31,6 +31,7 @@ from grow.methods import read_recipe
 HERE = Path(__file__).parent
 TASKS = {"french": "switch.yaml", "entailment": "switch_entailment.yaml"}
 _SUMS = (0.5, 0.75, 1.0)
+_RETENTION = 100
 
 
 def skills(out: str, seed: str = "1", work: str = "") -> None:
@@ -50,7 +51,10 @@ def skills(out: str, seed: str = "1", work: str = "") -> None:
             continue
         shutil.rmtree(made, ignore_errors=True)
         checkpoint = make(made)
-        found[name] = {task: _scored(own, checkpoint, folder / "scores.json", options) for task, own in runs.items()}
+        found[name] = {
+            task: _scored(own, checkpoint, folder / "scores.json", options, task == "french")
+            for task, own in runs.items()
+        }
         write_json(results, found)
     shutil.rmtree(made, ignore_errors=True)
     write_text(Path(out) / "skills.md", table(found))
@@ -144,12 +148,12 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-def _scored(own: _Runs, checkpoint: Any, out: Path, options: list[str]) -> dict[str, Any]:
-    """Returns a checkpoint's scores on one task, and on retention."""
+def _scored(own: _Runs, checkpoint: Any, out: Path, options: list[str], retention: bool) -> dict[str, Any]:
+    """Returns a checkpoint's scores on one task, and on retention, of a row a set where it is scored elsewhere."""
     fields = {name: value for name, value in own.grid["fields"].items() if name != "metric"}  # nothing is written
     grow(
         "eval", checkpoint, "--recipe", own.recipe, "--out", out, f"--limit={own.grid['limit']}",
-        f"--retention-limit={own.grid['retention_limit']}", *arguments(fields), *options,
+        f"--retention-limit={_RETENTION if retention else 1}", *arguments(fields), *options,
     )  # fmt: skip
     result = json.loads(out.read_text())
     sets = {"capitals": result["retention"], **result["retention_sets"]}

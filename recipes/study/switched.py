@@ -46,7 +46,7 @@ def scores(study: "Study", cell: Cell, run: Path, trained: Path) -> dict[str, An
             scored = trained.with_name(f"{trained.name}-{kind}")
             if not scored.exists():
                 grow("consolidate", run, scored, "--format", "grown", f"--average={cell.average}")
-        study.score(scored, out, f"--against={study.base_scores()}", write=kind == cell.switches[0])
+        study.score(scored, out, f"--against={study.base_scores()}", write=cell.write and kind == cell.switches[0])
         found[kind] = study.point(read_json(out))
         if scored != trained and not study.keep:
             shutil.rmtree(scored)
