@@ -5,7 +5,8 @@ it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are n
 that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one; `learn_alphas`, the
 arguments of that command; `switches`, the kinds of switch with which it is scored besides, the first while it trains;
 `two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base; `write: false`,
-if what the model writes is not to be scored, which takes longest. A cell is a row at one rate with one seed. Results are identified by its name alone, so a row that is changed needs another label.
+if what the model writes is not to be scored, which takes longest. A cell is a row at one rate with one seed. Results
+are identified by its name alone, so a row that is changed needs another label.
 """
 
 import sys
