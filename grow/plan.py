@@ -9,6 +9,7 @@ from typing import Any
 from grow.errors import UserError
 
 FORMAT_VERSION, SKILLS_VERSION = 1, 2
+_COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
@@ -115,6 +116,40 @@ def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
     if max(chosen) >= num_layers:
         raise UserError(f"--layers {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
     return tuple(sorted(chosen))
+
+
+def growing_layers(layers: str, num_layers: int, config: dict[str, Any]) -> tuple[int, ...]:
+    """Returns which layers of a model with this config grow. "all" and "upper" leave out those whose neurons depend on
+    each other (coupled_layers). Raises UserError as parse_layers does, and where such a layer is named."""
+    chosen, coupled = parse_layers(layers, num_layers), coupled_layers(config, num_layers)
+    if str(layers).strip() in ("all", "upper"):
+        left = tuple(layer for layer in chosen if layer not in coupled)
+        if not left:
+            raise UserError(f"--layers {layers}: {_COUPLED}, in all of them, so nothing can grow")
+        return left
+    wrong = [layer for layer in chosen if layer in coupled]
+    if wrong:
+        raise UserError(f"--layers {layers}: {_COUPLED} in layers {ranges(wrong)}; leave these out")
+    return chosen
+
+
+def coupled_layers(config: dict[str, Any], num_layers: int) -> list[int]:
+    """Returns the layers whose MLP keeps its largest neurons alone (`activation_sparsity_pattern`, Gemma 3n), by their
+    mean and spread: there copies and originals would change each other."""
+    pattern = text_config(config).get("activation_sparsity_pattern") or 0.0
+    shares = pattern if isinstance(pattern, list) else [pattern] * num_layers
+    return [layer for layer, share in enumerate(shares) if share]
+
+
+def mlp_widths(config: dict[str, Any], num_layers: int) -> list[int] | None:
+    """Returns the width that a config gives each layer's MLP; None if it gives none. `intermediate_size` is one for all
+    or, in Gemma 3n, a list; in Gemma 4 layers that share the keys and values of others may be twice as wide."""
+    text = text_config(config)
+    width = text.get("intermediate_size")
+    if width is None or isinstance(width, list):
+        return width
+    shared = int(text.get("num_kv_shared_layers") or 0) if text.get("use_double_wide_mlp") else 0
+    return [width * (2 if layer >= num_layers - shared else 1) for layer in range(num_layers)]
 
 
 def _listed(text: str) -> set[int]:

@@ -22,7 +22,7 @@ from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_t
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import PROJECTIONS, is_growth, mlp_prefixes, of_skill
-from grow.plan import GrowthPlan, text_config
+from grow.plan import GrowthPlan, mlp_widths, text_config
 
 FORMATS = ("stock", "grown")
 _SCORES = (
@@ -108,8 +108,8 @@ def stock_tensors(
     start = source.start
     prefixes = mlp_prefixes(start.tensors) if plans else {}
     made = {layer: _blocks(source, plans, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
-    width = max(map(hidden_units, made.values()), default=0)
-    narrow = [layer for layer, parts in made.items() if hidden_units(parts) < width]
+    widths = _widths(start.config, {layer: hidden_units(parts) for layer, parts in made.items()})
+    narrow = [layer for layer, parts in made.items() if hidden_units(parts) < widths[layer]]
     if narrow and not uniform:
         raise UserError(
             f"layers {narrow} are not grown as wide as others, and stock models have one width: add --uniform to pad "
@@ -118,7 +118,7 @@ def stock_tensors(
     mlps: dict[str, LazyTensor] = {}
     for layer, prefix in prefixes.items():
         target = dtype or start.tensors[f"{prefix}.gate_proj.weight"].dtype
-        joined = stock_mlp(made[layer], width, target)
+        joined = stock_mlp(made[layer], widths[layer], target)
         mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
     tensors = {}
     for name, info in start.tensors.items():
@@ -128,6 +128,18 @@ def stock_tensors(
             target = dtype if dtype and is_float(info.dtype) else info.dtype
             tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
     return tensors | _new_tensors(source, alpha, dtype)
+
+
+def _widths(config: dict[str, Any], units: dict[int, int]) -> dict[int, int]:
+    """Returns the width of each layer's stock MLP, which has so many hidden units at least: its own where the config
+    has a list of them, else one for all; or, in Gemma 4, one for layers with keys of their own and twice as much for
+    others."""
+    own, size = mlp_widths(config, len(units)), text_config(config).get("intermediate_size")
+    if isinstance(size, list):
+        return units
+    times = {layer: own[layer] // size if own and size else 1 for layer in units}
+    one = max((-(-count // times[layer]) for layer, count in units.items()), default=0)
+    return {layer: one * times[layer] for layer in units}
 
 
 def _blocks(
@@ -208,9 +220,11 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     config = {key: value for key, value in (source.config or start.config).items() if key != "growth"}
     if "growth" not in start.config:
         return config
-    text = dict(text_config(config))
-    gate = next(iter(mlp_prefixes(start.tensors).values())) + ".gate_proj.weight"
-    text["intermediate_size"] = tensors[gate].shape[0]
+    text, prefixes = dict(text_config(config)), mlp_prefixes(start.tensors)
+    widths = [tensors[f"{prefix}.gate_proj.weight"].shape[0] for prefix in prefixes.values()]
+    before, size = mlp_widths(start.config, len(widths)), text.get("intermediate_size")
+    one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
+    text["intermediate_size"] = widths if isinstance(size, list) else one_for_all
     return {**config, "text_config": text} if "text_config" in config else text
 
 

@@ -21,7 +21,7 @@ from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import PROJECTIONS, is_growth, mlp_prefixes
-from grow.plan import FORMAT_VERSION, GrowthPlan, parse_factor, parse_layers, text_config
+from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
 
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
@@ -37,7 +37,7 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
-    return GrowthPlan(parse_factor(factor), parse_layers(layers, len(prefixes))), prefixes
+    return GrowthPlan(parse_factor(factor), growing_layers(layers, len(prefixes), base.config)), prefixes
 
 
 def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str, Any]:
@@ -62,15 +62,16 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
         raise UserError(
             f"{checkpoint.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers"
         )
-    for prefix in prefixes.values():
-        _check_shapes(checkpoint, prefix, text)
+    widths = mlp_widths(checkpoint.config, count)
+    for layer, prefix in prefixes.items():
+        _check_shapes(checkpoint, prefix, text.get("hidden_size"), widths[layer] if widths else None)
     return prefixes
 
 
-def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
+def _check_shapes(base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None) -> None:
     gate, up, down = (base.tensors[f"{prefix}.{name}.weight"] for name in PROJECTIONS)
     p, h = gate.shape if len(gate.shape) == 2 else (0, 0)
-    expected = (text.get("intermediate_size", p), text.get("hidden_size", h))
+    expected = (width or p, hidden_size or h)
     if up.shape != (p, h) or down.shape != (h, p) or (p, h) != expected or 0 in (p, h):
         shapes = ", ".join(
             f"{name} {list(info.shape)}" for name, info in zip(PROJECTIONS, (gate, up, down), strict=True)
@@ -79,6 +80,12 @@ def _check_shapes(base: Checkpoint, prefix: str, text: dict[str, Any]) -> None:
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
+    for name, info in base.tensors.items():
+        if name.startswith(f"{prefix}.") and p in info.shape and name.split(".")[-2] not in PROJECTIONS:
+            raise UserError(
+                f"{base.path}: {name} is as wide as the MLP, and what it does to copies is not known here; a plain "
+                "gated MLP is needed"
+            )
     biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in PROJECTIONS]
     for name, bias, length in zip(PROJECTIONS, biases, (p, p, h), strict=True):
         if bias is not None and bias.shape != (length,):

@@ -15,7 +15,7 @@ from grow.errors import UserError, unknown
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.lora import highest_unchanged
 from grow.names import mlp_prefixes
-from grow.plan import GrowthPlan, parse_layers
+from grow.plan import GrowthPlan, growing_layers
 from grow.recipe import Recipe
 from grow.recipe_values import FITTED
 from grow.switch.fit import OWN, fit_switch
@@ -80,7 +80,7 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
     if not method.grows:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config)
-    layers = plan.layers if plan else parse_layers(recipe.layers, len(mlp_prefixes(start.tensors)))
+    layers = plan.layers if plan else growing_layers(recipe.layers, len(mlp_prefixes(start.tensors)), start.config)
     return layers[0]
 
 

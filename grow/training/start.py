@@ -12,7 +12,7 @@ from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
 from grow.names import is_growth, mlp_prefixes
-from grow.plan import GrowthPlan, parse_layers
+from grow.plan import GrowthPlan, growing_layers
 from grow.recipe import Recipe
 from grow.recipe_values import begun_with
 
@@ -64,7 +64,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     if not recipe.plans_growth:
         return
     there = GrowthPlan.from_config(grown.config)
-    wanted = (recipe.factor, parse_layers(recipe.layers, len(mlp_prefixes(grown.tensors))))
+    wanted = (recipe.factor, growing_layers(recipe.layers, len(mlp_prefixes(grown.tensors)), grown.config))
     if there is None or (there.factor, there.layers) != wanted:
         raise UserError(
             f"{recipe.grown}: has grown in other layers, or by another factor, than layers {recipe.layers} and factor "

@@ -31,7 +31,30 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, {}),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
-}
+    # E2B's layout: layers that share keys and values have an MLP of twice the width, and embeddings a layer.
+    "gemma4": (
+        transformers.Gemma4ForCausalLM,
+        transformers.Gemma4TextConfig,
+        {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "global_head_dim": 16,
+            "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    # A width a layer, and layers of which only the largest neurons count.
+    "gemma3n": (
+        transformers.Gemma3nForCausalLM,
+        transformers.Gemma3nTextConfig,
+        {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48, 48, 64, 96],
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}  # fmt: skip
+WIDTHS = {"gemma4": 96, "gemma3n": [48, 96, 128, 192]}
+"""What `intermediate_size` is in the stock checkpoint, where not one width is doubled for all."""
 
 
 def make(path: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
@@ -59,10 +82,46 @@ def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None
     assert verify(str(grown), str(source))["problems"] == []
     consolidate(str(grown), str(stock))
     model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.intermediate_size == 96
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.intermediate_size == WIDTHS.get(kind, 96)
     assert (logits(stock) - logits(source)).abs().max() < 1e-4
     extract_base(str(grown), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == before == folder_checksums(source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "width"), [("gemma4", "1,2", 96), ("gemma4", "3", 96), ("gemma3n", "2", [48, 48, 128, 96])]
+)
+def test_some_layers_of_different_widths(kind: str, layers: str, width: Any, tmp_path: Path) -> None:
+    """Padded in proportion to what each layer had; not at all where the config has a width for each."""
+    source, grown, stock = make(tmp_path / "source", kind), tmp_path / "grown", tmp_path / "stock"
+    expand(str(source), str(grown), layers=layers)
+    assert torch.equal(logits(grown), logits(source))
+    if kind == "gemma4":
+        with pytest.raises(UserError, match="add --uniform"):
+            consolidate(str(grown), str(stock))
+    consolidate(str(grown), str(stock), uniform=kind == "gemma4")
+    model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.intermediate_size == width
+    assert (logits(stock) - logits(source)).abs().max() < 1e-4
+
+
+def test_neurons_that_depend_on_each_other_do_not_grow(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "gemma3n")
+    assert expand(str(source), str(tmp_path / "grown"))["layers"] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"--layers 0-2: the MLP keeps its largest neurons alone .* in layers 0; leave"):
+        expand(str(source), str(tmp_path / "other"), layers="0-2")
+    every = make(tmp_path / "every", "gemma3n", activation_sparsity_pattern=[0.95] * 4)
+    with pytest.raises(UserError, match="in all of them, so nothing can grow"):
+        expand(str(every), str(tmp_path / "other"))
+
+
+def test_a_norm_within_the_mlp_is_refused_by_name(tmp_path: Path) -> None:
+    """Of BitNet: over all hidden units, so that copies would change what the originals are."""
+    model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**SMALL))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.ffn_sub_norm.weight is as wide as the MLP"):
+        expand(str(tmp_path / "source"), str(tmp_path / "grown"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
