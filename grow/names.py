@@ -9,6 +9,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down)_proj\.weight", re.ASCII)
 _OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
+_BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
     ".gate_up_proj.": "a fused gate_up_proj", ".qweight": "quantized weights",
@@ -95,6 +96,6 @@ def canonical(key: str) -> str:
 
 
 def of_language_model(name: str) -> bool:
-    """Says whether a parameter or module is outside the vision tower and its projector, which text gives no
-    gradient."""
-    return "vision_tower." not in name and "multi_modal_projector." not in name
+    """Says whether a parameter or module is outside the towers for images and sound and their projectors, which text
+    gives no gradient."""
+    return not any(f"{part}." in name for part in _BESIDE)

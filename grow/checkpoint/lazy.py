@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grow.checkpoint.dtypes import DTYPES, TORCH_NAMES, Rows, convert, itemsize, scale
+from grow.checkpoint.dtypes import DTYPES, TORCH_NAMES, Rows, convert, finite, itemsize, scale
 
 BLOCK = 2**20
 """Bytes that are in memory at a time, roughly; few enough for the processor's cache."""
@@ -67,6 +67,12 @@ class LazyTensor:
     def scaled(self, factor: float) -> "LazyTensor":
         """Returns the tensor times a number."""
         return self if factor == 1 else self.map(lambda rows: scale(rows, self.dtype, factor))
+
+
+def sound(tensor: LazyTensor, rows: Rows) -> bool:
+    """Says whether some rows of a tensor are finite. A scalar need not be: it may be a bound, such as those that Gemma
+    4's audio tower puts to activations."""
+    return tensor.numel == 1 or finite(rows, tensor.dtype)
 
 
 def from_tensor(tensor: Any) -> LazyTensor:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.dtypes import finite
 from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.hub import locate
+from grow.checkpoint.lazy import sound
 from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth
 from grow.checkpoint.one_skill import OneSkill, facts_of, has_skills
 from grow.checkpoint.shards import Checkpoint
@@ -35,7 +35,8 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     problems = [
         f"{name} in {info.file.name}: holds values that are not finite"
         for name, info in checkpoint.tensors.items()
-        if not all(finite(block, info.dtype) for block in checkpoint.lazy(name).blocks())
+        for tensor in [checkpoint.lazy(name)]
+        if not all(sound(tensor, block) for block in tensor.blocks())
     ]
     if plan is not None:
         facts = read_growth(checkpoint.path)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128
 
-from grow.checkpoint.dtypes import DTYPES, Rows, finite
-from grow.checkpoint.lazy import BLOCK, LazyTensor
+from grow.checkpoint.dtypes import DTYPES, Rows
+from grow.checkpoint.lazy import BLOCK, LazyTensor, sound
 from grow.checkpoint.shards import TensorInfo, read_header
 from grow.errors import UserError
 
@@ -142,7 +142,7 @@ def _checked(tensors: Mapping[str, LazyTensor], digests: Mapping[str, xxh3_128])
         for block in tensor.blocks():
             if block.dtype != DTYPES[tensor.dtype]:
                 raise ValueError(f"{name}: a block is {block.dtype}, not {tensor.dtype}")
-            if not finite(block, tensor.dtype):
+            if not sound(tensor, block):
                 raise UserError(f"{name}: holds values that are not finite (NaN or infinity); the source is broken")
             data = bytes_of(block)
             digests[name].update(data)

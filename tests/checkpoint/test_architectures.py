@@ -53,7 +53,21 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-WIDTHS = {"gemma4": 96, "gemma3n": [48, 96, 128, 192]}
+E2B: dict[str, Any] = {
+    "text_config": SMALL | CLASSES["gemma4"][2],
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64,
+    },
+    "audio_config": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "subsampling_conv_channels": [8, 8],
+        "output_proj_dims": 32,
+    },
+    "image_token_id": 300, "boi_token_id": 301, "eoi_token_id": 302, "audio_token_id": 303,
+}  # fmt: skip
+"""Gemma 4 E2B as it is on the hub, with towers for images and sound, small."""
+CLASSES["gemma4-e2b"] = (transformers.Gemma4ForConditionalGeneration, lambda **_: transformers.Gemma4Config(**E2B), {})
+WIDTHS = {"gemma4": 96, "gemma4-e2b": 96, "gemma3n": [48, 96, 128, 192]}
 """What `intermediate_size` is in the stock checkpoint, where not one width is doubled for all."""
 
 
@@ -83,7 +97,7 @@ def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None
     consolidate(str(grown), str(stock))
     model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.intermediate_size == WIDTHS.get(kind, 96)
+    assert model.config.get_text_config().intermediate_size == WIDTHS.get(kind, 96)
     assert (logits(stock) - logits(source)).abs().max() < 1e-4
     extract_base(str(grown), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == before == folder_checksums(source)

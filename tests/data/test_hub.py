@@ -11,16 +11,18 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.hub import Choose, Repository
 from grow.checkpoint.package import extract_growth
 from grow.checkpoint.verify import verify
 from grow.data.files import split_files
+from tests.checkpoint.test_architectures import make
 from tests.helpers.hub import TOKEN, Hub, serving
-from tests.helpers.tiny import ROOT, make_base, make_recipe
+from tests.helpers.tiny import ROOT, make_base, make_recipe, make_tokenizer
 
-RECIPES = sorted(ROOT.glob("recipes/gemma3_[14]b/*.yaml"))
+RECIPES = sorted(path for path in ROOT.glob("recipes/gemma*/*.yaml") if "270m" not in str(path))
 # What a template of Gemma's tuned models comes to.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -31,7 +33,11 @@ TEMPLATE = (
 
 def stand_ins(root: Path) -> None:
     """The models and data sets that the recipes name, small: names, layouts, columns and templates are theirs."""
-    for name, kind in {"gemma-3-1b-pt": "text", "gemma-3-1b-it": "text", "gemma-3-4b-pt": "multimodal"}.items():
+    kinds = {"gemma-3-1b-pt": "text", "gemma-3-1b-it": "text"}
+    kinds |= dict.fromkeys(("gemma-3-4b-pt", "gemma-3-12b-pt", "gemma-3-27b-pt"), "multimodal")
+    e2b = make(root / "models/google/gemma-4-E2B/main", "gemma4-e2b")
+    make_tokenizer(e2b)
+    for name, kind in kinds.items():
         folder = make_base(root / "models" / "google" / name / "main", kind)
         (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         for other in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "original/params.json"):
@@ -126,10 +132,11 @@ def test_every_recipe_starts_from_what_was_fetched(network: str, hub: Hub, home:
     """The recipes' files as they are. Online without a token: what is here is not asked for again."""
     environment = {"HF_HUB_OFFLINE": "1"} if network == "offline" else {"HF_ENDPOINT": hub.url}
     lines: list[list[str | Path]] = []
-    for model in ("gemma-3-1b-pt", "gemma-3-4b-pt", "gemma-3-1b-it"):
-        place = home / "grow" / model.replace("gemma-3-", "gemma3_").replace("-pt", "").replace("-it", "_it") / "grown"
-        lines += [["plan", f"google/{model}"]]
-        lines += [["expand", f"google/{model}", place]] if network == "offline" else []
+    named = [yaml.safe_load(recipe.read_text()) for recipe in RECIPES]
+    places = {own["base"]: own["grown"].replace("${GROW_CACHE}", str(home / "grow")) for own in named if "grown" in own}
+    for model, place in places.items():
+        lines += [["plan", model]]
+        lines += [["expand", model, place]] if network == "offline" else []
     lines += [["train", recipe, "--check"] for recipe in RECIPES]
     asked = len(hub.asked)
     for line, (code, said) in zip(lines, commands(lines, home, **environment), strict=True):

@@ -1,0 +1,31 @@
+"""Gemma 4's layouts in training: layers of two widths, towers for images and sound that text does not train."""
+
+from pathlib import Path
+
+import pytest
+
+from grow.checkpoint.expand import expand
+from tests.checkpoint.test_architectures import make
+from tests.helpers.running import consolidate, train_and_resume
+from tests.helpers.tiny import make_recipe, make_tokenizer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "stage", "ranks"),
+    [
+        ("gemma4", "g_train", 1, 1),
+        ("gemma4-e2b", "sft", 1, 1),
+        pytest.param("gemma4", "g_freeze", 3, 2, marks=pytest.mark.full),
+        pytest.param("gemma4-e2b", "sft", 3, 2, marks=pytest.mark.full),
+    ],
+)
+def test_it_learns_and_resumes(kind: str, method: str, stage: int, ranks: int, sums: Path, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", kind)
+    make_tokenizer(base)
+    expand(str(base), str(tmp_path / "grown"))
+    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", sums, stage, method=method)
+    trained = train_and_resume(recipe, ranks)
+    assert trained and not any("audio" in name or "vision" in name for name in trained)
+    consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
