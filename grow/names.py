@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from grow.errors import UserError, unknown
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
+"""The same, where gate and up are one matrix, gate above up (Phi 3 and 4, GLM 4)."""
 
-_MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down)_proj\.weight", re.ASCII)
+_MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down|gate_up)_proj\.weight", re.ASCII)
 _OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
-    ".gate_up_proj.": "a fused gate_up_proj", ".qweight": "quantized weights",
+    ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
-_ADDED = re.compile(r"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:gate|up|down)_proj\.)")
+_ADDED = re.compile(r"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:gate|up|down|gate_up)_proj\.)")
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
 
 
@@ -34,13 +36,15 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
         if match:
             found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
     if not found:
-        raise UserError("no gated MLP in it (layers.<i>.mlp.gate_proj, up_proj, down_proj), so nothing can grow")
+        raise UserError(
+            "no gated MLP in it (layers.<i>.mlp.gate_proj and up_proj, or gate_up_proj; down_proj), so nothing can grow"
+        )
     prefixes = {}
     for layer, by_prefix in sorted(found.items()):
         if len(by_prefix) > 1:
             raise UserError(f"layer {layer} stands in it twice ({', '.join(by_prefix)}): which is the decoder?")
         ((prefixes[layer], names),) = by_prefix.items()
-        if len(names) != len(PROJECTIONS):
+        if {name.split(".")[-2] for name in names} not in (set(PROJECTIONS), set(FUSED)):
             raise UserError(
                 f"{prefixes[layer]} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
             )

@@ -11,9 +11,9 @@ from grow.data.of_recipe import read_sequences
 from grow.data.packing import Epochs, collate
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
+from grow.model.gated import gated_mlps
 from grow.model.loading import checkpoint_activations, compute_device, compute_dtype, load
 from grow.model.loss import labelled_logits, loss_sum
-from grow.model.mlp import gated_mlps
 from grow.recipe import Recipe
 
 

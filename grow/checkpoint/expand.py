@@ -20,7 +20,7 @@ from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_inde
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import PROJECTIONS, is_growth, mlp_prefixes
+from grow.names import FUSED, PROJECTIONS, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
 
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
@@ -69,34 +69,40 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
 
 
 def _check_shapes(base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None) -> None:
-    gate, up, down = (base.tensors[f"{prefix}.{name}.weight"] for name in PROJECTIONS)
-    p, h = gate.shape if len(gate.shape) == 2 else (0, 0)
+    layout = layout_of(base, prefix)
+    infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
+    h, p = infos[-1].shape if len(infos[-1].shape) == 2 else (0, 0)
+    rows = 2 * p if layout == FUSED else p
     expected = (width or p, hidden_size or h)
-    if up.shape != (p, h) or down.shape != (h, p) or (p, h) != expected or 0 in (p, h):
-        shapes = ", ".join(
-            f"{name} {list(info.shape)}" for name, info in zip(PROJECTIONS, (gate, up, down), strict=True)
-        )
+    if any(info.shape != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
+        shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(layout, infos, strict=True))
         raise UserError(
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
     for name, info in base.tensors.items():
-        if name.startswith(f"{prefix}.") and p in info.shape and name.split(".")[-2] not in PROJECTIONS:
+        if name.startswith(f"{prefix}.") and p in info.shape and name.split(".")[-2] not in layout:
             raise UserError(
                 f"{base.path}: {name} is as wide as the MLP, and what it does to copies is not known here; a plain "
                 "gated MLP is needed"
             )
-    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in PROJECTIONS]
-    for name, bias, length in zip(PROJECTIONS, biases, (p, p, h), strict=True):
+    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in layout]
+    for name, bias, length in zip(layout, biases, (*[rows] * (len(layout) - 1), h), strict=True):
         if bias is not None and bias.shape != (length,):
             raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
-    dtypes = {info.dtype for info in (gate, up, down, *biases) if info is not None}
-    if not is_float(gate.dtype) or len(dtypes) > 1:
+    dtypes = {info.dtype for info in (*infos, *biases) if info is not None}
+    if not is_float(infos[0].dtype) or len(dtypes) > 1:
         raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
 
 
+def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
+    """Returns the names of the matrices of a gated MLP."""
+    return FUSED if f"{prefix}.{FUSED[0]}.weight" in base.tensors else PROJECTIONS
+
+
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, LazyTensor]:
-    """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight`, in the base's dtype.
+    """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight` (or gate_up_proj, in which
+    copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
     divided by k. Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
@@ -106,13 +112,16 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
     for layer in plan.layers:
         if layer not in prefixes:
             raise UserError(f"layer {layer} has no gated MLP to grow; layers that have one: {sorted(prefixes)}")
-        for projection in PROJECTIONS:
+        for projection in layout_of(base, prefixes[layer]):
             for part in ("weight", "bias"):
                 name = f"{prefixes[layer]}.{projection}.{part}"
                 if name not in base.tensors:
                     continue
                 own = base.lazy(name)
-                if projection != "down_proj":
+                if projection == FUSED[0]:
+                    gate, up = own.halves()
+                    made = concat_rows(*[gate] * (k - 1), *[up] * (k - 1))
+                elif projection != "down_proj":
                     made = concat_rows(*[own] * (k - 1))
                 elif part == "bias":
                     made = own.scaled((k - 1) / k)

@@ -56,6 +56,14 @@ class LazyTensor:
         values = np.ascontiguousarray(self.rows(0, self.length)).reshape(self.shape).copy()
         return torch.from_numpy(values).view(getattr(torch, TORCH_NAMES[self.dtype]))
 
+    def halves(self) -> tuple["LazyTensor", "LazyTensor"]:
+        """Returns the upper and the lower half of the rows."""
+        half = self.length // 2
+        shape = (half, *self.shape[1:])
+        return LazyTensor(shape, self.dtype, self.rows), LazyTensor(
+            shape, self.dtype, lambda begin, end: self.rows(half + begin, half + end)
+        )
+
     def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "LazyTensor":
         """Returns the tensor with a function applied to each block of rows; `dtype` if the function changes it."""
         return LazyTensor(self.shape, dtype or self.dtype, lambda begin, end: function(self.rows(begin, end)))

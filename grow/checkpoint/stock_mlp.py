@@ -6,6 +6,8 @@
     skill i, the copies           Gᵢ, Uᵢ, αᵢ · Dᵢ
     zeros                         up to the width of the widest layer
 
+Where gate and up are one matrix, all gates stand above all ups.
+
 A biased down-projection's bias is the sum of the blocks'.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from grow.checkpoint.dtypes import widest
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
 
-_UP = ("gate_proj", "up_proj")
+_UP, _FUSED = ("gate_proj", "up_proj"), "gate_up_proj"
 Tensors = Mapping[str, LazyTensor]
 """Tensors of an MLP by the ends of their names, such as gate_proj.weight."""
 
@@ -49,7 +51,7 @@ def blocks(own: Tensors, skills: list[Grown], target: str) -> Blocks:
 
 def hidden_units(parts: Blocks) -> int:
     """Returns how many hidden units blocks have together."""
-    return sum(tensors["gate_proj.weight"].shape[0] for tensors, _ in parts)
+    return sum(tensors["down_proj.weight"].shape[1] for tensors, _ in parts)
 
 
 def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
@@ -61,6 +63,11 @@ def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
 
 
 def _joined(name: str, parts: list[tuple[LazyTensor, float]], width: int, target: str) -> LazyTensor:
+    if name.startswith(_FUSED):
+        halves = [tensor.halves() for tensor, _ in parts]
+        return concat_rows(
+            *(_joined(_UP[half], [(pair[half], 1.0) for pair in halves], width, target) for half in (0, 1))
+        )
     if name.startswith(_UP):
         made = [tensor.to(target) for tensor, _ in parts]
         room = width - sum(tensor.shape[0] for tensor in made)

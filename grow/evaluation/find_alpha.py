@@ -16,8 +16,9 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
+from grow.model.gated import gated_mlps
 from grow.model.loss import labelled_logits, likelihood_and_kl
-from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.mlp import GrownMLP
 
 PROSE = "gemma3_270m/prose/test.jsonl"
 """The default text in the cache: English fiction."""

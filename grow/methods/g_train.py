@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from grow.methods.g_freeze import GFreeze
+from grow.model.gated import up_layers
 from grow.model.gather import gathered
 from grow.model.mlp import grown_mlps
 from grow.names import is_growth, own_name
@@ -33,7 +34,7 @@ class GTrain(GFreeze):
 
 
 def _copy_up(mlp: Any) -> None:
-    own = [parameter for layer in (mlp.gate_proj, mlp.up_proj) for parameter in layer.parameters()]
+    own = [parameter for layer in up_layers(mlp) for parameter in layer.parameters()]
     with gathered(*own), torch.no_grad():
         mlp.add_trained(device=own[0].device, dtype=own[0].dtype)
         for copy, original in zip(mlp.trained.parameters(), own, strict=True):

@@ -11,7 +11,8 @@ from torch import nn
 
 from grow.errors import UserError
 from grow.model.bottleneck import AdaptedMLP
-from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.gated import gated_mlps
+from grow.model.mlp import GrownMLP
 from grow.model.skills import SkilledMLP
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.model.gated import first_linear
+
 FILE, CONFIG = "adapter.safetensors", "adapter.json"
 
 
@@ -50,6 +52,6 @@ def adapt_mlp(mlp: Any, size: int) -> None:
     """Gives a gated MLP an adapter, in place."""
     cls = type(mlp)
     mlp.__class__ = type(f"Adapted{cls.__name__}", (AdaptedMLP, cls), {})
-    own = mlp.gate_proj.weight
+    own = first_linear(mlp).weight
     mlp.alpha = 1.0
-    mlp.adapter = Bottleneck(mlp.gate_proj.in_features, size, device=own.device, dtype=own.dtype)
+    mlp.adapter = Bottleneck(first_linear(mlp).in_features, size, device=own.device, dtype=own.dtype)

@@ -12,7 +12,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.model.alpha import base_inside
-from grow.model.mlp import gated_mlps
+from grow.model.gated import gated_mlps
 
 _TOKENS = 2048  # of a batch
 

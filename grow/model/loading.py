@@ -16,8 +16,9 @@ from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
+from grow.model.gated import gated_mlps
 from grow.model.lora import add_gates
-from grow.model.mlp import add_growth, gated_mlps
+from grow.model.mlp import add_growth
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
 from grow.names import canonical

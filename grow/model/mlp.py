@@ -14,7 +14,6 @@ At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in bi
 two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,30 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
+from grow.model.gated import activation, first_linear, gate_and_up, gated_mlps, is_fused, width
 from grow.model.where_on import where_on
-from grow.names import PROJECTIONS
 from grow.plan import GrowthPlan
-
-_MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
 class GrownBranch(nn.Module):
-    """Holds the added copies: gate and up of shape [(k−1)·p, h], down of shape [h, (k−1)·p] (already divided by k).
+    """Holds the added copies: gate and up of shape [(k−1)·p, h], one below the other where the base has them so, and
+    down of shape [h, (k−1)·p] (already divided by k).
 
     They have biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
     """
 
+    down_proj: nn.Linear
+
     def __init__(self, mlp: Any, width: int):
         super().__init__()
-        hidden_size = mlp.gate_proj.in_features
-        self.gate_proj = nn.Linear(hidden_size, width, bias=mlp.gate_proj.bias is not None)
-        self.up_proj = nn.Linear(hidden_size, width, bias=mlp.up_proj.bias is not None)
-        self.down_proj = nn.Linear(width, hidden_size, bias=mlp.down_proj.bias is not None)
-        self.act_fn = mlp.act_fn
+        add_up(self, mlp, width)
+        self.down_proj = nn.Linear(width, first_linear(mlp).in_features, bias=mlp.down_proj.bias is not None)
+        self.act_fn = activation(mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps […, h] to […, h]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = gate_and_up(self, x)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class GrownMLP:
@@ -58,10 +57,7 @@ class GrownMLP:
     switch: Any = None  # grow.model.switch.Switch, if the model has one
     grown: GrownBranch
     trained: Any
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
     down_proj: nn.Linear
-    act_fn: nn.Module
 
     def add_trained(self, **kind: Any) -> None:
         """Adds `trained`, an up-projection that replaces the base's own: gate and up, [p, h], uninitialised.
@@ -79,7 +75,7 @@ class GrownMLP:
         """Maps […, h] to […, h]."""
         if self.alpha == 0:
             return self._base(x)
-        every_rank = hasattr(self.gate_proj.weight, "ds_id")
+        every_rank = hasattr(self.down_proj.weight, "ds_id")
         if self.switch is None or (self.switch.acts(self.training) is True and not every_rank):
             return self._with_growth(x, self._base(x))
 
@@ -95,12 +91,12 @@ class GrownMLP:
 
 def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
     """Returns what an MLP makes of x, […, h], with gate and up in the place of its own (G-Train)."""
-    gate, up = trained.gate_proj(x), trained.up_proj(x)
+    gate, up = gate_and_up(trained, x)
     if alpha != 1:
         # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
-        gate = torch.lerp(mlp.gate_proj(x), gate, alpha)
-        up = torch.lerp(mlp.up_proj(x), up, alpha)
-    return mlp.down_proj(mlp.act_fn(gate) * up)
+        own_gate, own_up = gate_and_up(mlp, x)
+        gate, up = torch.lerp(own_gate, gate, alpha), torch.lerp(own_up, up, alpha)
+    return mlp.down_proj(activation(mlp)(gate) * up)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:
@@ -114,35 +110,30 @@ def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> T
 
 
 def grow_mlp(mlp: Any, factor: int) -> None:
-    """Gives a gated MLP (modules gate_proj, up_proj, down_proj, act_fn) its added copies, in place.
+    """Gives a gated MLP (grow.model.gated) its added copies, in place.
 
     The copies are not initialised: a checkpoint's loader fills them.
     """
     cls = type(mlp)
     mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
     mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
-    mlp.grown = GrownBranch(mlp, (factor - 1) * mlp.gate_proj.out_features)
-
-
-def gated_mlps(model: nn.Module) -> dict[int, nn.Module]:
-    """Returns the gated MLPs of the decoder layers, by layer. A vision tower's MLPs are not gated, so not among
-    them."""
-    found = {}
-    for name, module in model.named_modules():
-        match = _MLP_MODULE.search(name)
-        if match and all(hasattr(module, projection) for projection in PROJECTIONS):
-            found[int(match[1])] = module
-    return found
+    mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp))
 
 
 def up_projection(mlp: Any, **kind: Any) -> nn.Module:
     """Returns gate and up, [p, h], as an MLP has them, uninitialised. `kind` has device and dtype, if they are not
     torch's defaults."""
     made = nn.Module()
-    for name in ("gate_proj", "up_proj"):
-        own = getattr(mlp, name)
-        made.add_module(name, nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, **kind))
+    add_up(made, mlp, width(mlp), **kind)
     return made
+
+
+def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
+    """Gives a module gate and up of so many hidden units, in the layout of an MLP, uninitialised."""
+    for name in ("gate_up_proj",) if is_fused(mlp) else ("gate_proj", "up_proj"):
+        own = getattr(mlp, name)
+        rows = units * (2 if is_fused(mlp) else 1)
+        module.add_module(name, nn.Linear(own.in_features, rows, bias=own.bias is not None, **kind))
 
 
 def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:

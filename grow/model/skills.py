@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.model.gated import width
 from grow.model.mlp import GrownBranch, planned_mlps, trained_base, up_projection, with_growth
 from grow.plan import GrowthPlan
 
@@ -82,6 +83,6 @@ def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mappin
                 mlp.__class__ = type(f"Skilled{cls.__name__}", (SkilledMLP, cls), {})
                 mlp.alpha, mlp.skills, mlp.grown, mlp.trained = 1.0, {}, nn.ModuleDict(), nn.ModuleDict()
             mlp.skills[name] = Skill(plan.factor, alphas[name] * plan.own_alpha(layer))
-            mlp.grown[name] = GrownBranch(mlp, (plan.factor - 1) * mlp.gate_proj.out_features)
+            mlp.grown[name] = GrownBranch(mlp, (plan.factor - 1) * width(mlp))
             if plan.trained_up:
                 mlp.trained[name] = up_projection(mlp)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.features import opens
+from grow.model.gated import first_linear, gated_mlps
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
-from grow.model.mlp import GrownMLP, gated_mlps
+from grow.model.mlp import GrownMLP
 from grow.model.skills import SkilledMLP
 from grow.model.switch import Switch
 
@@ -127,10 +128,9 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
     if record.layer not in mlps:
         raise UserError(f"the switch reads layer {record.layer}; the model has gated MLPs in layers {sorted(mlps)}")
     mlp: Any = mlps[record.layer]
-    if len(record.weight) != mlp.gate_proj.in_features:
-        raise UserError(
-            f"the switch reads {len(record.weight)} features; the model's hidden size is {mlp.gate_proj.in_features}"
-        )
+    hidden_size = first_linear(mlp).in_features
+    if len(record.weight) != hidden_size:
+        raise UserError(f"the switch reads {len(record.weight)} features; the model's hidden size is {hidden_size}")
     if record.kind == "token" and first_pass:
         raise UserError(
             f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "

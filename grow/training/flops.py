@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grow.model.gated import up_layers
 from grow.model.mlp import grown_mlps
 from grow.names import of_language_model
 
@@ -42,7 +43,7 @@ class StepFlops:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.per_token = self.per_label = 0
         # A trained up-projection takes the place of the base's own, which is not computed then (grow.model.mlp).
-        idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in (mlp.gate_proj, mlp.up_proj)}
+        idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in up_layers(mlp)}
         reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in name)
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)

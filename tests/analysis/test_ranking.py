@@ -13,8 +13,8 @@ from grow.analysis.effective_rank import rounding_norm, singular_values, spectru
 from grow.checkpoint.expand import expand
 from grow.checkpoint.lazy import from_tensor
 from grow.data.of_recipe import rows_of, template_of
+from grow.model.gated import gated_mlps
 from grow.model.loading import load
-from grow.model.mlp import gated_mlps
 from tests.cli.test_command_line import mistake
 from tests.helpers.checkpoints import write_base
 from tests.helpers.running import train

@@ -17,8 +17,8 @@ import torch
 
 import grow
 from grow.checkpoint.switch_record import SwitchRecord
+from grow.model.gated import gated_mlps
 from grow.model.loading import compute_device, compute_dtype, load
-from grow.model.mlp import gated_mlps
 from grow.model.switched import put_switch
 from tests.benchmarks.branches import seconds
 from tests.benchmarks.converter import words

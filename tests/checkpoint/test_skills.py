@@ -14,8 +14,8 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.checkpoint.verify import verify
 from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
+from grow.model.gated import gated_mlps
 from grow.model.loading import load
-from grow.model.mlp import gated_mlps
 from grow.model.switched import put_switch
 from tests.helpers.running import here
 from tests.helpers.tiny import file_checksum, folder_checksums, logits, make_base, make_recipe

@@ -13,8 +13,9 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
+from grow.model.gated import gated_mlps
 from grow.model.loss import labelled_logits
-from grow.model.mlp import gated_mlps, grown_mlps
+from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,8 +9,8 @@ import torch
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.methods.g_freeze import GFreeze
+from grow.model.gated import gated_mlps
 from grow.model.loading import checkpoint_activations, load
-from grow.model.mlp import gated_mlps
 from tests.helpers.running import curve, start
 from tests.helpers.tiny import ROOT, make_recipe, tokens
 

@@ -13,7 +13,7 @@ from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.model.bottleneck import CONFIG, FILE, adapt_mlp
-from grow.model.mlp import gated_mlps
+from grow.model.gated import gated_mlps
 from grow.names import mlp_prefixes
 
 

@@ -1,4 +1,4 @@
-"""Gemma 4's layouts in training: layers of two widths, towers for images and sound that text does not train."""
+"""Other layouts in training: layers of two widths, towers that text does not train, gate and up in one matrix."""
 
 from pathlib import Path
 
@@ -16,6 +16,8 @@ pytestmark = pytest.mark.gpu
     ("kind", "method", "stage", "ranks"),
     [
         ("gemma4", "g_train", 1, 1),
+        ("phi3", "g_train", 1, 1),
+        pytest.param("phi3", "g_train", 3, 2, marks=pytest.mark.full),
         ("gemma4-e2b", "sft", 1, 1),
         pytest.param("gemma4", "g_freeze", 3, 2, marks=pytest.mark.full),
         pytest.param("gemma4-e2b", "sft", 3, 2, marks=pytest.mark.full),
@@ -25,7 +27,8 @@ def test_it_learns_and_resumes(kind: str, method: str, stage: int, ranks: int, s
     base = make(tmp_path / "base", kind)
     make_tokenizer(base)
     expand(str(base), str(tmp_path / "grown"))
-    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", sums, stage, method=method)
+    fields = {"method": method, "learning_rate": 3e-2}
+    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", sums, stage, **fields)
     trained = train_and_resume(recipe, ranks)
     assert trained and not any("audio" in name or "vision" in name for name in trained)
     consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
