@@ -2,7 +2,8 @@
 
     python recipes/study/run.py recipes/study/switch.yaml --seeds 1 --keep            # the runs that are combined
     python recipes/study/run.py recipes/study/switch_entailment.yaml --seeds 1 --keep
-    python recipes/study/skills.py --out results [--seed 1]
+    python recipes/study/skills.py --out results --growth french=GROWN,entailment=GROWN
+        --sft french=STOCK,entailment=STOCK --lora french=RUN/result,entailment=RUN/result
 
 Growth: two packages on one base, with their switches and always on. Task arithmetic (arXiv 2212.04089): the base and
 the sum of both fine-tunings' changes, times λ. LoRAs: PEFT's sum (`cat`) and TIES (arXiv 2306.01708). Each is scored on
@@ -12,6 +13,8 @@ both tasks and on retention. Writes OUT/skills.json and .md; what is scored alre
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +28,88 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grow.analysis.figures import markdown
 from grow.checkpoint.files import write_json, write_text
 from grow.checkpoint.shards import read_json
+from grow.checkpoint.switch_record import NAME as SWITCH_NAME
 from grow.cli.arguments import run_script
+from grow.errors import UserError
 from grow.methods import read_recipe
 
 HERE = Path(__file__).parent
 TASKS = {"french": "switch.yaml", "entailment": "switch_entailment.yaml"}
 _SUMS = (0.5, 0.75, 1.0)
-_RETENTION = 100
+_ROWS, _RETENTION = 100, 30
 
 
-def skills(out: str, seed: str = "1", work: str = "") -> None:
-    """Scores every combination of the two tasks' runs with this seed."""
+def skills(out: str, growth: str, sft: str, lora: str) -> None:
+    """Scores every combination of the two tasks' results."""
     cache = Path(os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow")))
-    folder, results = Path(work or cache / "study" / "skills"), Path(out) / "skills.json"
+    folder, results = cache / "study" / "skills", Path(out) / "skills.json"
     folder.mkdir(parents=True, exist_ok=True)
     results.parent.mkdir(parents=True, exist_ok=True)
-    runs = {
-        name: _Runs(cache / "study" / grid.removesuffix(".yaml"), HERE / grid, seed) for name, grid in TASKS.items()
-    }
-    base = runs["french"].base
+    grids = {name: HERE / grid for name, grid in TASKS.items()}
+    recipes = {name: str((path.parent / read_grid(path)["recipe"]).resolve()) for name, path in grids.items()}
+    base = read_recipe(recipes["french"]).base
     found = read_json(results) if results.exists() else {}
     made = folder / "made"
-    for name, (make, options) in _combinations(base, runs).items():
-        if name in found:
-            continue
-        shutil.rmtree(made, ignore_errors=True)
-        checkpoint = make(made)
-        found[name] = {
-            task: _scored(own, checkpoint, folder / "scores.json", options, task == "french")
-            for task, own in runs.items()
-        }
-        write_json(results, found)
+    for name, (make, options) in _combinations(base, *map(_named, (growth, sft, lora))).items():
+        if name not in found:
+            shutil.rmtree(made, ignore_errors=True)
+            checkpoint = make(made)
+            found[name] = {
+                task: _scored(recipe, grids[task], checkpoint, folder / "scores.json", options)
+                for task, recipe in recipes.items()
+            }
+            write_json(results, found)
     shutil.rmtree(made, ignore_errors=True)
     write_text(Path(out) / "skills.md", table(found))
     print(table(found))
 
 
-class _Runs:
-    """Knows the runs of one task's grid with one seed."""
-
-    def __init__(self, work: Path, grid: Path, seed: str):
-        self.work, self.grid, self.seed = work, read_grid(grid), seed
-        self.recipe = str((grid.parent / self.grid["recipe"]).resolve())
-        self.base = read_recipe(self.recipe, self.grid["fields"]).base
-
-    def folder(self, label: str, end: str = "") -> Path:
-        """Returns the folder of a row's run, at the row's first rate, or what it was consolidated to."""
-        rate = float(self.grid["methods"][label]["learning_rate"][0])
-        return self.work / f"{label} {rate:g} seed {self.seed}{end}".replace(" ", "-")
+def _named(text: str) -> dict[str, Path]:
+    """Reads "french=FOLDER,entailment=FOLDER"."""
+    found = {name: Path(folder) for name, _, folder in (part.partition("=") for part in text.split(","))}
+    if found.keys() != TASKS.keys():
+        raise UserError(f"{text}: name a folder for each of {', '.join(TASKS)}")
+    return found
 
 
-def _combinations(base: str, runs: dict[str, _Runs]) -> dict[str, Any]:
+def _combinations(
+    base: str, growth: dict[str, Path], sft: dict[str, Path], lora: dict[str, Path]
+) -> dict[str, tuple[Callable[[Path], str | Path], list[str]]]:
     """Returns for each model, by name, what makes it, given a folder to write to, and the options of `eval`."""
     stock = ["--start", base]
-    found: dict[str, Any] = {"base": (lambda _: base, [])}
+    found: dict[str, tuple[Callable[[Path], str | Path], list[str]]] = {"base": (partial(_as_it_is, Path(base)), [])}
 
     def grown(out: Path) -> Path:
-        both = [f"{name}={own.folder('g_freeze upper', '-package')}" for name, own in runs.items()]
-        for own in runs.values():
-            package = own.folder("g_freeze upper", "-package")
+        packages = {name: out.with_name(f"{name}-package") for name in growth}
+        for name, package in packages.items():
             if not package.exists():
-                grow("growth", own.folder("g_freeze upper", "-trained"), package)
-        grow("attach", base, *both, out)
+                grow("growth", growth[name], package)
+        grow("attach", base, *(f"{name}={package}" for name, package in packages.items()), out)
         return out
 
-    for name, own in runs.items():
-        trained = own.folder("g_freeze upper", "-trained")
-        found[f"growth, {name} alone, its switch"] = (lambda _, trained=trained: trained, [])
+    for name, own in growth.items():
+        found[f"growth, {name} alone, its switch"] = (partial(_as_it_is, own), [])
     found["growth, both, their switches"] = (grown, [])
     found["growth, both, always on"] = (grown, ["--switch", "on"])
-    changes = {name: own.folder("sft", "-trained") for name, own in runs.items()}
-    for name, trained in changes.items():
-        found[f"SFT, {name} alone"] = (lambda _, trained=trained: trained, stock)
+    for name, own in sft.items():
+        found[f"SFT, {name} alone"] = (partial(_as_it_is, own), stock)
     for share in _SUMS:
-        found[f"SFT, both: task arithmetic, λ = {share:g}"] = (
-            lambda out, share=share: _task_arithmetic(base, list(changes.values()), share, out),
-            stock,
-        )
-    loras = {name: own.folder("lora all") / "result" for name, own in runs.items()}
-    for name, own_lora in loras.items():
-        found[f"LoRA, {name} alone"] = (lambda _, lora=own_lora: lora, ["--switch", "on"])
+        make = partial(_task_arithmetic, base, list(sft.values()), share)
+        found[f"SFT, both: task arithmetic, λ = {share:g}"] = (make, stock)
+    for name, own in lora.items():
+        has_switch = (own / SWITCH_NAME).exists()
+        found[f"LoRA, {name} alone"] = (partial(_as_it_is, own), ["--switch", "on"] if has_switch else [])
     ways: dict[str, dict[str, Any]] = {
         "sum": {"combination_type": "cat"},
         "TIES, half kept": {"combination_type": "ties", "density": 0.5},
     }
     for way, settings in ways.items():
-        found[f"LoRA, both: {way}"] = (lambda out, s=settings: _by_peft(base, loras, out, s), stock)
+        found[f"LoRA, both: {way}"] = (partial(_by_peft, base, lora, settings), stock)
     return found
+
+
+def _as_it_is(checkpoint: Path, _: Path) -> Path:
+    return checkpoint
 
 
 def _task_arithmetic(base: str, trained: list[Path], share: float, out: Path) -> Path:
@@ -126,7 +124,7 @@ def _task_arithmetic(base: str, trained: list[Path], share: float, out: Path) ->
     return _write(model, base, out)
 
 
-def _by_peft(base: str, loras: dict[str, Path], out: Path, settings: dict[str, Any]) -> Path:
+def _by_peft(base: str, loras: dict[str, Path], settings: dict[str, Any], out: Path) -> Path:
     """Writes the base with a combination of LoRAs that PEFT makes, merged."""
     (first, path), *others = loras.items()
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path, adapter_name=first)
@@ -148,12 +146,14 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-def _scored(own: _Runs, checkpoint: Any, out: Path, options: list[str], retention: bool) -> dict[str, Any]:
-    """Returns a checkpoint's scores on one task, and on retention, of a row a set where it is scored elsewhere."""
-    fields = {name: value for name, value in own.grid["fields"].items() if name != "metric"}  # nothing is written
+def _scored(recipe: str, grid: Path, checkpoint: str | Path, out: Path, options: list[str]) -> dict[str, Any]:
+    """Returns a checkpoint's scores on one task, and on retention."""
+    fields = {
+        name: value for name, value in read_grid(grid)["fields"].items() if name != "metric"
+    }  # nothing is written
     grow(
-        "eval", checkpoint, "--recipe", own.recipe, "--out", out, f"--limit={own.grid['limit']}",
-        f"--retention-limit={_RETENTION if retention else 1}", *arguments(fields), *options,
+        "eval", checkpoint, "--recipe", recipe, "--out", out, f"--limit={_ROWS}", f"--retention-limit={_RETENTION}",
+        *arguments(fields), *options,
     )  # fmt: skip
     result = json.loads(out.read_text())
     sets = {"capitals": result["retention"], **result["retention_sets"]}
