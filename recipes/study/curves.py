@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,13 +15,21 @@ Point = dict[str, Any]
 _MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
 
 
+def forgotten(points: Iterable[Point]) -> str:
+    """Returns the figure by which points are compared: "kl", KL(base ‖ model) of general text, where all of them have
+    it, else "text", the rise of what a token of it costs, as before there was the other."""
+    return "text" if any(isnan(one["kl"]) for one in points) else "kl"
+
+
 def frontier(points: Iterable[Point]) -> list[Point]:
-    """Returns the Pareto-optimal points in the losses on task and general text, by their loss on the task."""
+    """Returns the Pareto-optimal points in loss on the task and what is forgotten, by their loss on the task."""
+    points = list(points)
+    key = forgotten(points)
     best, least = [], float("inf")
-    for one in sorted(points, key=lambda p: (p["loss"], p["text"])):
-        if one["text"] < least:
+    for one in sorted(points, key=lambda p: (p["loss"], p[key])):
+        if one[key] < least:
             best.append(one)
-            least = one["text"]
+            least = one[key]
     return best
 
 
@@ -33,21 +42,23 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
     """
     figure, (left, right) = new_figure(12, 5.4, columns=2)
     points = [one for own in methods.values() for one in own]
+    key = forgotten(points)
     looks = _looks({label: (own[0]["method"], max(one["seeds"] for one in own)) for label, own in methods.items()})
     for label, own in methods.items():
         trained = [one for one in own if one["alpha"] == 1]
         left.errorbar(
-            [one["loss"] for one in trained], [one["text"] for one in trained],
-            yerr=[one["text_margin"] for one in trained], capsize=2, **{"label": label} | looks[label],
+            [one["loss"] for one in trained], [one[key] for one in trained],
+            yerr=[one[f"{key}_margin"] for one in trained], capsize=2, **{"label": label} | looks[label],
         )  # fmt: skip
         best = frontier(own)
-        x, y = [*(one["loss"] for one in best), base_loss], [*(one["text"] for one in best), 0.0]
+        x, y = [*(one["loss"] for one in best), base_loss], [*(one[key] for one in best), 0.0]
         right.plot(x, y, **looks[label])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    least, lowest = min(one["loss"] for one in points), min(one["text"] for one in points)
+    least, lowest = min(one["loss"] for one in points), min(one[key] for one in points)
     for axes, share in ((left, 0.5), (right, 0.2)):
         axes.set_xlim(least - 0.02 * (base_loss - least), least + share * (base_loss - least))
-    left.set(title="Over rates, as trained", ylabel="general text, rise in nats per token")
+    rise = {"kl": "KL(base ‖ model) on general text, nats per token", "text": "general text, rise in nats per token"}
+    left.set(title="Over rates, as trained", ylabel=rise[key])
     right.set(title="The best over rates and α")
     for axes in (left, right):
         axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")

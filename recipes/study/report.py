@@ -2,21 +2,21 @@
 
     python recipes/study/report.py recipes/study/results.jsonl --out FOLDER [--json]
 
-Two measures of retention, both against the base and row by row. General text: how much more a token costs, nats,
-the mean over the sets of running text (the measure of forgetting in PEFT's method comparison). Questions: how the
-log-likelihood of an answer changed, nats, the mean over the sets of questions. The two are never added: a model that
-learns to answer briefly gains on questions what it loses elsewhere.
+Three measures of retention, all against the base and row by row. KL(base ‖ model) of the next token of general text,
+nats a token, which no model has below 0. General text: how much more a token costs, nats, the mean over the sets of
+running text (the measure of forgetting in PEFT's method comparison). Questions: how the log-likelihood of an answer
+changed, nats, the mean over the sets of questions. They are never added: a model that learns to answer briefly gains on
+questions what it loses elsewhere.
 """
 
 import json as json_module
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from math import isnan, nan, sqrt
+from math import hypot, isnan, nan, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from curves import Point, draw_curves, draw_layers, draw_steps, frontier
+from curves import Point, draw_curves, draw_layers, draw_steps, forgotten, frontier
 
 from grow.analysis.effective_rank import draw_ranks, rank_table
 from grow.analysis.figures import markdown
@@ -30,7 +30,7 @@ are undecided if the 95 % interval crosses that bound."""
 MARKS = {"kept": "✓", "undecided": "?", "lost": "✗"}
 _SPREAD = {"loss": ".3f", "text": "+.3f", "questions": "+.2f"}
 """The figures whose spread over seeds is shown, and their formats."""
-_MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin")
+_MEANS = ("loss", "accuracy", "text", "text_margin", "questions", "questions_margin", "kl", "kl_margin")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -55,7 +55,9 @@ def point(line: dict[str, Any], scores: dict[str, Any]) -> Point:
     `loss` of the task, nats per token, and `accuracy`, the share of rows answered correctly where an answer is one of
     several options, else of tokens; `text`, the rise of what a token of general text costs, nats, and `text_margin`,
     half its 95 % interval (sets are independent: their variances add); `questions` and `questions_margin`, the change
-    of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and `set_margins`.
+    of an answer's log-likelihood, nats; `sets`, each set's own change in its unit, and `set_margins`. `kl` and
+    `kl_margin`, KL(base ‖ model) of general text, nats per token, the mean over its sets, and `kl_sets`, that of each
+    set; NaN and {} in lines of before it was measured.
     """
     texts, sets, widths = set(line["general_text"]), {}, {}
     for name, known in scores["retention"].items():
@@ -69,8 +71,20 @@ def point(line: dict[str, Any], scores: dict[str, Any]) -> Point:
     for group, names in groups.items():
         found[group] = fmean(sets[name] for name in names) if names else nan
         found[f"{group}_margin"] = sqrt(sum(widths[name] ** 2 for name in names)) / max(1, len(names))
+    found |= _divergence(scores["retention"], texts)
     same = {key: line[key] for key in ("label", "method", "learning_rate", "seed")}
     return same | {"alpha": scores["alpha"]} | found
+
+
+def _divergence(retention: dict[str, Any], texts: set[str]) -> Point:
+    known = [retention[name] for name in retention if name in texts]
+    if not known or any("kl" not in own for own in retention.values()):
+        return {"kl": nan, "kl_margin": nan, "kl_sets": {}}
+    widths = [own["kl_interval"][1] - own["kl_interval"][0] for own in known]
+    return {
+        "kl": fmean(own["kl"] for own in known), "kl_margin": hypot(*widths) / 2 / len(known),
+        "kl_sets": {name: own["kl"] for name, own in retention.items()},
+    }  # fmt: skip
 
 
 def _accuracy(task: dict[str, Any]) -> float:
@@ -139,7 +153,7 @@ def over_seeds(points: list[Point]) -> list[Point]:
     found = []
     for same in groups.values():
         means: dict[str, Any] = {key: fmean(one[key] for one in same) for key in _MEANS}
-        for key in ("sets", "set_margins"):
+        for key in ("sets", "set_margins", "kl_sets"):
             means[key] = {name: fmean(one[key][name] for one in same) for name in same[0][key]}
         ranges = {key: (min(one[key] for one in same), max(one[key] for one in same)) for key in _SPREAD}
         found.append(same[0] | means | {"seeds": len(same), "ranges": ranges})
@@ -151,9 +165,10 @@ def verdict(rise: float, margin: float, bound: float) -> str:
     return "kept" if rise + margin <= bound else "lost" if rise - margin > bound else "undecided"
 
 
-def at_most(points: Iterable[Point], loss: float) -> Point | None:
+def at_most(points: list[Point], loss: float) -> Point | None:
     """Returns the point that forgot least among those with at most this task loss; None if there is none."""
-    return min((one for one in points if one["loss"] <= loss), key=lambda p: p["text"], default=None)
+    key = forgotten(points)
+    return min((one for one in points if one["loss"] <= loss), key=lambda p: p[key], default=None)
 
 
 def _methods(points: list[Point]) -> dict[str, list[Point]]:
@@ -178,13 +193,18 @@ def _leading(points: list[Point]) -> str:
     ahead = frontier(leading)
     alphas = sorted({one["alpha"] for one in leading})
     rows: dict[tuple[str, str], list[str]] = defaultdict(lambda: [""] * len(alphas))
+    by_kl = forgotten(leading) == "kl"
     for one in leading:
-        cell = f"{one['loss']:.3f} at {one['text']:+.3f} ± {one['text_margin']:.3f}"
+        what = (
+            f"{one['kl']:.4f} ± {one['kl_margin']:.4f}" if by_kl else f"{one['text']:+.3f} ± {one['text_margin']:.3f}"
+        )
+        cell = f"{one['loss']:.3f} at {what}"
         row = rows[one["label"], f"{one['learning_rate']:g}"]
         row[alphas.index(one["alpha"])] = f"**{cell}**" if one in ahead else cell
     seeds = "one seed" if most == 1 else f"means of {most} seeds"
+    measure = "KL(base ‖ model) of general text" if by_kl else "the rise of general text"
     return (
-        f"Task loss at the rise of general text ± half its 95 % interval over rows, nats per token, {seeds}; in bold "
+        f"Task loss at {measure} ± half its 95 % interval over rows, nats per token, {seeds}; in bold "
         "the Pareto-optimal points.\n\n"
         + markdown(["method", "rate", *(f"α = {alpha:g}" for alpha in alphas)], [[*k, *r] for k, r in rows.items()])
     )
@@ -210,6 +230,8 @@ def _forgot(one: Point | None, questions: list[str]) -> str:
     if one is None:
         return "–"
     shown = f"{one['text']:+.3f} ± {one['text_margin']:.3f}"
+    if not isnan(one["kl"]):
+        shown = f"KL {one['kl']:.4f}, {shown}"
     if questions:
         worst = min(questions, key=lambda name: one["sets"][name])
         shown += f"; {worst} {one['sets'][worst]:+.2f}"
@@ -268,8 +290,14 @@ def _table(points: list[Point], line: dict[str, Any]) -> str:
     names, ahead = list(points[0]["sets"]), frontier(points)
     rows = [["base", "", "", "", f"{base['task']['loss']:.3f}", f"{_accuracy(base['task']):.1%}", "0", "0"]]
     rows[0] += ["0"] * len(names)
+    by_kl = forgotten(points) == "kl"
+    if by_kl:
+        rows[0][6:6] = ["0", ""]
     for one in points:
         row = [*_head(one), f"{one['loss']:.3f}", f"{one['accuracy']:.1%}"]
+        if by_kl:
+            worst = max(one["kl_sets"], key=lambda name: one["kl_sets"][name])
+            row += [f"{one['kl']:.4f} ± {one['kl_margin']:.4f}", f"{worst} {one['kl_sets'][worst]:.3f}"]
         row += [f"{one['text']:+.3f} ± {one['text_margin']:.3f}"]
         row += ["–" if isnan(one["questions"]) else f"{one['questions']:+.2f} ± {one['questions_margin']:.2f}"]
         for name in names:
@@ -277,10 +305,12 @@ def _table(points: list[Point], line: dict[str, Any]) -> str:
             mark = MARKS[verdict(rise, one["set_margins"][name], MARGIN * costs[name])]
             row.append(f"{one['sets'][name]:+.3f} {mark}")
         rows.append([f"**{cell}**" for cell in row] if one in ahead else row)
-    columns = [*_HEAD, "task loss", "accuracy", "general text", "questions", *names]
+    measured = ["KL, general text", "worst set"] if by_kl else []
+    columns = [*_HEAD, "task loss", "accuracy", *measured, "general text", "questions", *names]
     known = ", ".join(f"{known['rows']} of {name}" for name, known in base["retention"].items())
+    kl = "KL: KL(base ‖ model) of the next token, nats; a model equal to the base has 0. " if by_kl else ""
     return markdown(columns, rows) + (
-        f"\n{base['task']['rows']} rows of the task; {known}. General text: the rise of what a token costs, nats; "
+        f"\n{base['task']['rows']} rows of the task; {known}. {kl}General text: the rise of what a token costs, nats; "
         "questions: the change of an answer's log-likelihood, nats; against the base, with 95 % intervals over rows. "
         f"✓: it costs at most {MARGIN:.0%} more; ✗: it costs more; ?: the interval crosses that bound. "
         "In bold: no other row is better in both task and general text.\n"

@@ -283,7 +283,7 @@ def tables(found: dict[str, Any]) -> str:
     rows = [
         (f"{name}, layer {layer}", line) for layer, lines in found["layers"].items() for name, line in lines.items()
     ]
-    rows += [*found["several"].items(), *found["prompt"].items()]
+    rows += [*found.get("several", {}).items(), *found["prompt"].items()]
     text = []
     for title, names in (("should open", OPEN), ("near", NEAR), ("far", FAR)):
         lines = [f"| {title}: % open | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

@@ -131,20 +131,24 @@ def test_a_study_goes_on_and_its_report_has_its_numbers(text_base: Path, sums: P
         for part in re.split(r"\n\n(?=[A-Z]|\| method \| rate)", text)
     ]
     leading, (_, *every), matched, kept, ranks = (table for table in tables if table)
-    cells = [f"{loss:.3f} at {rise:+.3f}" for loss, rise in zip(losses, rises, strict=True)]
+    divergences = [known["prose"]["kl"] for known in places]
+    assert json.loads(second)["kl"] == {name: own["kl"] for name, own in places[-1].items()}
+    assert all(kl > 0 and known["known"]["identical"] == 0 for kl, known in zip(divergences, places, strict=True))
+    cells = [f"{loss:.3f} at {kl:.4f}" for loss, kl in zip(losses, divergences, strict=True)]
     leading = [[cell.partition(" ± ")[0] for cell in row] for row in leading]
     assert leading == [["sft", "0.001", *cells[:2]], ["some layers", "0.01", *cells[2:]]]
     assert [row[4] for row in every] == [f"{loss:.3f}" for loss in losses]
-    assert [row[6].split(" ")[0] for row in every] == [f"{rise:+.3f}" for rise in rises]
+    assert [row[6].split(" ")[0] for row in every] == [f"{kl:.4f}" for kl in divergences]
+    assert [row[8].split(" ")[0] for row in every] == [f"{rise:+.3f}" for rise in rises]
     bound = 0.01 * base["loss"]
-    sides = [("✓" if rise <= bound else "✗", row[9][-1]) for row, rise in zip(every, rises, strict=True)]
+    sides = [("✓" if rise <= bound else "✗", row[11][-1]) for row, rise in zip(every, rises, strict=True)]
     assert all(mark in ("?", side) for side, mark in sides)
-    assert [row[7].split(" ")[0] for row in every] == [f"{change:+.2f}" for change in changes]
+    assert [row[9].split(" ")[0] for row in every] == [f"{change:+.2f}" for change in changes]
     assert [row[0] for row in matched] == [f"{m}, {a}" for m in ("sft", "some layers") for a in ("α = 1", "any α")]
     for row, own in zip(matched[1::2], (slice(0, 2), slice(2, 4)), strict=True):
         first_target = float(re.search(r"task loss at most \| ([\d.]+)", text)[1])
-        enough = [rise for rise, loss in zip(rises[own], losses[own], strict=True) if loss <= first_target]
-        assert row[1].split(" ")[0] == (f"{min(enough):+.3f}" if enough else "–")
+        enough = [kl for kl, loss in zip(divergences[own], losses[own], strict=True) if loss <= first_target]
+        assert row[1].split(",")[0] == (f"KL {min(enough):.4f}" if enough else "–")
         assert all(re.search(r"; known [+-]\d\.\d\d \(", cell) for cell in row[1:] if cell != "–")
     of_gate = [f["effective_rank"] for f in json.loads(second)["effective_rank"] if f["matrix"] == "mlp.gate_proj"]
     assert len(of_gate) == 2 and json.loads(first)["effective_rank"] == []
@@ -172,6 +176,7 @@ def test_seeds_are_brought_together() -> None:
     """Their means and their range; margins over rows do not shrink, since the rows are the same."""
     one = {"label": "sft", "learning_rate": 1e-5, "alpha": 1, "seed": 0, "accuracy": 0.5, "questions": 0.25}
     one |= {"questions_margin": 0.02, "text_margin": 0.01, "sets": {"a": 0.5}, "set_margins": {"a": 0.1}}
+    one |= {"kl": 0.1, "kl_margin": 0.01, "kl_sets": {"a": 0.1}}
     seeds = [one | {"loss": loss, "text": text, "seed": n} for n, (loss, text) in enumerate([(1.5, 0.1), (1.7, 0.3)])]
     other = one | {"loss": 2.0, "text": 0.5, "alpha": 0.5}
     mean, alone = over_seeds([*seeds, other])
