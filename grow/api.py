@@ -31,8 +31,8 @@ from grow.methods.g_freeze import GFreeze
 from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
-from grow.model.gated import first_linear
 from grow.model.in_memory import InMemoryCheckpoint, fill
+from grow.model.layouts import up_layers
 from grow.model.mlp import add_growth, grown_mlps
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
@@ -183,7 +183,7 @@ def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
     """Adds the modules of a plan, where the MLPs are and in their dtype."""
     add_growth(model, plan)
     for mlp in grown_mlps(model):
-        own = first_linear(mlp).weight
+        own = up_layers(mlp)[0].weight
         for added in filter(None, (mlp.grown, mlp.trained)):
             added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
 

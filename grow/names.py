@@ -5,11 +5,19 @@ from collections.abc import Iterable
 
 from grow.errors import UserError, unknown
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FUSED = ("gate_up_proj", "down_proj")
-"""The same, where gate and up are one matrix, gate above up (Phi 3 and 4, GLM 4)."""
+LAYOUTS = (
+    ("gate_proj", "up_proj", "down_proj"),  # Gemma, Llama, Mistral, Qwen …
+    ("gate_up_proj", "down_proj"),  # gate above up in one matrix: Phi 3 and 4, GLM 4
+    ("up_proj", "down_proj"),  # without a gate: Arcee, Nemotron
+    ("fc1", "fc2"),  # Phi 1 and 2
+    ("c_fc", "c_proj"),  # StarCoder 2
+)
+"""The matrices of the MLPs that can grow, by their names in the classes; the last maps back to the hidden size."""
+FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj")
+MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
+_MATRIX = "|".join(MATRICES)
 
-_MLP_KEY = re.compile(r"((?:.*\.)?layers\.(\d{1,6})\.mlp)\.(?:gate|up|down|gate_up)_proj\.weight", re.ASCII)
+_MLP_KEY = re.compile(rf"((?:.*\.)?layers\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
 _OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 _NOT_PLAIN = {
@@ -17,19 +25,20 @@ _NOT_PLAIN = {
     ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
-_ADDED = re.compile(r"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:gate|up|down|gate_up)_proj\.)")
+_ADDED = re.compile(rf"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX})\.)")
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
 
 
 def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
-    """Maps each decoder layer that has a gated MLP to the prefix of its keys, e.g. {3: "model.layers.3.mlp"}.
+    """Maps each decoder layer that has an MLP of one of the LAYOUTS to the prefix of its keys, e.g. {3:
+    "model.layers.3.mlp"}.
 
     Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
     """
     keys = [key for key in keys if not is_growth(key) and not _OTHER_TOWERS.search(key)]
     for pattern, what in _NOT_PLAIN.items():
         if any(pattern in key for key in keys):
-            raise UserError(f"the model has {what}, which cannot be grown; a plain gated MLP is needed")
+            raise UserError(f"the model has {what}, which cannot be grown; a plain MLP is needed")
     found: dict[int, dict[str, set[str]]] = {}
     for key in keys:
         match = _MLP_KEY.fullmatch(key)
@@ -37,17 +46,18 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
             found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
     if not found:
         raise UserError(
-            "no gated MLP in it (layers.<i>.mlp.gate_proj and up_proj, or gate_up_proj; down_proj), so nothing can grow"
+            "no MLP in it that can grow (layers.<i>.mlp.gate_proj, up_proj, down_proj, or another layout that "
+            "grow/checkpoint/README.md names)"
         )
     prefixes = {}
     for layer, by_prefix in sorted(found.items()):
         if len(by_prefix) > 1:
             raise UserError(f"layer {layer} stands in it twice ({', '.join(by_prefix)}): which is the decoder?")
         ((prefixes[layer], names),) = by_prefix.items()
-        if {name.split(".")[-2] for name in names} not in (set(PROJECTIONS), set(FUSED)):
-            raise UserError(
-                f"{prefixes[layer]} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
-            )
+        there = {name.split(".")[-2] for name in names}
+        if there not in map(set, LAYOUTS):
+            near = next(layout for layout in LAYOUTS if there & set(layout))
+            raise UserError(f"{prefixes[layer]} lacks one of {', '.join(near)}: the checkpoint is incomplete")
     return prefixes
 
 
@@ -70,6 +80,11 @@ def is_growth(key: str) -> bool:
 def own_name(key: str) -> str:
     """Returns the name of the base's own tensor that an added one is a copy of."""
     return _ADDED.sub(".mlp.", key)
+
+
+def is_down(key: str) -> bool:
+    """Says whether a tensor is of the matrix that maps hidden units back to the hidden size."""
+    return key.split(".")[-2] in DOWN
 
 
 def skill_of(key: str) -> str:

@@ -143,13 +143,19 @@ def coupled_layers(config: dict[str, Any], num_layers: int) -> list[int]:
 
 def mlp_widths(config: dict[str, Any], num_layers: int) -> list[int] | None:
     """Returns the width that a config gives each layer's MLP; None if it gives none. `intermediate_size` is one for all
-    or, in Gemma 3n, a list; in Gemma 4 layers that share the keys and values of others may be twice as wide."""
+    or, in Gemma 3n, a list; in Gemma 4 layers that share the keys and values of others may be twice as wide. Raises
+    UserError for anything else."""
     text = text_config(config)
-    width = text.get("intermediate_size")
-    if width is None or isinstance(width, list):
-        return width
+    size = text.get("intermediate_size")
+    if size is None:
+        return None
+    widths = size if isinstance(size, list) else [size] * num_layers
+    if len(widths) != num_layers or not all(type(width) is int and width > 0 for width in widths):
+        raise UserError(
+            f"the config's intermediate_size {size!r} is not a width, or one for each of {num_layers} layers"
+        )
     shared = int(text.get("num_kv_shared_layers") or 0) if text.get("use_double_wide_mlp") else 0
-    return [width * (2 if layer >= num_layers - shared else 1) for layer in range(num_layers)]
+    return [width * (2 if layer >= num_layers - shared else 1) for layer, width in enumerate(widths)]
 
 
 def _listed(text: str) -> set[int]:

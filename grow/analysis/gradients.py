@@ -11,7 +11,7 @@ from grow.data.of_recipe import read_sequences
 from grow.data.packing import Epochs, collate
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loading import checkpoint_activations, compute_device, compute_dtype, load
 from grow.model.loss import labelled_logits, loss_sum
 from grow.recipe import Recipe
@@ -42,7 +42,7 @@ def gradient_norms(recipe: Recipe, batches: int) -> tuple[list[Norms], int]:
         _of_batch(model, weights, [order[batch * recipe.train_batch_size + i] for i in range(recipe.train_batch_size)])
         for batch in tqdm(range(batches), desc="gradients", leave=False, disable=None)
     ]
-    return found, len(gated_mlps(model))
+    return found, len(decoder_mlps(model))
 
 
 def _of_batch(model: Any, weights: dict[tuple[int, str], Any], sequences: list[dict[str, torch.Tensor]]) -> Norms:

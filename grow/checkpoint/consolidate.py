@@ -21,7 +21,7 @@ from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, hidden_units, stock
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import FUSED, PROJECTIONS, is_growth, mlp_prefixes, of_skill
+from grow.names import DOWN, MATRICES, is_growth, mlp_prefixes, of_skill
 from grow.plan import GrowthPlan, mlp_widths, text_config
 
 FORMATS = ("stock", "grown")
@@ -117,8 +117,8 @@ def stock_tensors(
         )
     mlps: dict[str, LazyTensor] = {}
     for layer, prefix in prefixes.items():
-        target = dtype or start.tensors[f"{prefix}.down_proj.weight"].dtype
-        joined = stock_mlp(made[layer], widths[layer], target)
+        own = made[layer][0][0]
+        joined = stock_mlp(made[layer], widths[layer], dtype or next(iter(own.values())).dtype)
         mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
     tensors = {}
     for name, info in start.tensors.items():
@@ -147,7 +147,7 @@ def _blocks(
 ) -> Blocks:
     """Returns the blocks of a layer's MLP."""
     start = source.start
-    ends = [f"{name}.{part}" for name in dict.fromkeys((*PROJECTIONS, *FUSED)) for part in ("weight", "bias")]
+    ends = [f"{name}.{part}" for name in MATRICES for part in ("weight", "bias")]
     own = {end: start.lazy(f"{prefix}.{end}") for end in ends if f"{prefix}.{end}" in start.tensors}
     skills = [
         Grown(
@@ -159,7 +159,7 @@ def _blocks(
         for name, plan in plans.items()
         if layer in plan.layers
     ]
-    return blocks(own, skills, dtype or own["down_proj.weight"].dtype)
+    return blocks(own, skills, dtype or next(iter(own.values())).dtype)
 
 
 def _trained(source: TrainedWeights, prefix: str, skill: str, ends: list[str]) -> dict[str, LazyTensor]:
@@ -221,7 +221,9 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     if "growth" not in start.config:
         return config
     text, prefixes = dict(text_config(config)), mlp_prefixes(start.tensors)
-    widths = [tensors[f"{prefix}.down_proj.weight"].shape[1] for prefix in prefixes.values()]
+    ends = tuple(f"{name}.weight" for name in DOWN)
+    downs = [name for prefix in prefixes.values() for name in tensors if name.startswith(f"{prefix}.")]
+    widths = [tensors[name].shape[1] for name in downs if name.endswith(ends)]
     before, size = mlp_widths(start.config, len(widths)), text.get("intermediate_size")
     one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
     text["intermediate_size"] = widths if isinstance(size, list) else one_for_all

@@ -20,9 +20,10 @@ from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_inde
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import FUSED, PROJECTIONS, is_growth, mlp_prefixes
+from grow.names import DOWN, FUSED, LAYOUTS, is_down, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
 
+_WITHOUT_GATE = ("arcee", "nemotron")
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
@@ -59,20 +60,28 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
     text = text_config(checkpoint.config)
     count = text.get("num_hidden_layers", len(prefixes))
     if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
-        raise UserError(
-            f"{checkpoint.path}: has gated MLPs in layers {list(prefixes)}, its config speaks of {count} layers"
-        )
-    widths = mlp_widths(checkpoint.config, count)
+        raise UserError(f"{checkpoint.path}: has MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
+    try:
+        widths = mlp_widths(checkpoint.config, count)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
     for layer, prefix in prefixes.items():
-        _check_shapes(checkpoint, prefix, text.get("hidden_size"), widths[layer] if widths else None)
+        width = widths[layer] if widths else None
+        _check_shapes(checkpoint, prefix, text.get("hidden_size"), width, text.get("model_type"))
     return prefixes
 
 
-def _check_shapes(base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None) -> None:
+def _check_shapes(
+    base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None
+) -> None:
     layout = layout_of(base, prefix)
+    if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
+        raise UserError(
+            f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
+        )
     infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
     h, p = infos[-1].shape if len(infos[-1].shape) == 2 else (0, 0)
-    rows = 2 * p if layout == FUSED else p
+    rows = 2 * p if layout[0] == FUSED else p
     expected = (width or p, hidden_size or h)
     if any(info.shape != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
         shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(layout, infos, strict=True))
@@ -80,12 +89,9 @@ def _check_shapes(base: Checkpoint, prefix: str, hidden_size: int | None, width:
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
-    for name, info in base.tensors.items():
-        if name.startswith(f"{prefix}.") and p in info.shape and name.split(".")[-2] not in layout:
-            raise UserError(
-                f"{base.path}: {name} is as wide as the MLP, and what it does to copies is not known here; a plain "
-                "gated MLP is needed"
-            )
+    for name in base.tensors:
+        if name.startswith(f"{prefix}.") and not is_growth(name) and name.split(".")[-2] not in layout:
+            raise UserError(f"{base.path}: {name}: what it does to copies is not known here; a plain MLP is needed")
     biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in layout]
     for name, bias, length in zip(layout, biases, (*[rows] * (len(layout) - 1), h), strict=True):
         if bias is not None and bias.shape != (length,):
@@ -96,13 +102,13 @@ def _check_shapes(base: Checkpoint, prefix: str, hidden_size: int | None, width:
 
 
 def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
-    """Returns the names of the matrices of a gated MLP."""
-    return FUSED if f"{prefix}.{FUSED[0]}.weight" in base.tensors else PROJECTIONS
+    """Returns the names of the matrices of an MLP."""
+    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
 
 
 def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, LazyTensor]:
-    """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight` (or gate_up_proj, in which
-    copies of gate stand above those of up), in the base's dtype.
+    """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight` (or as the base's layout has
+    it; in gate_up_proj copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
     divided by k. Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
@@ -111,17 +117,17 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
     added = {}
     for layer in plan.layers:
         if layer not in prefixes:
-            raise UserError(f"layer {layer} has no gated MLP to grow; layers that have one: {sorted(prefixes)}")
+            raise UserError(f"layer {layer} has no MLP to grow; layers that have one: {sorted(prefixes)}")
         for projection in layout_of(base, prefixes[layer]):
             for part in ("weight", "bias"):
                 name = f"{prefixes[layer]}.{projection}.{part}"
                 if name not in base.tensors:
                     continue
                 own = base.lazy(name)
-                if projection == FUSED[0]:
+                if projection == FUSED:
                     gate, up = own.halves()
                     made = concat_rows(*[gate] * (k - 1), *[up] * (k - 1))
-                elif projection != "down_proj":
+                elif projection not in DOWN:
                     made = concat_rows(*[own] * (k - 1))
                 elif part == "bias":
                     made = own.scaled((k - 1) / k)
@@ -139,7 +145,7 @@ def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy
         expected |= {
             name.replace(".grown.", ".trained."): grown.lazy(name.replace(".grown.", "."))
             for name in list(expected)
-            if ".down_proj." not in name
+            if not is_down(name)
         }
     extra = (name for name in grown.tensors if is_growth(name) and name not in expected)
     problems = {name: f"{name}: is not in the plan" for name in extra}
@@ -261,7 +267,7 @@ def link_again(folder: OutputFolder, grown: Checkpoint, shards: Iterable[Path]) 
 def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTensor]) -> dict[str, Any]:
     """Describes what a plan grows: layers, parameters (of the base, added, trained), bytes on disk."""
     count = sum(tensor.numel for tensor in added.values())
-    up = sum(tensor.numel for name, tensor in added.items() if ".down_proj." not in name) // (plan.factor - 1)
+    up = sum(tensor.numel for name, tensor in added.items() if not is_down(name)) // (plan.factor - 1)
     return {
         "base": str(base.path),
         "factor": plan.factor,

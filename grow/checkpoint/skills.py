@@ -19,11 +19,10 @@ from grow.checkpoint.package import added_as_of, check_same_base, open_package
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import of_skill
+from grow.names import MATRICES, of_skill
 from grow.plan import SKILLS_VERSION
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NO_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def named_packages(words: list[str]) -> dict[str, str]:
@@ -36,7 +35,7 @@ def named_packages(words: list[str]) -> dict[str, str]:
         name, equals, folder = word.partition("=")
         if not equals:
             name, folder = word.rstrip("/").rpartition("/")[2], word
-        if not _NAME.fullmatch(name) or name in _NO_NAMES:
+        if not _NAME.fullmatch(name) or name in MATRICES:
             raise UserError(f"attach: {name!r} is no name of a skill (letters, digits, - and _): write NAME={folder}")
         if name in found:
             raise UserError(f"attach: two skills are called {name}: write NAME={folder}")

@@ -11,13 +11,14 @@ Where gate and up are one matrix, all gates stand above all ups.
 A biased down-projection's bias is the sum of the blocks'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from grow.checkpoint.dtypes import widest
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
+from grow.names import DOWN, FUSED
 
-_UP, _FUSED = ("gate_proj", "up_proj"), "gate_up_proj"
+_HALVES = ("gate_proj.weight", "up_proj.weight")
 Tensors = Mapping[str, LazyTensor]
 """Tensors of an MLP by the ends of their names, such as gate_proj.weight."""
 
@@ -51,7 +52,7 @@ def blocks(own: Tensors, skills: list[Grown], target: str) -> Blocks:
 
 def hidden_units(parts: Blocks) -> int:
     """Returns how many hidden units blocks have together."""
-    return sum(tensors["down_proj.weight"].shape[1] for tensors, _ in parts)
+    return sum(own.shape[1] for tensors, _ in parts for name, own in tensors.items() if _is(name, DOWN, "weight"))
 
 
 def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
@@ -63,20 +64,26 @@ def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
 
 
 def _joined(name: str, parts: list[tuple[LazyTensor, float]], width: int, target: str) -> LazyTensor:
-    if name.startswith(_FUSED):
+    if name.startswith(FUSED):
         halves = [tensor.halves() for tensor, _ in parts]
         return concat_rows(
-            *(_joined(_UP[half], [(pair[half], 1.0) for pair in halves], width, target) for half in (0, 1))
+            *(_joined(_HALVES[half], [(pair[half], 1.0) for pair in halves], width, target) for half in (0, 1))
         )
-    if name.startswith(_UP):
+    if not name.startswith(DOWN):
         made = [tensor.to(target) for tensor, _ in parts]
         room = width - sum(tensor.shape[0] for tensor in made)
         return concat_rows(*made, *([zeros((room, *made[0].shape[1:]), target)] if room else []))
     made = [_scaled(tensor, factor, target) for tensor, factor in parts]
-    if name == "down_proj.bias":
+    if _is(name, DOWN, "bias"):
         return made[0] if len(made) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *made)
     room = width - sum(tensor.shape[1] for tensor in made)
     return concat_columns(*made, *([zeros((made[0].shape[0], room), target)] if room else []))
+
+
+def _is(name: str, matrices: Iterable[str], part: str) -> bool:
+    """Says whether an end of a name, such as down_proj.bias, is of that part of one of the matrices."""
+    matrix, _, own = name.partition(".")
+    return matrix in matrices and own == part
 
 
 def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:

@@ -16,7 +16,7 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loss import labelled_logits, likelihood_and_kl
 from grow.model.mlp import GrownMLP
 
@@ -130,7 +130,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
 
 
 def _next(interpolation: Interpolation, path: str, start: str) -> str:
-    grown = [isinstance(mlp, GrownMLP) for mlp in gated_mlps(interpolation.model).values()]
+    grown = [isinstance(mlp, GrownMLP) for mlp in decoder_mlps(interpolation.model).values()]
     if not start and not any(grown):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
     options = (" --uniform" if any(grown) and not all(grown) else "") + (f" --start {start}" if start else "")

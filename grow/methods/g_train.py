@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from grow.methods.g_freeze import GFreeze
-from grow.model.gated import up_layers
 from grow.model.gather import gathered
+from grow.model.layouts import up_layers
 from grow.model.mlp import grown_mlps
-from grow.names import is_growth, own_name
+from grow.names import is_down, is_growth, own_name
 
 
 @dataclass
@@ -25,7 +25,7 @@ class GTrain(GFreeze):
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a gate and an up for each grown layer."""
-        copies = [name for name in shapes if ".mlp.grown." in name and ".down_proj." not in name]
+        copies = [name for name in shapes if ".mlp.grown." in name and not is_down(name)]
         return {name.replace(".grown.", ".trained."): shapes[own_name(name)] for name in copies}
 
     def trains(self, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.gated import first_linear
+from grow.model.layouts import hidden_size, up_layers
 
 FILE, CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -52,6 +52,6 @@ def adapt_mlp(mlp: Any, size: int) -> None:
     """Gives a gated MLP an adapter, in place."""
     cls = type(mlp)
     mlp.__class__ = type(f"Adapted{cls.__name__}", (AdaptedMLP, cls), {})
-    own = first_linear(mlp).weight
+    own = up_layers(mlp)[0].weight
     mlp.alpha = 1.0
-    mlp.adapter = Bottleneck(first_linear(mlp).in_features, size, device=own.device, dtype=own.dtype)
+    mlp.adapter = Bottleneck(hidden_size(mlp), size, device=own.device, dtype=own.dtype)

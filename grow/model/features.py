@@ -12,7 +12,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.model.alpha import base_inside
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 
 _TOKENS = 2048  # of a batch
 
@@ -34,7 +34,7 @@ def mlp_inputs(model: Any, prompts: Sequence[list[int]], layer: int, what: str =
 
     found: dict[int, Tensor] = {}
     at_a_time = max(1, _TOKENS // length)
-    handle = gated_mlps(model)[layer].register_forward_pre_hook(read)
+    handle = decoder_mlps(model)[layer].register_forward_pre_hook(read)
     try:
         with base_inside(model):
             for first in tqdm(range(0, len(sequences), at_a_time), desc=what, leave=False, disable=None):

@@ -16,7 +16,7 @@ from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.lora import add_gates
 from grow.model.mlp import add_growth
 from grow.model.skills import add_skills
@@ -142,7 +142,7 @@ def check_loads(checkpoint: Checkpoint) -> None:
 def _load_adapter(path: Path, dtype: torch.dtype | str, alpha: float) -> PreTrainedModel:
     facts = read_json(path / bottleneck.CONFIG)
     model = load(facts["base"], dtype)
-    for mlp in gated_mlps(model).values():
+    for mlp in decoder_mlps(model).values():
         bottleneck.adapt_mlp(mlp, facts["adapter_size"])
     tensors = load_file(path / bottleneck.FILE)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if ".mlp.adapter." in name}

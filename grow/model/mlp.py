@@ -21,7 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
-from grow.model.gated import activation, first_linear, gate_and_up, gated_mlps, is_fused, width
+from grow.model.layouts import (
+    activation,
+    decoder_mlps,
+    down_layer,
+    down_name,
+    from_hidden_units,
+    halves,
+    hidden_size,
+    layout_of,
+    pre_activations,
+    up_names,
+    width,
+)
 from grow.model.where_on import where_on
 from grow.plan import GrowthPlan
 
@@ -33,18 +45,15 @@ class GrownBranch(nn.Module):
     They have biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
     """
 
-    down_proj: nn.Linear
-
-    def __init__(self, mlp: Any, width: int):
+    def __init__(self, mlp: Any, units: int):
         super().__init__()
-        add_up(self, mlp, width)
-        self.down_proj = nn.Linear(width, first_linear(mlp).in_features, bias=mlp.down_proj.bias is not None)
+        add_up(self, mlp, units)
+        self.add_module(down_name(mlp), nn.Linear(units, hidden_size(mlp), bias=down_layer(mlp).bias is not None))
         self.act_fn = activation(mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps […, h] to […, h]."""
-        gate, up = gate_and_up(self, x)
-        return self.down_proj(self.act_fn(gate) * up)
+        return from_hidden_units(self, self.act_fn, pre_activations(self, x))
 
 
 class GrownMLP:
@@ -57,7 +66,6 @@ class GrownMLP:
     switch: Any = None  # grow.model.switch.Switch, if the model has one
     grown: GrownBranch
     trained: Any
-    down_proj: nn.Linear
 
     def add_trained(self, **kind: Any) -> None:
         """Adds `trained`, an up-projection that replaces the base's own: gate and up, [p, h], uninitialised.
@@ -75,7 +83,7 @@ class GrownMLP:
         """Maps […, h] to […, h]."""
         if self.alpha == 0:
             return self._base(x)
-        every_rank = hasattr(self.down_proj.weight, "ds_id")
+        every_rank = hasattr(down_layer(self).weight, "ds_id")
         if self.switch is None or (self.switch.acts(self.training) is True and not every_rank):
             return self._with_growth(x, self._base(x))
 
@@ -91,12 +99,12 @@ class GrownMLP:
 
 def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
     """Returns what an MLP makes of x, […, h], with gate and up in the place of its own (G-Train)."""
-    gate, up = gate_and_up(trained, x)
+    pre = pre_activations(trained, x)
     if alpha != 1:
         # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
-        own_gate, own_up = gate_and_up(mlp, x)
-        gate, up = torch.lerp(own_gate, gate, alpha), torch.lerp(own_up, up, alpha)
-    return mlp.down_proj(activation(mlp)(gate) * up)
+        own = pre_activations(mlp, x)
+        pre = tuple(torch.lerp(before, after, alpha) for before, after in zip(own, pre, strict=True))
+    return from_hidden_units(mlp, activation(mlp), pre)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:
@@ -110,7 +118,7 @@ def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> T
 
 
 def grow_mlp(mlp: Any, factor: int) -> None:
-    """Gives a gated MLP (grow.model.gated) its added copies, in place.
+    """Gives a gated MLP (grow.model.layouts) its added copies, in place.
 
     The copies are not initialised: a checkpoint's loader fills them.
     """
@@ -130,19 +138,20 @@ def up_projection(mlp: Any, **kind: Any) -> nn.Module:
 
 def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
     """Gives a module gate and up of so many hidden units, in the layout of an MLP, uninitialised."""
-    for name in ("gate_up_proj",) if is_fused(mlp) else ("gate_proj", "up_proj"):
-        own = getattr(mlp, name)
-        rows = units * (2 if is_fused(mlp) else 1)
-        module.add_module(name, nn.Linear(own.in_features, rows, bias=own.bias is not None, **kind))
+    for known in (module, mlp):
+        known.__dict__["layout"] = layout_of(mlp)
+    for name in up_names(mlp):
+        biased = getattr(mlp, name).bias is not None
+        module.add_module(name, nn.Linear(hidden_size(mlp), units * halves(mlp), bias=biased, **kind))
 
 
 def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
     """Returns the MLPs of a plan's layers. Raises UserError, after the words of `whose`, for one that does not fit."""
-    mlps = gated_mlps(model)
+    mlps = decoder_mlps(model)
     missing = sorted(set(plan.layers) - set(mlps))
     if missing:
         raise UserError(
-            f"{whose}growth of layers {missing} does not fit the model: it has gated MLPs in layers {sorted(mlps)}"
+            f"{whose}growth of layers {missing} does not fit the model: it has MLPs in layers {sorted(mlps)}"
         )
     return {layer: mlps[layer] for layer in plan.layers}
 
@@ -158,4 +167,4 @@ def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
 
 def grown_mlps(model: nn.Module) -> Iterator[Any]:
     """Returns the grown MLPs of a model, lowest layer first; none if it is not grown."""
-    return (mlp for _, mlp in sorted(gated_mlps(model).items()) if isinstance(mlp, GrownMLP))
+    return (mlp for _, mlp in sorted(decoder_mlps(model).items()) if isinstance(mlp, GrownMLP))

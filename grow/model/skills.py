@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.gated import width
+from grow.model.layouts import width
 from grow.model.mlp import GrownBranch, planned_mlps, trained_base, up_projection, with_growth
 from grow.plan import GrowthPlan
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.features import opens
-from grow.model.gated import first_linear, gated_mlps
+from grow.model.layouts import decoder_mlps, hidden_size
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
 from grow.model.mlp import GrownMLP
 from grow.model.skills import SkilledMLP
@@ -83,7 +83,7 @@ def put_switch(model: Any, record: SwitchRecord) -> None:
     """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
     switch = _prepared(model, record)
     _mix_in(model, switch)
-    for mlp in gated_mlps(model).values():
+    for mlp in decoder_mlps(model).values():
         if isinstance(mlp, GrownMLP):
             mlp.switch = switch
     for lora in lora_layers(model).values():
@@ -94,14 +94,14 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
     """Gives skills of a model with several their switches, by name, in place. Raises UserError if one does not fit."""
     switches = {name: _prepared(model, record) for name, record in records.items()}
     _mix_in(model, Switches(switches))
-    for mlp in gated_mlps(model).values():
+    for mlp in decoder_mlps(model).values():
         for name, skill in mlp.skills.items() if isinstance(mlp, SkilledMLP) else ():
             skill.switch = switches.get(name)
 
 
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
-    mlps, loras = gated_mlps(model), lora_layers(model)
+    mlps, loras = decoder_mlps(model), lora_layers(model)
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
     unchanged = min([*changed, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
     first_pass = record.layer > unchanged
@@ -126,11 +126,12 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
     if record.kind == "call":
         return
     if record.layer not in mlps:
-        raise UserError(f"the switch reads layer {record.layer}; the model has gated MLPs in layers {sorted(mlps)}")
+        raise UserError(f"the switch reads layer {record.layer}; the model has MLPs in layers {sorted(mlps)}")
     mlp: Any = mlps[record.layer]
-    hidden_size = first_linear(mlp).in_features
-    if len(record.weight) != hidden_size:
-        raise UserError(f"the switch reads {len(record.weight)} features; the model's hidden size is {hidden_size}")
+    if len(record.weight) != hidden_size(mlp):
+        raise UserError(
+            f"the switch reads {len(record.weight)} features; the model's hidden size is {hidden_size(mlp)}"
+        )
     if record.kind == "token" and first_pass:
         raise UserError(
             f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grow.model.gated import up_layers
+from grow.model.layouts import up_layers
 from grow.model.mlp import grown_mlps
 from grow.names import of_language_model
 

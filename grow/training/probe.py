@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grow.data.packing import PackedDataset
-from grow.model.gated import is_fused, up_layers
 from grow.model.gather import gathered
+from grow.model.layouts import down_layer, halves, up_layers
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.mlp import grown_mlps
 from grow.model.switched import switch_decided
@@ -83,17 +83,17 @@ def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
 def _moved(mlp: Any) -> dict[str, float]:
     """Returns how far a layer's copies have moved from the originals (cosine of gate and up together) and from where
     they started (Frobenius norm over gate, up and down; for k > 2 their initial offsets count too)."""
-    weights = [layer.weight for layer in (*up_layers(mlp), mlp.down_proj)]
+    weights: list[Any] = [layer.weight for layer in (*up_layers(mlp), down_layer(mlp))]
     with gathered(*weights, *mlp.grown.parameters()):
-        copies, parts = mlp.factor - 1, 2 if is_fused(mlp) else 1
+        copies, parts = mlp.factor - 1, halves(mlp)
         dot = own = other = moved = torch.zeros((), device=weights[0].device)
         for original, layer in zip(weights[:-1], up_layers(mlp.grown), strict=True):
-            halves = original.detach().float().chunk(parts)
-            start, copy = torch.cat([half.repeat(copies, 1) for half in halves]), _weight(layer)
+            matrices = original.detach().float().chunk(parts)
+            start, copy = torch.cat([matrix.repeat(copies, 1) for matrix in matrices]), _weight(layer)
             dot, own, other = dot + (start * copy).sum(), own + start.square().sum(), other + copy.square().sum()
             moved = moved + (copy - start).square().sum()
         start = weights[-1].detach().float().repeat(1, copies) / mlp.factor
-        moved = moved + (_weight(mlp.grown.down_proj) - start).square().sum()
+        moved = moved + (_weight(down_layer(mlp.grown)) - start).square().sum()
         return {"cosine": float(dot / (own * other).sqrt()), "update": float(moved.sqrt())}
 
 

@@ -13,7 +13,7 @@ from grow.analysis.effective_rank import rounding_norm, singular_values, spectru
 from grow.checkpoint.expand import expand
 from grow.checkpoint.lazy import from_tensor
 from grow.data.of_recipe import rows_of, template_of
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
 from tests.cli.test_command_line import mistake
 from tests.helpers.checkpoints import write_base
@@ -96,7 +96,7 @@ def test_a_run_is_compared_with_what_it_started_from(text_base: Path, sums: Path
     found = {row["layer"]: row["matrices"] for row in rows}
     form = "stock" if method == "sft" else "grown"
     grow("consolidate", tmp_path / "run", tmp_path / "out", "--format", form)
-    before, after = (gated_mlps(load(path, torch.float32)) for path in (text_base, tmp_path / "out"))
+    before, after = (decoder_mlps(load(path, torch.float32)) for path in (text_base, tmp_path / "out"))
     assert found.keys() == (before.keys() if method == "sft" else {1, 3})
     for layer, matrices in found.items():
         own, now = before[layer], after[layer] if method == "sft" else after[layer].grown

@@ -17,7 +17,7 @@ import torch
 
 import grow
 from grow.checkpoint.switch_record import SwitchRecord
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.switched import put_switch
 from tests.benchmarks.branches import seconds
@@ -28,7 +28,7 @@ from tests.benchmarks.training import device
 def with_switch(model: Any, ids: torch.Tensor, layer: int, share: float) -> Any:
     """A grown model whose switch is on for this share of the rows."""
     seen: list[torch.Tensor] = []
-    handle = gated_mlps(model)[layer].register_forward_pre_hook(lambda _, x: seen.append(x[0][:, -1].float()))
+    handle = decoder_mlps(model)[layer].register_forward_pre_hook(lambda _, x: seen.append(x[0][:, -1].float()))
     with torch.no_grad():
         model(ids)
     handle.remove()
@@ -53,7 +53,7 @@ def bench(base: str, layers: str = "upper,all", batch: int = 4, tokens: int = 12
     print("| layers | model | forward, tokens/s | time ÷ base | ÷ grown | generating, tokens/s | time ÷ base |")
     print("|---|---|---|---|---|---|---|")
     for grown in words(layers):
-        third = -(-len(gated_mlps(fresh())) // 3)
+        third = -(-len(decoder_mlps(fresh())) // 3)
         models = {"base": fresh(), "grown, no switch": fresh(grown)}
         for name, share in (("all off", 0.0), ("half on", 0.5), ("all on", 1.0)):
             models[f"switch, {name}"] = with_switch(fresh(grown), ids, third, share)

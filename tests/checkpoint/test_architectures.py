@@ -34,6 +34,11 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # Gate and up are the halves of one matrix.
     "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config, {"pad_token_id": 0}),
     "glm4": (transformers.Glm4ForCausalLM, transformers.Glm4Config, {"pad_token_id": 0}),
+    # Without a gate.
+    "arcee": (transformers.ArceeForCausalLM, transformers.ArceeConfig, {"mlp_bias": True}),
+    "nemotron": (transformers.NemotronForCausalLM, transformers.NemotronConfig, {}),
+    "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, {}),
+    "starcoder2": (transformers.Starcoder2ForCausalLM, transformers.Starcoder2Config, {"residual_dropout": 0.0}),
     # E2B's layout: layers that share keys and values have an MLP of twice the width, and embeddings a layer.
     "gemma4": (
         transformers.Gemma4ForCausalLM,
@@ -137,7 +142,7 @@ def test_a_norm_within_the_mlp_is_refused_by_name(tmp_path: Path) -> None:
     """Of BitNet: over all hidden units, so that copies would change what the originals are."""
     model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**SMALL))
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(UserError, match=r"model.layers.0.mlp.ffn_sub_norm.weight is as wide as the MLP"):
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.ffn_sub_norm.weight: what it does to copies"):
         expand(str(tmp_path / "source"), str(tmp_path / "grown"))
 
 
@@ -210,8 +215,9 @@ REFUSED = {
     "half fused": ([(".gate_proj.", ".gate_up_proj.")], {}, "lacks one of gate_proj"),
     "experts": ([(".mlp.", ".mlp.experts.0.")], {}, "mixture of experts"),
     "adapter": ([(".mlp.gate_proj.", ".mlp.gate_proj.lora_A.")], {}, "adapter"),
-    "no gate": ([(".gate_proj.", ".fc1.")], {}, "lacks one of gate_proj"),
-    "no layers": ([("model.layers", "model.blocks")], {}, "no gated MLP"),
+    "another gate": ([(".gate_proj.", ".fc1.")], {}, "lacks one of gate_proj"),
+    "no gate": ([(".gate_proj.", ".gone.")], {}, "lacks one of gate_proj"),
+    "no layers": ([("model.layers", "model.blocks")], {}, "no MLP in it that can grow"),
     "quantized": ([], {"quantization_config": {"bits": 4}}, "quantized"),
     "a layer too few": ([("layers.1.mlp", "layers.1.other")], {}, r"layers \[0, 2\], its config speaks of 3"),
     "another width": ([], {"intermediate_size": 64}, "intermediate_size 64"),

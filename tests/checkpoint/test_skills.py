@@ -14,7 +14,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.checkpoint.verify import verify
 from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
 from grow.model.switched import put_switch
 from tests.helpers.running import here
@@ -32,7 +32,7 @@ def skill(base: Path, out: Path, seed: int, layers: str, method: str, feature: i
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).bfloat16()
     if feature is not None:
         seen: list[torch.Tensor] = []
-        handle = gated_mlps(model)[1].register_forward_pre_hook(lambda _, x: seen.append(x[0][:, -1].float()))
+        handle = decoder_mlps(model)[1].register_forward_pre_hook(lambda _, x: seen.append(x[0][:, -1].float()))
         logits(load(base), input_ids=PROMPTS)
         logits(model, input_ids=PROMPTS)
         handle.remove()

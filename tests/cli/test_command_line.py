@@ -102,12 +102,12 @@ def test_mistakes(arguments: list[str], says: str, text_base: Path, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_without_gated_mlps_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_decoder_mlps_is_refused(tmp_path: Path) -> None:
     import transformers
 
     small = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)
     transformers.GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt2")
-    assert "no gated MLP" in mistake("expand", tmp_path / "gpt2", tmp_path / "out")
+    assert "no MLP in it" in mistake("expand", tmp_path / "gpt2", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -160,7 +160,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a config nested deep": (config(deep=json.loads("[" * 300 + "]" * 300)), "nested too deeply"),
     "growth that is text": (config(growth="yes"), "is grown already"),
     "layers that are text": (config(num_hidden_layers="two"), "speaks of two layers"),
-    "a width that is a list": (config(intermediate_size=[16]), "do not fit"),
+    "a width that is a list": (config(intermediate_size=[16]), "is not a width, or one for each"),
     "a text config that is a list": (config(text_config=[1], hidden_size=9), "hidden_size 9"),
 }  # fmt: skip
 
@@ -197,7 +197,7 @@ BROKEN_GROWTH: dict[str, tuple[Break, str]] = {
     "an infinite factor": (in_growth(lambda f: f.update(factor=float("inf"))), "factor and layers"),
     "another factor": (in_growth(lambda f: f.update(factor=3)), "the plan says"),
     "a layer fewer": (in_growth(lambda f: f.update(layers=[0])), "not in the plan"),
-    "a layer more": (in_growth(lambda f: f.update(layers=[0, 1, 2])), "no gated MLP"),
+    "a layer more": (in_growth(lambda f: f.update(layers=[0, 1, 2])), "no MLP to grow"),
     "training that is text": (in_growth(lambda f: f.update(trained="yes")), "not what this program writes"),
     "training without facts": (in_growth(lambda f: f.update(trained={"method": 1})), "not what this program writes"),
     "a base without files": (in_growth(lambda f: f["base"].pop("files")), "not what this program writes"),

@@ -13,7 +13,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loss import labelled_logits
 from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
@@ -40,7 +40,7 @@ def trained(path: Path, dtype: torch.dtype, layers: str = "2,3", method: str = "
 def features(path: Path, layer: int, prompts: torch.Tensor) -> torch.Tensor:
     """The inputs of a layer's MLP at the last token, [B, H] fp32."""
     base, seen = base_of(path, torch.float32), []
-    gated_mlps(base)[layer].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1].float()))
+    decoder_mlps(base)[layer].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1].float()))
     with torch.no_grad():
         base(prompts)
     return seen[0]

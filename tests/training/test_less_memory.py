@@ -9,7 +9,7 @@ import torch
 from grow.checkpoint.expand import expand
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.methods.g_freeze import GFreeze
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.model.loading import checkpoint_activations, load
 from tests.helpers.running import curve, start
 from tests.helpers.tiny import ROOT, make_recipe, tokens
@@ -54,7 +54,7 @@ def test_only_layers_that_the_gradient_reaches_are_computed_again(text_base: Pat
     def ran(layer: int) -> Any:
         return lambda *_: runs.update({layer: runs[layer] + 1})
 
-    for layer, mlp in gated_mlps(model).items():
+    for layer, mlp in decoder_mlps(model).items():
         mlp.register_forward_hook(ran(layer))
     model(input_ids=tokens(), use_cache=False).logits.sum().backward()
     assert runs == {0: 1, 1: 1, 2: 2, 3: 2}

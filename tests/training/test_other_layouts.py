@@ -1,4 +1,4 @@
-"""Other layouts in training: layers of two widths, towers that text does not train, gate and up in one matrix."""
+"""Other layouts in training: layers of two widths, towers that text does not train, a fused gate, no gate."""
 
 from pathlib import Path
 
@@ -17,6 +17,9 @@ pytestmark = pytest.mark.gpu
     [
         ("gemma4", "g_train", 1, 1),
         ("phi3", "g_train", 1, 1),
+        ("phi", "g_train", 1, 1),
+        pytest.param("starcoder2", "g_lora", 1, 1, marks=pytest.mark.full),
+        pytest.param("phi", "g_freeze", 3, 2, marks=pytest.mark.full),
         pytest.param("phi3", "g_train", 3, 2, marks=pytest.mark.full),
         ("gemma4-e2b", "sft", 1, 1),
         pytest.param("gemma4", "g_freeze", 3, 2, marks=pytest.mark.full),

@@ -13,7 +13,7 @@ from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.model.bottleneck import CONFIG, FILE, adapt_mlp
-from grow.model.gated import gated_mlps
+from grow.model.layouts import decoder_mlps
 from grow.names import mlp_prefixes
 
 
@@ -27,7 +27,7 @@ class Adapter(KlRegularized):
 
     def add_parameters(self, model: Any) -> None:
         """Adds the adapters."""
-        for _, mlp in sorted(gated_mlps(model).items()):
+        for _, mlp in sorted(decoder_mlps(model).items()):
             adapt_mlp(mlp, self.adapter_size)
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
