@@ -23,7 +23,7 @@ from grow.errors import UserError
 from grow.names import DOWN, FUSED, LAYOUTS, is_down, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
 
-_WITHOUT_GATE = ("arcee", "nemotron")
+_WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus"), ("act_fn", "activation_fn", "act")
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
@@ -75,6 +75,13 @@ def _check_shapes(
     base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None
 ) -> None:
     layout = layout_of(base, prefix)
+    for name in base.tensors:
+        if (
+            name.startswith(f"{prefix}.")
+            and not is_growth(name)
+            and name.split(".")[-2] not in (*layout, *_ACTIVATIONS)
+        ):
+            raise UserError(f"{base.path}: {name}: what it does to copies is not known here; a plain MLP is needed")
     if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
         raise UserError(
             f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
@@ -89,9 +96,6 @@ def _check_shapes(
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
             f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
         )
-    for name in base.tensors:
-        if name.startswith(f"{prefix}.") and not is_growth(name) and name.split(".")[-2] not in layout:
-            raise UserError(f"{base.path}: {name}: what it does to copies is not known here; a plain MLP is needed")
     biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in layout]
     for name, bias, length in zip(layout, biases, (*[rows] * (len(layout) - 1), h), strict=True):
         if bias is not None and bias.shape != (length,):

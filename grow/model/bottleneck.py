@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.layouts import hidden_size, up_layers
+from grow.model.layouts import hidden_size, mix_in, up_layers
 
 FILE, CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -50,8 +50,7 @@ class AdaptedMLP:
 
 def adapt_mlp(mlp: Any, size: int) -> None:
     """Gives a gated MLP an adapter, in place."""
-    cls = type(mlp)
-    mlp.__class__ = type(f"Adapted{cls.__name__}", (AdaptedMLP, cls), {})
+    mix_in(mlp, AdaptedMLP, "Adapted")
     own = up_layers(mlp)[0].weight
     mlp.alpha = 1.0
     mlp.adapter = Bottleneck(hidden_size(mlp), size, device=own.device, dtype=own.dtype)

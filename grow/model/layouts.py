@@ -3,7 +3,8 @@
     y = D · (act(G x) ⊙ (U x))      gate and up apart, or the halves of one matrix; D the down-projection
     y = D · act(U x)                without a gate
 
-What growth adds has the layout of its base: products of other shapes would round in another way.
+What growth adds has the layout of its base, since products of other shapes would round in another way; and it computes
+by the code of its base's class, in which dtype and in which order that may be.
 """
 
 import re
@@ -15,7 +16,6 @@ from grow.names import FUSED, LAYOUTS
 
 _MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 _TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
-_ACTIVATIONS = ("act_fn", "activation_fn", "act")
 
 
 def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
@@ -73,18 +73,40 @@ def width(mlp: Any) -> int:
     return up_layers(mlp)[0].out_features // halves(mlp)
 
 
-def activation(mlp: Any) -> Any:
-    """Returns the activation."""
-    return next(getattr(mlp, name) for name in _ACTIVATIONS if hasattr(mlp, name))
+def mix_in(mlp: Any, kind: type, name: str) -> None:
+    """Mixes a class into that of an MLP that is already there, so that the base's tensors keep their names."""
+    cls = type(mlp)
+    mlp.__dict__.setdefault("stock_mlp_class", cls)
+    mlp.__class__ = type(f"{name}{cls.__name__}", (kind, cls), {})
 
 
-def pre_activations(mlp: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Returns G x and U x, or U x alone, […, p] each, for x […, h]."""
-    found = tuple(layer(x) for layer in up_layers(mlp))
-    return found[0].chunk(2, dim=-1) if halves(mlp) == 2 else found
+def stock_class(mlp: Any) -> Any:
+    """Returns the class of an MLP as transformers has it, under what has been mixed in."""
+    return mlp.__dict__.get("stock_mlp_class", type(mlp))
 
 
-def from_hidden_units(mlp: Any, act: Any, pre: tuple[Tensor, ...]) -> Tensor:
-    """Returns what the down-projection makes of the hidden units, […, h]."""
-    units = act(pre[0])
-    return down_layer(mlp)(units * pre[1] if len(pre) == 2 else units)
+class Instead(nn.Module):
+    """Computes as an MLP does, by the code of its class, with layers of its own in the place of some; whatever else the
+    code asks for (activation, config) is the MLP's."""
+
+    layout: tuple[str, ...] = ()
+
+    def __init__(self, mlp: Any):
+        super().__init__()
+        known = {"layout": layout_of(mlp), "stock_mlp_class": stock_class(mlp)}
+        mlp.__dict__.update(known)
+        self.__dict__.update(known | {"of": (mlp,)})  # in a tuple, else it would be a part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Marks that DeepSpeed puts on modules are each module's own.
+            if name.startswith(("_", "ds_")) or name in self.layout or "of" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["of"][0], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps […, h] to […, h]."""
+        result: Tensor = stock_class(self).forward(self, x)
+        return result

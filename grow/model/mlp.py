@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from grow.errors import UserError
 from grow.model.layouts import (
-    activation,
+    Instead,
     decoder_mlps,
     down_layer,
     down_name,
-    from_hidden_units,
     halves,
     hidden_size,
     layout_of,
-    pre_activations,
+    mix_in,
+    stock_class,
     up_names,
     width,
 )
@@ -38,7 +38,7 @@ from grow.model.where_on import where_on
 from grow.plan import GrowthPlan
 
 
-class GrownBranch(nn.Module):
+class GrownBranch(Instead):
     """Holds the added copies: gate and up of shape [(k−1)·p, h], one below the other where the base has them so, and
     down of shape [h, (k−1)·p] (already divided by k).
 
@@ -46,14 +46,9 @@ class GrownBranch(nn.Module):
     """
 
     def __init__(self, mlp: Any, units: int):
-        super().__init__()
+        super().__init__(mlp)
         add_up(self, mlp, units)
         self.add_module(down_name(mlp), nn.Linear(units, hidden_size(mlp), bias=down_layer(mlp).bias is not None))
-        self.act_fn = activation(mlp)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps […, h] to […, h]."""
-        return from_hidden_units(self, self.act_fn, pre_activations(self, x))
 
 
 class GrownMLP:
@@ -99,12 +94,23 @@ class GrownMLP:
 
 def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
     """Returns what an MLP makes of x, […, h], with gate and up in the place of its own (G-Train)."""
-    pre = pre_activations(trained, x)
-    if alpha != 1:
+    result: Tensor = stock_class(mlp).forward(_Between(mlp, trained, alpha), x)
+    return result
+
+
+class _Between:
+    """Stands for an MLP whose gate and up lie between its own and trained ones."""
+
+    def __init__(self, mlp: Any, trained: Any, alpha: float | Tensor):
+        self._mlp, self._trained, self._alpha = mlp, trained, alpha
+
+    def __getattr__(self, name: str) -> Any:
+        own, alpha = getattr(self._mlp, name), self._alpha
+        if name not in up_names(self._mlp):
+            return own
+        after = getattr(self._trained, name)
         # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
-        own = pre_activations(mlp, x)
-        pre = tuple(torch.lerp(before, after, alpha) for before, after in zip(own, pre, strict=True))
-    return from_hidden_units(mlp, activation(mlp), pre)
+        return after if isinstance(alpha, float | int) and alpha == 1 else lambda x: torch.lerp(own(x), after(x), alpha)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:
@@ -122,8 +128,7 @@ def grow_mlp(mlp: Any, factor: int) -> None:
 
     The copies are not initialised: a checkpoint's loader fills them.
     """
-    cls = type(mlp)
-    mlp.__class__ = type(f"Grown{cls.__name__}", (GrownMLP, cls), {})
+    mix_in(mlp, GrownMLP, "Grown")
     mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp))
 
@@ -138,8 +143,7 @@ def up_projection(mlp: Any, **kind: Any) -> nn.Module:
 
 def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
     """Gives a module gate and up of so many hidden units, in the layout of an MLP, uninitialised."""
-    for known in (module, mlp):
-        known.__dict__["layout"] = layout_of(mlp)
+    module.__dict__["layout"] = layout_of(mlp)
     for name in up_names(mlp):
         biased = getattr(mlp, name).bias is not None
         module.add_module(name, nn.Linear(hidden_size(mlp), units * halves(mlp), bias=biased, **kind))

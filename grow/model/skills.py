@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.layouts import width
+from grow.model.layouts import mix_in, width
 from grow.model.mlp import GrownBranch, planned_mlps, trained_base, up_projection, with_growth
 from grow.plan import GrowthPlan
 
@@ -79,8 +79,7 @@ def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mappin
     for name, plan in plans.items():
         for layer, mlp in planned_mlps(model, plan, f"{name}: ").items():
             if not isinstance(mlp, SkilledMLP):
-                cls = type(mlp)
-                mlp.__class__ = type(f"Skilled{cls.__name__}", (SkilledMLP, cls), {})
+                mix_in(mlp, SkilledMLP, "Skilled")
                 mlp.alpha, mlp.skills, mlp.grown, mlp.trained = 1.0, {}, nn.ModuleDict(), nn.ModuleDict()
             mlp.skills[name] = Skill(plan.factor, alphas[name] * plan.own_alpha(layer))
             mlp.grown[name] = GrownBranch(mlp, (plan.factor - 1) * width(mlp))

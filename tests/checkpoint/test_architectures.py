@@ -39,6 +39,13 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nemotron": (transformers.NemotronForCausalLM, transformers.NemotronConfig, {}),
     "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, {}),
     "starcoder2": (transformers.Starcoder2ForCausalLM, transformers.Starcoder2Config, {"residual_dropout": 0.0}),
+    # With an activation that is learnt; with one that is computed in fp32.
+    "apertus": (transformers.ApertusForCausalLM, transformers.ApertusConfig, {"pad_token_id": 0}),
+    "beam": (
+        transformers.BeamForCausalLM,
+        transformers.BeamConfig,
+        {"mlp_layer_types": ["dense"] * 3, "pad_token_id": 0},
+    ),
     # E2B's layout: layers that share keys and values have an MLP of twice the width, and embeddings a layer.
     "gemma4": (
         transformers.Gemma4ForCausalLM,
@@ -216,7 +223,7 @@ REFUSED = {
     "experts": ([(".mlp.", ".mlp.experts.0.")], {}, "mixture of experts"),
     "adapter": ([(".mlp.gate_proj.", ".mlp.gate_proj.lora_A.")], {}, "adapter"),
     "another gate": ([(".gate_proj.", ".fc1.")], {}, "lacks one of gate_proj"),
-    "no gate": ([(".gate_proj.", ".gone.")], {}, "lacks one of gate_proj"),
+    "no gate": ([(".mlp.gate_proj.", ".other.gate_proj.")], {}, "lacks one of gate_proj"),
     "no layers": ([("model.layers", "model.blocks")], {}, "no MLP in it that can grow"),
     "quantized": ([], {"quantization_config": {"bits": 4}}, "quantized"),
     "a layer too few": ([("layers.1.mlp", "layers.1.other")], {}, r"layers \[0, 2\], its config speaks of 3"),
