@@ -6,6 +6,7 @@ RUN/COMPLETE                  written last of all: the run is done
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -124,7 +125,8 @@ def losses_of(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def best_step(losses: list[tuple[int, float]]) -> int:
     """Returns the step with the lowest validation loss, of several the first, and not the start; 0 if there is none."""
-    return min((one for one in losses if one[0]), key=lambda one: (one[1], one[0]), default=(0, 0.0))[0]
+    known = (one for one in losses if one[0] and math.isfinite(one[1]))
+    return min(known, key=lambda one: (one[1], one[0]), default=(0, 0.0))[0]
 
 
 def fsync_and_hash(checkpoint: Path, rank: int, written: Mapping[Path, Facts]) -> dict[str, Facts]:

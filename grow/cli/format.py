@@ -103,7 +103,7 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         shots = f" after {written['shots']} others" if written["shots"] else ""
         parts.append(
             f"written{shots}: exact {figure_text(written, 'exact_match', '.1%')}, "
-            f"begins with it {figure_text(written, 'begins', '.1%')} over {written['rows']} rows"
+            f"begins with it {figure_text(written, 'begins', '.1%')} of {written['rows']}"
         )
     if "from_base" in s:
         parts.append(f"from the base {figure_text(s['from_base'], 'log_likelihood', '+.3f')}")

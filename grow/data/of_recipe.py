@@ -1,6 +1,7 @@
 """The data that a recipe names: rows, tokenizer, the template that turns a row into text, packed sequences."""
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,20 @@ def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
     return PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
 
 
-def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
-    """Returns the data sets that are mixed in, packed, by the names that `mix` gives them: rows by the recipe's
-    template if they have its columns, else a prompt and its completion, or a text, all of which is learnt.
-
-    Raises UserError as read_sequences does.
-    """
-    found = {}
+def mixed_rows(recipe: Recipe) -> Iterator[tuple[str, Rows, Template]]:
+    """Yields the data sets that are mixed in: name, rows, and how a row becomes text, by the recipe's template if they
+    have its columns, else a prompt and its completion, or a text, all of which is learnt."""
     for folder in recipe.mix:
         path, part = sliced(folder)
         rows = load_rows(path, "train" + part)
-        template = other_template(rows, template_of(recipe))
+        yield folder, rows, other_template(rows, template_of(recipe))
+
+
+def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
+    """Returns the data sets that are mixed in, packed, by the names that `mix` gives them. Raises UserError as
+    read_sequences does."""
+    found = {}
+    for folder, rows, template in mixed_rows(recipe):
         whole = "{text}" not in template.completion  # a text may be a part of one
         encoded = encode_cached(rows, tokenizer, template, recipe.max_length, end=whole)
         encoded.check(f"mix: {folder}", recipe.max_bad_rows)

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_hexdigest
 
 from grow.data.decontamination import contaminated
 from grow.data.examples import Examples
-from grow.data.of_recipe import retention_rows, retention_template, rows_of, sliced, template_of
+from grow.data.of_recipe import mixed_rows, retention_rows, retention_template, rows_of, sliced, template_of
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
@@ -67,10 +67,10 @@ def evaluate(
     `log_likelihood`, nats per row, the mean over rows; where the base is known, `kl`, KL(base ‖ model) of the next
     token, nats, the mean over labels, and `identical`, the share of rows whose logits at labels are the base's bit for
     bit; `opened`, the share of rows that a switch opened for; `rows`; `contaminated`, how many were left out;
-    `intervals` of the figures; `items`, each row's log-likelihood, `kl_items`, each row's KL summed over its labels,
-    and `opened_items`, 1 where a switch opened; `unusable`, how many rows could not be scored. The
-    task also has the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the parts
-    that failed. For several α, "by_alpha" has all that for each, and the rest is that of the largest.
+    `intervals` of the figures; `items`, each row's log-likelihood, `label_items`, its labels, `kl_items`, its KL summed
+    over them, `identical_items` and `opened_items`, 1 where it is so; `unusable`, how many rows could not be scored.
+    The task also has the recipe's `metric`. "samples" has what the model writes for the first test rows, "failed" the
+    parts that failed. For several α, "by_alpha" has all that for each, and the rest is that of the largest.
 
     `start` is the base of a stock checkpoint, to interpolate with. `against` is an earlier result, of the base:
     retention is compared with that, or with α = 0 where it is among the α, row by row (`from_base`). `harness` is given
@@ -166,8 +166,11 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
         sets.append((name, rows, template, retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
         raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")
-    training = rows_of(recipe, recipe.train_split)
-    shared = contaminated([(rows, template) for _, rows, template, _ in sets], (training, template_of(recipe)))
+    training = [(rows_of(recipe, recipe.train_split), template_of(recipe))]
+    training += [(rows, template) for _, rows, template in mixed_rows(recipe)]
+    held_out = [(rows, template) for _, rows, template, _ in sets]
+    # Of each set, the rows that any of what was learnt from gives away.
+    shared = [set().union(*own) for own in zip(*(contaminated(held_out, one) for one in training), strict=True)]
     found = []
     for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
         if not len(rows):

@@ -53,12 +53,14 @@ class Scores:
                 "log_likelihood": interval(self.likelihoods),
             },
             "items": [round(value, 4) for value in self.likelihoods],
+            "label_items": self.tokens,
         }
         if self.divergences is not None and self.identical is not None:
             same = sum(self.identical)
             found |= {
                 "kl": math.fsum(self.divergences) / tokens, "identical": same / rows, "identical_rows": same,
                 "kl_items": [round(value, 6) for value in self.divergences],
+                "identical_items": list(map(int, self.identical)),
             }  # fmt: skip
             found["intervals"]["kl"] = interval(self.divergences, self.tokens)
         if self.opened is not None:

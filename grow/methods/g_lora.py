@@ -1,9 +1,11 @@
 """G-LoRA: the added copies get a low-rank update; all original weights are frozen."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
+from grow.names import check_matrices
 
 
 @dataclass
@@ -11,6 +13,11 @@ class GLora(Lora, GFreeze):
     """Trains as G-Freeze does, but with a low-rank update of the copies: a LoRA in each of their three projections,
     merged into them when training has ended. The result is the same growth package, and the optimizer is as small as a
     LoRA's."""
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises UserError for a matrix that the MLPs do not have."""
+        super().check_names(names)
+        check_matrices("lora_targets", self.lora_targets, [name for name in names if ".mlp." in name])
 
     def targets(self, name: str) -> bool:
         """Says whether a layer is a projection of the copies, and a chosen one."""

@@ -49,11 +49,14 @@ def compute_type(recipe: Recipe) -> Any:
     return compute_dtype() if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None, universal: bool = False) -> Any:
+def training_arguments(
+    recipe: Recipe, steps: int, dtype: Any, kind: Any = None, universal: bool = False, resumed: bool = False
+) -> Any:
     """Returns the recipe as transformers.TrainingArguments, or as a class derived from it, `kind`; `dtype` is a
     torch.dtype.
 
-    `universal` says that the checkpoint to resume from is in DeepSpeed's universal layout (grow.training.resume).
+    `resumed` says that there is a checkpoint to resume from, `universal` that it is in DeepSpeed's universal layout
+    (grow.training.resume).
     Raises UserError for a DeepSpeed JSON that contradicts the recipe, and whatever transformers raises.
     """
     settings = complete_deepspeed(recipe.deepspeed)
@@ -67,7 +70,8 @@ def training_arguments(recipe: Recipe, steps: int, dtype: Any, kind: Any = None,
         bf16=dtype == torch.bfloat16,
         use_cpu=get_accelerator().device_name() == "cpu",
         eval_strategy="steps",
-        eval_on_start=True,
+        # Of a run that goes by its lowest validation loss a resume adds none: it ends as it would have without.
+        eval_on_start=not (resumed and recipe.follows_best),
         save_strategy="steps",
         metric_for_best_model="loss" if recipe.follows_best else None,
         greater_is_better=False if recipe.follows_best else None,

@@ -11,7 +11,7 @@ class BestCheckpoint(EarlyStoppingCallback):
     """Writes a checkpoint whenever a validation loss is the lowest so far (`keep_best`), and ends the run, with a
     checkpoint, after `patience` validations in a row that are not; 0 never ends it.
 
-    A run that resumes goes on counting, and does not count the validation with which it begins again.
+    A run that resumes goes on counting.
     """
 
     def __init__(self, keep_best: bool, patience: int):
@@ -24,6 +24,8 @@ class BestCheckpoint(EarlyStoppingCallback):
         losses = losses_of(state.log_history)
         best = best_step(losses)
         self.early_stopping_patience_counter = len({step for step, _ in losses if step > best > 0})
+        if best and state.best_metric is None:  # not asked for until now
+            state.best_metric = dict(losses)[best]
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_evaluate(
@@ -31,7 +33,7 @@ class BestCheckpoint(EarlyStoppingCallback):
     ) -> None:
         """Notes a validation, which stands in the history already."""
         losses = losses_of(state.log_history)
-        if not state.global_step or [step for step, _ in losses].count(state.global_step) > 1:
+        if not state.global_step:
             return
         super().on_evaluate(args, state, control, metrics, **more)
         if control.should_training_stop or (self.keep_best and best_step(losses) == state.global_step):

@@ -13,7 +13,7 @@ from grow.checkpoint.expand import added_tensors, make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
-from grow.names import of_language_model
+from grow.names import DOWN, MATRICES, of_language_model
 from grow.plan import text_config
 from grow.recipe import Recipe
 from grow.training.start import planned_start
@@ -193,7 +193,8 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
     hidden = text.get("hidden_size", 0)
     widths: dict[int, int] = {}
     for name, shape in shapes.items():
-        layer, kept = _layer(name), "self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight"))
+        matrix = name.removesuffix(".weight").rpartition(".")[2]
+        layer, kept = _layer(name), "self_attn." in name or (matrix in MATRICES and matrix not in DOWN)
         if layer >= 0 and len(shape) == 2 and kept:
             widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
     lowest = _lowest(trained)
@@ -210,4 +211,4 @@ def _lowest(trained: Shapes) -> int:
 def _layer(name: str) -> int:
     """Returns the decoder layer that a parameter belongs to; -1 if it belongs to none."""
     _, found, rest = name.partition(".layers.")
-    return int(rest.split(".")[0]) if found and "vision_tower." not in name else -1
+    return int(rest.split(".")[0]) if found and of_language_model(name) else -1

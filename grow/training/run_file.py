@@ -38,7 +38,7 @@ def first_day(run: Path) -> str:
 
 def made_once(run: Path, method: Method, recipe: Recipe) -> Any:
     """Returns what a method makes before the model is loaded, as the run has it or else made now; rank 0 calls it."""
-    if (run / _MADE).exists():
+    if (run / NAME).exists() and (run / _MADE).exists():  # else it is of an attempt that never began
         return read_json(run / _MADE)["made"]
     made = method.make(recipe)
     if made is not None:

@@ -27,11 +27,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from grow.checkpoint.run_folder import (
     MARKER,
-    best_step,
     complete_checkpoints,
+    final_checkpoint,
     find_corruption,
     losses_of,
     set_aside,
+    step_of,
     write_marker,
 )
 from grow.checkpoint.shards import Checkpoint, read_json
@@ -125,7 +126,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     zero = None if checkpoint is None else ZeroCheckpoint(checkpoint)
     universal = zero is not None and needs_universal(zero)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "logs"))  # read by transformers as it begins
-    args = training_arguments(recipe, steps, dtype, universal=universal)
+    args = training_arguments(recipe, steps, dtype, universal=universal, resumed=checkpoint is not None)
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
@@ -175,7 +176,7 @@ def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
     changed = changed_frozen(trainer.model, on_disk, start.read)
     if changed:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
-    result = _result(trainer)
+    result = _result(trainer, run)
     if trainer.args.process_index == 0:
         if os.path.lexists(run / "result"):  # of an attempt that ended before its marker, or someone's own
             set_aside(run / "result")
@@ -184,9 +185,9 @@ def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
     return result
 
 
-def _result(trainer: Any) -> dict[str, Any]:
+def _result(trainer: Any, run: Path) -> dict[str, Any]:
     losses = losses_of(trainer.state.log_history)
-    best = best_step(losses) if trainer.recipe.keep_best else 0
+    best = step_of(final_checkpoint(run)) if trainer.recipe.keep_best else 0
     kept = [loss for step, loss in losses if not best or step == best]
     return {
         "steps": trainer.state.global_step,

@@ -111,9 +111,10 @@ class Study:
     def run(self, cell: Cell) -> None:
         """Trains and scores one cell, and adds its line to the results before its checkpoints are removed."""
         against, start = self.base_scores(), self.start(cell)
-        for old in self.work.glob(self.folder(cell.name, "*-scores").name) if cell.name in self.done() else ():
-            old.unlink()
         run, trained, out = (self.folder(cell.name, end) for end in ("", "-trained", "-scores"))
+        if not run.exists():  # else a cell that was stopped is gone on with, and has scores already
+            for end in ("", *(f"-{kind}" for kind in cell.switches)):
+                self.folder(cell.name, f"{end}-scores").unlink(missing_ok=True)
         fields = self.fields(**cell.fields)
         if cell.switches:
             fields.append(f"--switch={cell.switches[0]}")
@@ -138,7 +139,7 @@ class Study:
         line = self.line(cell, run, scored, read_json(against), read_json(out))
         line["switched"] = switched.scores(self, cell, run, trained)
         self.note(line)
-        for left in () if self.keep else {run, trained, scored}:
+        for left in () if self.keep else dict.fromkeys((scored, trained, run)):
             remove(left)
 
     def folder(self, name: str, end: str = "") -> Path:

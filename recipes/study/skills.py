@@ -82,8 +82,8 @@ def _combinations(
     def grown(out: Path) -> Path:
         packages = {name: out.with_name(f"{name}-package") for name in growth}
         for name, package in packages.items():
-            if not package.exists():
-                grow("growth", growth[name], package)
+            shutil.rmtree(package, ignore_errors=True)
+            grow("growth", growth[name], package)
         grow("attach", base, *(f"{name}={package}" for name, package in packages.items()), out)
         return out
 

@@ -97,7 +97,7 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100", tuned: s
             return torch.stack([torch.cat(of_row) for of_row in zip(*each, strict=True)])
 
         # Passages that the base wrote, cut at any place, so that what precedes a token is known too.
-        cut = [passage[: 8 + 13 * index % (len(passage) - 7)] for index, passage in enumerate(own)] + own
+        cut = [passage[: 8 + 13 * index % max(1, len(passage) - 7)] for index, passage in enumerate(own)] + own
         on_x, off_x = means(task), [means(cut), means(near)]
         scores = _squared_hinge(on_x[::2], [x[::2] for x in off_x])
         held_out = on_x[1::2], torch.cat([x[1::2] for x in off_x])

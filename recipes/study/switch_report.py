@@ -96,7 +96,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         kl = f"{one.kl:.4f} ± {one.kl_margin:.4f}" if one.kl else "0"
         how = ON if one.how == ON else f"by {KINDS[one.how]}"
         same = f"{one.identical:,} of {one.rows:,}"
-        rows.append([one.label, f"{one.rate:g}", how, str(one.seeds), loss, one.metric, kl, one.worst, same])
+        rows.append([named(one.label), f"{one.rate:g}", how, str(one.seeds), loss, one.metric, kl, one.worst, same])
         rows[-1].append("" if one.how == ON else f"{one.opened:.1%}")
     return markdown(header, rows)
 
@@ -114,21 +114,35 @@ def draw(grids: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for label, ways in best.items():
             always, row = ways[ON], ways.get("row")
             colour = COLOURS[always.method]
-            axes.plot(always.kl, always.loss, "o", color=colour, markersize=8, markerfacecolor="white", zorder=3)
-            axes.annotate(f" {label}", (always.kl, always.loss), color=colour, fontsize=9, va="center", ha="left")
+            look: dict[str, Any] = {"color": colour, "markersize": 8, "zorder": 3}
+            axes.plot(always.kl, always.loss, "o", markerfacecolor="white", **look)
+            axes.annotate(
+                named(label), (always.kl, always.loss), (9, 0), textcoords="offset points", color=colour, fontsize=9,
+                va="center",
+            )  # fmt: skip
             if row is not None:
                 axes.plot([row.kl, always.kl], [row.loss, always.loss], color=colour, linewidth=1, alpha=0.5)
-                axes.plot(row.kl, row.loss, "o", color=colour, markersize=8, zorder=3)
+                axes.plot(row.kl, row.loss, "o", **look)
+        losses = [one.loss for one in points if one.how in (ON, "row")]
+        middle, span = (max(losses) + min(losses)) / 2, max(0.3, 1.3 * (max(losses) - min(losses)))
+        axes.set_ylim(middle - span / 2, middle + span / 2)
         axes.set_xscale("symlog", linthresh=0.01)
-        right = max(one.kl for one in points if one.how in (ON, "row"))
-        axes.set_xlim(-0.003, 4 * right)
+        axes.set_xlim(-0.003, 12 * max(one.kl for one in points if one.how in (ON, "row")))
         axes.set(title=title, xlabel="KL(base ‖ model) on general text, nats a token", ylabel="task loss, nats a token")
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.annotate("the base, bit for bit ", (0, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
-                      color="grey", ha="right", va="bottom")  # fmt: skip
+        base = f"at 0: the base, bit for bit; its task loss is {lines[0]['base']['task']['loss']:.2f}"
+        axes.annotate(base, (0.02, 0.97), xycoords="axes fraction", fontsize=8, color="grey", va="top")
         axes.grid(alpha=0.3)
     figure.suptitle("Hollow: always on. Filled: with its switch, by row.", fontsize=10)
     write_figure(path, figure)
+
+
+def named(label: str) -> str:
+    """Returns a row's label in the field's names."""
+    names = {"g_freeze": "G-Freeze", "g_train": "G-Train", "lora": "LoRA", "sft": "SFT", "disel": "DISeL"}
+    method, _, layers = label.partition(" ")
+    where = {"upper": ", layers 6–17", "all": ", all layers"}
+    return names.get(method, method) + where.get(layers, f" {layers}" if layers else "")
 
 
 def titled(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -78,13 +78,13 @@ def _mixed(own: dict[str, Any], base: dict[str, Any], decided: dict[str, Any]) -
     opened = decided["opened_items"]
     items = [a if on else b for on, a, b in zip(opened, own["items"], base["items"], strict=True)]
     kl = [value if on else 0.0 for on, value in zip(opened, own["kl_items"], strict=True)]
-    # All scores are of the same labels; a sum over rows and its mean a label tell how many there are.
-    tokens = -own["log_likelihood"] * own["rows"] / own["loss"]
+    labels = own["label_items"]
+    tokens = sum(labels)
+    same = [not on or bool(alike) for on, alike in zip(opened, own["identical_items"], strict=True)]
     mixed = {
         "loss": -math.fsum(items) / tokens, "log_likelihood": math.fsum(items) / len(items), "rows": len(items),
         "kl": math.fsum(kl) / tokens, "opened": sum(opened) / len(opened),
-        "identical": sum(not value for value in kl) / len(kl),
-        "intervals": {"kl": own["intervals"]["kl"] if any(kl) else (0.0, 0.0)},
+        "identical": sum(same) / len(same), "intervals": {"kl": interval(kl, labels)},
     }  # fmt: skip
     if "accuracy_items" in own:
         hits = [a if on else b for on, a, b in zip(opened, own["accuracy_items"], base["accuracy_items"], strict=True)]

@@ -105,6 +105,9 @@ def test_some_matrices(method: str, text_base: Path, sums: Path, tmp_path: Path,
         assert changed == {f"model.layers.{layer}.mlp.{part}.weight" for layer, part in parts}
     line = here(capsys, "train", recipe, "--check", f"--{matrices}=gate_prj", "--output_dir", tmp_path / "x", code=2)
     assert f"{matrices}: gate_prj is not a matrix of a decoder layer; did you mean gate_proj?" in line
+    if method == "lora":  # of copies, attention has none
+        words = ["--method", "g_lora", "--lora_targets", "q_proj", "--grown=", "--output_dir", tmp_path / "y"]
+        assert "lora_targets: q_proj is not" in here(capsys, "train", recipe, "--check", *words, code=2)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from report import over_seeds, point, read_lines, study_report, verdict
+from skills import table as skills_table
 from switch_detectors import tables
+from switch_report import table as used_table
+from switch_report import titled
+from switch_template import table as template_table
+from switched import chosen
 
 from grow.checkpoint.run_folder import last_checkpoint
 from tests.helpers.slurm_cluster import wait_for
@@ -230,8 +236,36 @@ def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
 
 
 def test_the_switch_pages_tables_are_those_of_its_results() -> None:
-    found = json.loads((ROOT / "recipes/study/switch_detectors.json").read_text())
-    assert len(found["layers"]) == 2 and tables(found) in (ROOT / "recipes/study/switch.md").read_text()
+    folder = ROOT / "recipes/study"
+    page = (folder / "switch.md").read_text()
+    found = json.loads((folder / "switch_detectors.json").read_text())
+    assert len(found["layers"]) == 2 and tables(found) in page
+    grids = titled(folder / "results.jsonl")
+    assert len(grids) == 2 and all(f"### {name}\n\n{used_table(lines)}" in page for name, lines in grids.items())
+    assert skills_table(json.loads((folder / "skills.json").read_text())) in page
+    assert template_table(json.loads((folder / "switch_template.json").read_text())) in page
+
+
+def test_two_whole_models_are_each_where_the_switch_says() -> None:
+    """Rows that opened have the trained model's scores, the others the base's, at KL 0."""
+    kl, trained = [0.5, 0.25, 0.0, 1.0], [-1.0, -2.0, -3.0, -4.0]
+    own: dict[str, Any] = {
+        "items": trained,
+        "kl_items": kl,
+        "loss": 1.25,
+        "log_likelihood": -2.5,
+        "rows": 4,
+        "intervals": {"kl": (0, 1)},
+    }
+    base = {"items": [-5.0, -6.0, -7.0, -8.0], "accuracy_items": [0, 0, 1, 1]}
+    own["accuracy_items"] = [1, 1, 0, 0]
+    opened = {"opened_items": [1, 0, 0, 1]}
+    results = [{"alpha": 1, "task": one, "retention": one, "retention_sets": {}} for one in (own, base, opened)]
+    found = chosen(*results)["task"]
+    assert found["loss"] == pytest.approx((1 + 6 + 7 + 4) / 8), "of eight labels, as 2.5 a row and 1.25 a label say"
+    assert (found["kl"], found["identical"], found["opened"]) == (pytest.approx(1.5 / 8), 0.5, 0.5)
+    assert found["accuracy"] == (1 + 0 + 1 + 0) / 4
+    assert found["from_base"]["log_likelihood"] == pytest.approx((4 + 0 + 0 + 4) / 4)
 
 
 def test_the_short_answers_numbers_are_those_of_the_results() -> None:

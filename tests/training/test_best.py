@@ -55,6 +55,41 @@ def test_the_lowest_counts(text_base: Path, sums: Path, tmp_path: Path) -> None:
     assert step_of(final_checkpoint(run)) == best
 
 
+def test_a_resume_between_two_validations_changes_nothing(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """Checkpoints and validations at different steps: resumed, it ends where it would have ended."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
+    fields = FIELDS | {"eval_steps": 4, "save_steps": 6, "save_total_limit": 9}
+    recipe, run = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, **fields), tmp_path / "run"
+    train(recipe, 1)
+    done = (run / "COMPLETE").read_text()
+    between = next(path for path in complete_checkpoints(run) if step_of(path) % 4)
+    for path in complete_checkpoints(run):
+        if step_of(path) > step_of(between):
+            shutil.rmtree(path)
+    (run / "COMPLETE").unlink()
+    train(recipe, 1)
+    assert (run / "COMPLETE").read_text() == done
+
+
+def test_asked_for_late_it_names_a_checkpoint_that_is_there(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
+    fields = FIELDS | {"keep_best": False, "early_stopping_patience": 0, "max_steps": 18}
+    recipe, run = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, **fields), tmp_path / "run"
+    train(recipe, 1)
+    (run / "COMPLETE").unlink()
+    later = make_recipe(
+        tmp_path / "later.yaml", text_base, tmp_path / "grown", sums, 2, **(fields | {"keep_best": True})
+    )
+    train(later, 1)
+    done = json.loads((run / "COMPLETE").read_text())
+    assert done["best_step"] == step_of(final_checkpoint(run))
+    assert done["validation_loss"] == dict(validation_losses(final_checkpoint(run)))[done["best_step"]]
+
+
+def test_a_loss_that_is_no_number_is_not_the_lowest() -> None:
+    assert best_step([(0, 1.0), (2, float("nan")), (4, 3.0), (6, 2.0), (8, 2.0)]) == 6
+
+
 def test_without_either_the_last_counts(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
     expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
     fields = FIELDS | {"keep_best": False, "early_stopping_patience": 0, "max_steps": 12}

@@ -8,6 +8,7 @@ import pytest
 
 from grow.checkpoint.expand import expand
 from grow.errors import UserError
+from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
 from tests.helpers.running import here, train_and_resume
 from tests.helpers.tiny import make_recipe
@@ -47,8 +48,22 @@ def test_a_share_that_makes_no_sense(
     assert message in line
 
 
+def test_what_is_mixed_in_contaminates_too(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """Replay of rows like those of retention is what it is for: those rows are not scored."""
+    rows = [{"prompt": f"What comes after {n}?", "completion": f" {n + 1}, of course"} for n in range(12)]
+    for split, part in {"test": rows, "train": rows[:5]}.items():
+        (tmp_path / "known").mkdir(exist_ok=True)
+        (tmp_path / "known" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    known = str(tmp_path / "known")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, retention=known, max_length=64)
+    for mix, left_out in ((f"{known}=0.1", 5), ("", 0)):
+        scores = evaluate(str(text_base), read_recipe(str(recipe), {"mix": mix}))["retention"]
+        assert (scores["contaminated"], scores["rows"]) == (left_out, 12 - left_out)
+
+
 def test_rows_that_are_weighed_are_of_one_data_set(text_base: Path, sums: Path, text: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method="flow")
-    found = read_recipe(str(recipe), {"mix": f"{text}=0.1"})
-    with pytest.raises(UserError, match="mix: flow weighs the rows"):
-        found.make_method().check(found)
+    for method, message in (("flow", "mix: flow weighs the rows"), ("stm", "mix: stm masks tokens")):
+        recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method=method)
+        found = read_recipe(str(recipe), {"mix": f"{text}=0.1"})
+        with pytest.raises(UserError, match=message):
+            found.make_method().check(found)

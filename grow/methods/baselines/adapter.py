@@ -14,7 +14,7 @@ from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.model.bottleneck import CONFIG, FILE, adapt_mlp
 from grow.model.layouts import decoder_mlps
-from grow.names import mlp_prefixes
+from grow.names import DOWN, mlp_prefixes
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Adapter(KlRegularized):
         found: dict[str, tuple[int, ...]] = {}
         size = self.adapter_size
         for prefix in mlp_prefixes(shapes).values():
-            hidden = shapes[f"{prefix}.down_proj.weight"][0]
+            hidden = next(shapes[f"{prefix}.{name}.weight"][0] for name in DOWN if f"{prefix}.{name}.weight" in shapes)
             own = {
                 "down_proj.weight": (size, hidden), "down_proj.bias": (size,),
                 "up_proj.weight": (hidden, size), "up_proj.bias": (hidden,),

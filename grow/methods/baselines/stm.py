@@ -20,6 +20,8 @@ class Stm(Method):
     def check(self, recipe: Any) -> None:
         """Raises UserError also for a threshold that excludes every token."""
         super().check(recipe)
+        if recipe.mix:
+            raise UserError("mix: stm masks tokens of one data set; take mix out, or another method")
         if self.stm_threshold <= 1:
             raise UserError(f"stm_threshold {self.stm_threshold:g}: a perplexity above 1 is needed, such as 2.5")
 
