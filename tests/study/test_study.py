@@ -258,7 +258,7 @@ def test_two_whole_models_are_each_where_the_switch_says() -> None:
         "intervals": {"kl": (0, 1)},
     }
     base = {"items": [-5.0, -6.0, -7.0, -8.0], "accuracy_items": [0, 0, 1, 1]}
-    own["accuracy_items"] = [1, 1, 0, 0]
+    own |= {"accuracy_items": [1, 1, 0, 0], "label_items": [1, 3, 2, 2], "identical_items": [0, 0, 1, 0]}
     opened = {"opened_items": [1, 0, 0, 1]}
     results = [{"alpha": 1, "task": one, "retention": one, "retention_sets": {}} for one in (own, base, opened)]
     found = chosen(*results)["task"]
