@@ -27,7 +27,7 @@ def unknown(name: str, known: Iterable[str], what: str) -> str:
     return f"{name} is not a {what}" + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """Returns the message with unprintable characters escaped, such as line ends and terminal codes in file names."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
 

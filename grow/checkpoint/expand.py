@@ -19,7 +19,7 @@ from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_e
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_index
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
-from grow.errors import UserError
+from grow.errors import UserError, one_line
 from grow.names import DOWN, FUSED, LAYOUTS, is_down, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
 
@@ -75,17 +75,19 @@ def _check_shapes(
     base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None
 ) -> None:
     layout = layout_of(base, prefix)
+    if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
+        raise UserError(
+            f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
+        )
     for name in base.tensors:
         if (
             name.startswith(f"{prefix}.")
             and not is_growth(name)
             and name.split(".")[-2] not in (*layout, *_ACTIVATIONS)
         ):
-            raise UserError(f"{base.path}: {name}: what it does to copies is not known here; a plain MLP is needed")
-    if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
-        raise UserError(
-            f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
-        )
+            raise UserError(
+                f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
+            )
     infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
     h, p = infos[-1].shape if len(infos[-1].shape) == 2 else (0, 0)
     rows = 2 * p if layout[0] == FUSED else p
