@@ -18,7 +18,7 @@ MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?layers\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
-_OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
+OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
@@ -35,7 +35,7 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
     Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
     """
-    keys = [key for key in keys if not is_growth(key) and not _OTHER_TOWERS.search(key)]
+    keys = [key for key in keys if not is_growth(key) and not OTHER_TOWERS.search(key)]
     for pattern, what in _NOT_PLAIN.items():
         if any(pattern in key for key in keys):
             raise UserError(f"the model has {what}, which cannot be grown; a plain MLP is needed")

@@ -11,7 +11,7 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
-from grow.checkpoint.expand import link_again
+from grow.checkpoint.expand import layout_of, link_again
 from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
@@ -21,7 +21,7 @@ from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, hidden_units, stock
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import DOWN, MATRICES, is_growth, mlp_prefixes, of_skill
+from grow.names import is_growth, mlp_prefixes, of_skill
 from grow.plan import GrowthPlan, mlp_widths, text_config
 
 FORMATS = ("stock", "grown")
@@ -147,7 +147,7 @@ def _blocks(
 ) -> Blocks:
     """Returns the blocks of a layer's MLP."""
     start = source.start
-    ends = [f"{name}.{part}" for name in MATRICES for part in ("weight", "bias")]
+    ends = [f"{name}.{part}" for name in layout_of(start, prefix) for part in ("weight", "bias")]
     own = {end: start.lazy(f"{prefix}.{end}") for end in ends if f"{prefix}.{end}" in start.tensors}
     skills = [
         Grown(
@@ -220,10 +220,8 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     config = {key: value for key, value in (source.config or start.config).items() if key != "growth"}
     if "growth" not in start.config:
         return config
-    text, prefixes = dict(text_config(config)), mlp_prefixes(start.tensors)
-    ends = tuple(f"{name}.weight" for name in DOWN)
-    downs = [name for prefix in prefixes.values() for name in tensors if name.startswith(f"{prefix}.")]
-    widths = [tensors[name].shape[1] for name in downs if name.endswith(ends)]
+    text, prefixes = dict(text_config(config)), mlp_prefixes(start.tensors).values()
+    widths = [tensors[f"{prefix}.{layout_of(start, prefix)[-1]}.weight"].shape[1] for prefix in prefixes]
     before, size = mlp_widths(start.config, len(widths)), text.get("intermediate_size")
     one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
     text["intermediate_size"] = widths if isinstance(size, list) else one_for_all

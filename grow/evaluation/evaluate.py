@@ -146,7 +146,7 @@ def _scores(
 
 def _add_answers(parts: Parts, answers: Answers, model: Any, tokenizer: Any, items: Items) -> None:
     """Adds what the model writes to a retention set's scores, if it has questions."""
-    scores = _known(parts.point).get(items.name)
+    scores = known_sets(parts.point).get(items.name)
     if scores is not None and items.template.prompt:
         what = f"{items.name}, answers"
         parts.add(what, lambda: answers.score(model, tokenizer, items.template, items.rows))
@@ -169,7 +169,7 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     training = [(rows_of(recipe, recipe.train_split), template_of(recipe))]
     training += [(rows, template) for _, rows, template in mixed_rows(recipe)]
     held_out = [(rows, template) for _, rows, template, _ in sets]
-    # Of each set, the rows that any of what was learnt from gives away.
+    # Of each set, the rows that any training rows contaminate.
     shared = [set().union(*own) for own in zip(*(contaminated(held_out, one) for one in training), strict=True)]
     found = []
     for (name, rows, template, most), given_away in zip(sets, shared, strict=True):
@@ -225,7 +225,7 @@ def _metric(interpolation: Interpolation, task: Items, recipe: Recipe, tokenizer
     return {}
 
 
-def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def known_sets(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the retention sets in a result, by name."""
     first = {"retention": scores["retention"]} if "retention" in scores else {}
     return first | scores.get("retention_sets", {})
@@ -245,7 +245,7 @@ def _base_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
     """Raises UserError, before anything is scored, if an earlier result is of other retention rows."""
-    known = _known(base)
+    known = known_sets(base)
     for items in sets[1:]:
         if items.name in known and known[items.name].get("fingerprint") != items.fingerprint:
             raise UserError(
@@ -255,8 +255,8 @@ def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
 
 def _compare(point: dict[str, Any], base: dict[str, Any]) -> None:
     """Adds to each retention set how the log-likelihood of a row differs from the base's, row by row."""
-    before = _known(base)
-    for name, own in _known(point).items():
+    before = known_sets(base)
+    for name, own in known_sets(point).items():
         if name in before:
             differences = [now - then for now, then in zip(own["items"], before[name]["items"], strict=True)]
             own["from_base"] = {

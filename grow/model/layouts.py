@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grow.names import FUSED, LAYOUTS
+from grow.names import FUSED, LAYOUTS, OTHER_TOWERS
 
 _MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
-_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 
 
 def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
@@ -23,7 +22,7 @@ def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         match = _MLP_MODULE.search(name)
-        if match and not _TOWERS.search(name) and layout_of(module):
+        if match and not OTHER_TOWERS.search(name) and layout_of(module):
             found[int(match[1])] = module
     return found
 

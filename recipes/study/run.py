@@ -112,7 +112,7 @@ class Study:
         """Trains and scores one cell, and adds its line to the results before its checkpoints are removed."""
         against, start = self.base_scores(), self.start(cell)
         run, trained, out = (self.folder(cell.name, end) for end in ("", "-trained", "-scores"))
-        if not run.exists():  # else a cell that was stopped is gone on with, and has scores already
+        if not run.exists():  # else a cell that was stopped is resumed, and has scores already
             for end in ("", *(f"-{kind}" for kind in cell.switches)):
                 self.folder(cell.name, f"{end}-scores").unlink(missing_ok=True)
         fields = self.fields(**cell.fields)

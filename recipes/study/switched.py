@@ -15,6 +15,7 @@ from grow.checkpoint.shards import read_json
 from grow.checkpoint.switch_record import switch_file
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
+from grow.evaluation.evaluate import known_sets
 
 if TYPE_CHECKING:
     from run import Study
@@ -62,16 +63,12 @@ def scores(study: "Study", cell: Cell, run: Path, trained: Path) -> dict[str, An
 def chosen(own: dict[str, Any], base: dict[str, Any], decided: dict[str, Any]) -> dict[str, Any]:
     """Returns the scores of two whole models, of which each row is one's: the trained one's where `decided` opened."""
     parts = {"task": (own["task"], base["task"], decided["task"])}
-    for name, known in _known(own).items():
-        parts[name] = known, _known(base)[name], _known(decided)[name]
+    for name, known in known_sets(own).items():
+        parts[name] = known, known_sets(base)[name], known_sets(decided)[name]
     mixed = {name: _mixed(*part) for name, part in parts.items()}
     first = {"retention": mixed["retention"]} if "retention" in mixed else {}
     more = {name: scores for name, scores in mixed.items() if name not in ("task", "retention")}
     return {"alpha": own["alpha"], "task": mixed["task"], **first, "retention_sets": more}
-
-
-def _known(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return ({"retention": scores["retention"]} if "retention" in scores else {}) | scores["retention_sets"]
 
 
 def _mixed(own: dict[str, Any], base: dict[str, Any], decided: dict[str, Any]) -> dict[str, Any]:

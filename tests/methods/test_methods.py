@@ -24,6 +24,10 @@ from tests.helpers.tiny import logits, make_base, make_recipe
 
 pytestmark = pytest.mark.gpu
 
+TEXT_OR_ALL = pytest.mark.parametrize(
+    ("kind", "stage", "ranks"), [("text", 1, 1), pytest.param("multimodal", 3, 2, marks=pytest.mark.full)]
+)
+
 
 def test_a_new_method_is_one_class_and_a_line(
     text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,13 +214,7 @@ def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype:
         assert torch.equal(none[name], own[name])
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage", "ranks"),
-    [
-        ("text", 1, 1),
-        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
-    ],
-)
+@TEXT_OR_ALL
 def test_disel(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
     """Its gates train with the LoRAs, and are in what a run ends in, which is no LoRA without them."""
     tiny_base = make_base(tmp_path / "base", kind)
@@ -249,13 +247,7 @@ def test_disel(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) ->
         consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage", "ranks"),
-    [
-        ("text", 1, 1),
-        pytest.param("multimodal", 3, 2, marks=pytest.mark.full),
-    ],
-)
+@TEXT_OR_ALL
 def test_adapter(sums: Path, kind: str, stage: int, ranks: int, tmp_path: Path) -> None:
     tiny_base = make_base(tmp_path / "base", kind)
     fields = {"method": "adapter", "adapter_size": 8, "dtype": "float32"}
