@@ -4,9 +4,9 @@ A grid is a YAML file such as translation.yaml: a recipe and its fields, what is
 it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers` and `factor` of a method
 that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one; `learn_alphas`, the
 arguments of that command; `switches`, the kinds of switch with which it is scored besides, the first while it trains;
-`two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base; `write: false`,
-if what the model writes is not to be scored, which takes longest. A cell is a row at one rate with one seed. Results
-are identified by its name alone, so a row that is changed needs another label.
+`two_models`, a cell with a switch, whose decisions choose between this row's whole model and the base; `write`, the
+seeds for which what the model writes is scored, which takes longest ([] for none; all, unless it is given). A cell is a
+row at one rate with one seed. Results are identified by its name alone, so a row that is changed needs another label.
 """
 
 import sys
@@ -90,7 +90,7 @@ def cells(grid: dict[str, Any], seeds: list[int]) -> Iterator[Cell]:
         for label, row in grid["methods"].items():
             for rate in row["learning_rate"]:
                 own = {"label": label, "layers": str(row.get("layers", "")), "learning_rate": float(rate), "seed": seed}
-                yield Cell(**(row | own))
+                yield Cell(**(row | own | {"write": seed in row.get("write", seeds)}))
 
 
 def _check(label: str, row: dict[str, Any]) -> None:
@@ -99,6 +99,8 @@ def _check(label: str, row: dict[str, Any]) -> None:
             raise UserError(f"{label}: {unknown(key, _ROW, 'part of a row')}")
     if not isinstance(row.get("learning_rate"), list):
         raise UserError(f"{label}: learning_rate is a list of rates")
+    if not isinstance(row.get("write", []), list):
+        raise UserError(f"{label}: write is a list of seeds ([] for none)")
     if row.get("method") not in METHODS or row["method"] == "adapter":
         raise UserError(
             f"{label}: method {row.get('method')!r}: unknown, or one that does not end in a checkpoint to be scored"
