@@ -10,14 +10,20 @@ LAYOUTS = (
     ("gate_up_proj", "down_proj"),  # gate above up in one matrix: Phi 3 and 4, GLM 4
     ("up_proj", "down_proj"),  # without a gate: Arcee, Nemotron
     ("fc1", "fc2"),  # Phi 1 and 2
-    ("c_fc", "c_proj"),  # StarCoder 2
+    ("c_fc", "c_proj"),  # GPT-2, StarCoder 2
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX and Pythia, Falcon
+    ("fc_in", "fc_out"),  # GPT-J, CodeGen
 )
 """The matrices of the MLPs that can grow, by their names in the classes; the last maps back to the hidden size."""
-FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj")
+FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out")
+TRANSPOSED = ("gpt2",)
+"""Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
+LAYERS = "(?:layers|h)"
+"""What the list of decoder layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
 
-_MLP_KEY = re.compile(rf"((?:.*\.)?layers\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
+_MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 _NOT_PLAIN = {
@@ -26,7 +32,12 @@ _NOT_PLAIN = {
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
 _ADDED = re.compile(rf"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX})\.)")
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model)\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
+_OTHER_NAMES = {
+    "h": "layers", "wte": "embed_tokens", "embed_in": "embed_tokens", "word_embeddings": "embed_tokens",
+    "ln_f": "norm", "final_layer_norm": "norm", "embed_out": "lm_head",
+}  # fmt: skip
+"""What GPT-2's, GPT-NeoX's and Falcon's classes call the parts of a model."""
 
 
 def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
@@ -108,10 +119,17 @@ def canonical(key: str) -> str:
     """Returns the part of a tensor's name that all layouts of a model share.
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
-    memory `model.language_model.layers.…`; a 1B is `model.layers.…`. All become `layers.…`. PEFT calls what it wraps
-    `….q_proj.base_layer`.
+    memory `model.language_model.layers.…`; a 1B is `model.layers.…`, a GPT-2 `h.…` (hub) or `transformer.h.…`. All
+    become `layers.…`. PEFT calls what it wraps `….q_proj.base_layer`.
     """
-    return _WRAPPERS.sub("", key).replace(".base_layer.", ".")
+    first, dot, rest = _WRAPPERS.sub("", key).partition(".")
+    return (_OTHER_NAMES.get(first, first) + dot + rest).replace(".base_layer.", ".")
+
+
+def layer_of(key: str) -> int | None:
+    """Returns the decoder layer that a tensor or module belongs to, by its name; None if it belongs to none."""
+    match = re.match(r"layers\.(\d{1,6})\.", canonical(key)) if of_language_model(key) else None
+    return int(match[1]) if match else None
 
 
 def of_language_model(name: str) -> bool:

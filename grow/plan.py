@@ -146,7 +146,7 @@ def mlp_widths(config: dict[str, Any], num_layers: int) -> list[int] | None:
     or, in Gemma 3n, a list; in Gemma 4 layers that share the keys and values of others may be twice as wide. Raises
     UserError for anything else."""
     text = text_config(config)
-    size = text.get("intermediate_size")
+    size = setting(text, "intermediate_size")
     if size is None:
         return None
     widths = size if isinstance(size, list) else [size] * num_layers
@@ -212,6 +212,23 @@ def ranges(layers: list[int]) -> str:
         else:
             parts.append([layer])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+_OTHER_SETTINGS = {"num_hidden_layers": ("n_layer", "num_layers"), "hidden_size": ("n_embd",)}
+"""What GPT-2, GPT-J and GPT-Neo call the settings of a config."""
+
+
+def setting(text: dict[str, Any], name: str) -> Any:
+    """Returns a setting of the language model's part of a config, whatever it is called there; None without it."""
+    keys = (width_key(text),) if name == "intermediate_size" else (name, *_OTHER_SETTINGS[name])
+    return next((text[key] for key in keys if text.get(key) is not None), None)
+
+
+def width_key(text: dict[str, Any]) -> str:
+    """Returns what the language model's part of a config calls the width of its MLPs, or would call it."""
+    if "n_embd" in text:
+        return "n_inner"
+    return "ffn_hidden_size" if text.get("model_type") == "falcon" else "intermediate_size"
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
-from grow.checkpoint.expand import layout_of, link_again
+from grow.checkpoint.expand import is_transposed, layout_of, link_again
 from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
@@ -22,7 +22,7 @@ from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_t
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import is_growth, mlp_prefixes, of_skill
-from grow.plan import GrowthPlan, mlp_widths, text_config
+from grow.plan import GrowthPlan, mlp_widths, setting, text_config, width_key
 
 FORMATS = ("stock", "grown")
 _SCORES = (
@@ -108,8 +108,10 @@ def stock_tensors(
     start = source.start
     prefixes = mlp_prefixes(start.tensors) if plans else {}
     made = {layer: _blocks(source, plans, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
-    widths = _widths(start.config, {layer: hidden_units(parts) for layer, parts in made.items()})
-    narrow = [layer for layer, parts in made.items() if hidden_units(parts) < widths[layer]]
+    transposed = is_transposed(start.config)
+    units = {layer: hidden_units(parts, transposed) for layer, parts in made.items()}
+    widths = _widths(start.config, units)
+    narrow = [layer for layer, count in units.items() if count < widths[layer]]
     if narrow and not uniform:
         raise UserError(
             f"layers {narrow} are not grown as wide as others, and stock models have one width: add --uniform to pad "
@@ -118,7 +120,7 @@ def stock_tensors(
     mlps: dict[str, LazyTensor] = {}
     for layer, prefix in prefixes.items():
         own = made[layer][0][0]
-        joined = stock_mlp(made[layer], widths[layer], dtype or next(iter(own.values())).dtype)
+        joined = stock_mlp(made[layer], widths[layer], dtype or next(iter(own.values())).dtype, transposed)
         mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
     tensors = {}
     for name, info in start.tensors.items():
@@ -134,7 +136,7 @@ def _widths(config: dict[str, Any], units: dict[int, int]) -> dict[int, int]:
     """Returns the width of each layer's stock MLP, which has so many hidden units at least: its own where the config
     has a list of them, else one for all; or, in Gemma 4, one for layers with keys of their own and twice as much for
     others."""
-    own, size = mlp_widths(config, len(units)), text_config(config).get("intermediate_size")
+    own, size = mlp_widths(config, len(units)), setting(text_config(config), "intermediate_size")
     if isinstance(size, list):
         return units
     times = {layer: own[layer] // size if own and size else 1 for layer in units}
@@ -221,10 +223,11 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     if "growth" not in start.config:
         return config
     text, prefixes = dict(text_config(config)), mlp_prefixes(start.tensors).values()
-    widths = [tensors[f"{prefix}.{layout_of(start, prefix)[-1]}.weight"].shape[1] for prefix in prefixes]
-    before, size = mlp_widths(start.config, len(widths)), text.get("intermediate_size")
+    axis = 0 if is_transposed(config) else 1
+    widths = [tensors[f"{prefix}.{layout_of(start, prefix)[-1]}.weight"].shape[axis] for prefix in prefixes]
+    before, size = mlp_widths(start.config, len(widths)), setting(text, "intermediate_size")
     one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
-    text["intermediate_size"] = widths if isinstance(size, list) else one_for_all
+    text[width_key(text)] = widths if isinstance(size, list) else one_for_all
     return {**config, "text_config": text} if "text_config" in config else text
 
 

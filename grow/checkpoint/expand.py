@@ -13,15 +13,15 @@ import numpy as np
 
 from grow.checkpoint.card import base_facts
 from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
-from grow.checkpoint.lazy import LazyTensor, concat_rows
+from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_index
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError, one_line
-from grow.names import DOWN, FUSED, LAYOUTS, is_down, is_growth, mlp_prefixes
-from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, text_config
+from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, is_down, is_growth, mlp_prefixes
+from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, setting, text_config
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus"), ("act_fn", "activation_fn", "act")
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
@@ -58,7 +58,7 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
     text = text_config(checkpoint.config)
-    count = text.get("num_hidden_layers", len(prefixes))
+    count = setting(text, "num_hidden_layers") or len(prefixes)
     if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
         raise UserError(f"{checkpoint.path}: has MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
     try:
@@ -67,7 +67,7 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
         raise UserError(f"{checkpoint.path}: {error}") from None
     for layer, prefix in prefixes.items():
         width = widths[layer] if widths else None
-        _check_shapes(checkpoint, prefix, text.get("hidden_size"), width, text.get("model_type"))
+        _check_shapes(checkpoint, prefix, setting(text, "hidden_size"), width, text.get("model_type"))
     return prefixes
 
 
@@ -89,10 +89,11 @@ def _check_shapes(
                 f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
             )
     infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
-    h, p = infos[-1].shape if len(infos[-1].shape) == 2 else (0, 0)
+    order = -1 if model_type in TRANSPOSED else 1
+    h, p = infos[-1].shape[::order] if len(infos[-1].shape) == 2 else (0, 0)
     rows = 2 * p if layout[0] == FUSED else p
     expected = (width or p, hidden_size or h)
-    if any(info.shape != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
+    if any(info.shape[::order] != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
         shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(layout, infos, strict=True))
         raise UserError(
             f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
@@ -107,6 +108,11 @@ def _check_shapes(
         raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
 
 
+def is_transposed(config: dict[str, Any]) -> bool:
+    """Says whether the matrices of a model with this config lie in its files as [in, out]."""
+    return text_config(config).get("model_type") in TRANSPOSED
+
+
 def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
     """Returns the names of the matrices of an MLP."""
     return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
@@ -117,9 +123,11 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
     it; in gate_up_proj copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
-    divided by k. Biases, where the base has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k.
+    divided by k; in a GPT-2 all of them transposed. Biases, where the base has them: [(k−1)·p] copied; the
+    down-projection's [h] once, times (k−1)/k.
     """
     k = plan.factor
+    transposed = is_transposed(base.config)
     added = {}
     for layer in plan.layers:
         if layer not in prefixes:
@@ -134,11 +142,11 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
                     gate, up = own.halves()
                     made = concat_rows(*[gate] * (k - 1), *[up] * (k - 1))
                 elif projection not in DOWN:
-                    made = concat_rows(*[own] * (k - 1))
+                    made = (concat_columns if transposed and part == "weight" else concat_rows)(*[own] * (k - 1))
                 elif part == "bias":
                     made = own.scaled((k - 1) / k)
                 else:
-                    made = _divided(own, k, name)
+                    made = _divided(own, k, name, transposed)
                 added[f"{prefixes[layer]}.grown.{projection}.{part}"] = made
     return added
 
@@ -165,30 +173,38 @@ def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, Lazy
     return expected, problems
 
 
-def _divided(down: LazyTensor, k: int, name: str) -> LazyTensor:
-    """Maps [h, p] to [h, (k−1)·p], each copy divided by k.
+def _divided(down: LazyTensor, k: int, name: str, transposed: bool) -> LazyTensor:
+    """Maps [h, p] to [h, (k−1)·p], each copy divided by k; or, transposed, [p, h] to [(k−1)·p, h].
 
     Several equal copies would get equal gradients and stay equal for ever. So they start apart by noise that sums to
     zero: the last copy is (k−1)/k·D minus the other copies, so that the sum is off by one rounding only.
     """
     if k == 2:
         return down.scaled(0.5)
-    h, p = down.shape
+    length, columns = down.shape
 
-    def row(index: int, values: Rows) -> Rows:
+    def copies_of(index: int, values: Rows) -> Rows:
         seed = int.from_bytes(hashlib.sha256(f"{name} {index}".encode()).digest()[:8], "big")
-        noise = np.random.default_rng(seed).standard_normal((k - 1, p), dtype=np.float32)
+        noise = np.random.default_rng(seed).standard_normal((k - 1, columns), dtype=np.float32)
         noise = (noise - noise.mean(axis=0)) * (PERTURBATION * values.std())
         copies = convert(values / np.float32(k) + noise, "F32", down.dtype)
         others = convert(copies[:-1], down.dtype, "F32").sum(axis=0)
         copies[-1] = convert(values * np.float32((k - 1) / k) - others, "F32", down.dtype)
-        return copies.reshape(-1)
+        return copies
 
-    def rows(begin: int, end: int) -> Rows:
-        values = convert(down.rows(begin, end), down.dtype, "F32")
-        return np.stack([row(begin + i, own) for i, own in enumerate(values)])
+    def own_rows(begin: int, end: int) -> Rows:
+        return convert(down.rows(begin, end), down.dtype, "F32")
 
-    return LazyTensor((h, (k - 1) * p), down.dtype, rows)
+    def side_by_side(begin: int, end: int) -> Rows:
+        return np.stack([copies_of(begin + i, own).reshape(-1) for i, own in enumerate(own_rows(begin, end))])
+
+    def below_each_other(begin: int, end: int) -> Rows:
+        places = (divmod(row, length) for row in range(begin, end))
+        return np.stack([copies_of(row, own_rows(row, row + 1)[0])[copy] for copy, row in places])
+
+    if transposed:
+        return LazyTensor(((k - 1) * length, columns), down.dtype, below_each_other)
+    return LazyTensor((length, (k - 1) * columns), down.dtype, side_by_side)
 
 
 def grown_name(shard: Path) -> str:

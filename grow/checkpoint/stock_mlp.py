@@ -50,34 +50,44 @@ def blocks(own: Tensors, skills: list[Grown], target: str) -> Blocks:
     return [(own, share), *found] if share else found
 
 
-def hidden_units(parts: Blocks) -> int:
-    """Returns how many hidden units blocks have together."""
-    return sum(own.shape[1] for tensors, _ in parts for name, own in tensors.items() if _is(name, DOWN, "weight"))
+def hidden_units(parts: Blocks, transposed: bool) -> int:
+    """Returns how many hidden units blocks have together; `transposed` where their matrices are [in, out]."""
+    axis = 0 if transposed else 1
+    return sum(own.shape[axis] for tensors, _ in parts for name, own in tensors.items() if _is(name, DOWN, "weight"))
 
 
-def stock_mlp(parts: Blocks, width: int, target: str) -> dict[str, LazyTensor]:
+def stock_mlp(parts: Blocks, width: int, target: str, transposed: bool) -> dict[str, LazyTensor]:
     """Returns the tensors of an MLP of `width` hidden units, by the ends of their names, in the float type `target`."""
     return {
-        name: _joined(name, [(tensors[name], factor) for tensors, factor in parts], width, target)
+        name: _joined(name, [(tensors[name], factor) for tensors, factor in parts], width, target, transposed)
         for name in parts[0][0]
     }
 
 
-def _joined(name: str, parts: list[tuple[LazyTensor, float]], width: int, target: str) -> LazyTensor:
+def _joined(
+    name: str, parts: list[tuple[LazyTensor, float]], width: int, target: str, transposed: bool = False
+) -> LazyTensor:
     if name.startswith(FUSED):
         halves = [tensor.halves() for tensor, _ in parts]
         return concat_rows(
             *(_joined(_HALVES[half], [(pair[half], 1.0) for pair in halves], width, target) for half in (0, 1))
         )
     if not name.startswith(DOWN):
-        made = [tensor.to(target) for tensor, _ in parts]
-        room = width - sum(tensor.shape[0] for tensor in made)
-        return concat_rows(*made, *([zeros((room, *made[0].shape[1:]), target)] if room else []))
-    made = [_scaled(tensor, factor, target) for tensor, factor in parts]
+        own = [tensor.to(target) for tensor, _ in parts]
+        return _side_by_side(own, width, axis=1 if transposed and name.endswith(".weight") else 0)
+    scaled = [_scaled(tensor, factor, target) for tensor, factor in parts]
     if _is(name, DOWN, "bias"):
-        return made[0] if len(made) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *made)
-    room = width - sum(tensor.shape[1] for tensor in made)
-    return concat_columns(*made, *([zeros((made[0].shape[0], room), target)] if room else []))
+        return scaled[0] if len(scaled) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *scaled)
+    return _side_by_side(scaled, width, axis=0 if transposed else 1)
+
+
+def _side_by_side(parts: list[LazyTensor], width: int, axis: int) -> LazyTensor:
+    """Concatenates blocks of hidden units along the axis that these lie on, and zeros up to a width."""
+    room = width - sum(part.shape[axis] for part in parts)
+    shape = list(parts[0].shape)
+    shape[axis] = room
+    concat = concat_columns if axis else concat_rows
+    return concat(*parts, *([zeros(tuple(shape), parts[0].dtype)] if room else []))
 
 
 def _is(name: str, matrices: Iterable[str], part: str) -> bool:

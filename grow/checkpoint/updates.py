@@ -13,9 +13,9 @@ from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError
-from grow.names import mlp_prefixes, of_language_model, own_name
+from grow.names import LAYERS, mlp_prefixes, of_language_model, own_name
 
-_MATRIX = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(.+)\.weight", re.ASCII)
+_MATRIX = re.compile(rf"(?:.*\.)?{LAYERS}\.(\d{{1,6}})\.(.+)\.weight", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """LoRA: a low-rank update beside each linear layer."""
 
 import operator
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.methods.peft_method import PeftMethod
-from grow.names import canonical, check_matrices, of_language_model
+from grow.names import check_matrices, layer_of
 from grow.plan import parse_layers
 
 
@@ -47,9 +46,8 @@ class Lora(KlRegularized, PeftMethod):
         return super().added_shapes(shapes)
 
     def _choose(self, names: Iterable[str]) -> None:
-        found = (re.match(r"layers\.(\d+)\.", canonical(name)) for name in names if of_language_model(name))
-        count = 1 + max((int(match[1]) for match in found if match), default=-1)
-        self._layers = {f"layers.{layer}" for layer in parse_layers(self.lora_layers, count)}
+        count = 1 + max((layer for layer in map(layer_of, names) if layer is not None), default=-1)
+        self._layers = parse_layers(self.lora_layers, count)
 
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a layer or a matrix that the model does not have."""
@@ -58,7 +56,7 @@ class Lora(KlRegularized, PeftMethod):
 
     def targets(self, name: str) -> bool:
         """Says whether a linear layer, by its name or its weight's, is a chosen one in a chosen decoder layer."""
-        return super().targets(name) and self.named(name) and ".".join(canonical(name).split(".")[:2]) in self._layers
+        return layer_of(name) in self._layers and self.named(name)
 
     def named(self, name: str) -> bool:
         """Says whether a linear layer is among `lora_targets`, by its name or its weight's."""

@@ -15,7 +15,7 @@ from grow.checkpoint.trained_weights import Export
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.errors import UserError
 from grow.methods.method import Method
-from grow.names import canonical, of_language_model
+from grow.names import canonical, layer_of
 
 
 @dataclass
@@ -43,7 +43,7 @@ class PeftMethod(Method):
 
     def targets(self, name: str) -> bool:
         """Says whether a linear layer gets an adapter, by its name or its weight's."""
-        return ".layers." in name and of_language_model(name)
+        return layer_of(name) is not None
 
     def add_parameters(self, model: Any) -> None:
         """Puts the adapters in. The model keeps its class, so that other code need not know of them."""

@@ -1,12 +1,11 @@
 """Plain fine-tuning: every parameter of the language model trains. It is the baseline that forgets."""
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from grow.methods.kl import KlRegularized
-from grow.names import canonical, check_matrices, mlp_prefixes
+from grow.names import check_matrices, layer_of, mlp_prefixes
 from grow.plan import parse_layers
 
 _ANY = 10**6
@@ -33,10 +32,10 @@ class Sft(KlRegularized):
         """Says whether a parameter trains: every one, or those that are chosen."""
         if not super().trains(name) or (self.sft_matrices and name.split(".")[-2] not in self.sft_matrices):
             return False
-        mlp = re.match(r"layers\.(\d+)\.mlp\.", canonical(name))
+        layer = layer_of(name) if ".mlp." in name else None
         if not self.mlp_layers:
             return True
-        return mlp is not None and (self.mlp_layers == "all" or int(mlp[1]) in self._layers)
+        return layer is not None and (self.mlp_layers == "all" or layer in self._layers)
 
     @cached_property
     def _layers(self) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ import re
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from grow.names import FUSED, LAYOUTS, OTHER_TOWERS
+from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS
 
-_MLP_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
+_MLP_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
 
 
 def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
@@ -64,12 +65,27 @@ def halves(mlp: Any) -> int:
 
 def hidden_size(mlp: Any) -> int:
     """Returns h."""
-    return up_layers(mlp)[0].in_features
+    return sizes(up_layers(mlp)[0])[0]
 
 
 def width(mlp: Any) -> int:
     """Returns the number of hidden units, p."""
-    return up_layers(mlp)[0].out_features // halves(mlp)
+    return sizes(up_layers(mlp)[0])[1] // halves(mlp)
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Returns how many features a Linear or a Conv1D reads, and how many it gives."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def layer_like(own: Any, inputs: int, outputs: int, **kind: Any) -> nn.Module:
+    """Returns an uninitialised layer of another one's class and with a bias if that has one: Linear, [outputs, inputs],
+    or GPT-2's Conv1D, [inputs, outputs]. `kind` has device and dtype, if they are not torch's defaults."""
+    if isinstance(own, Conv1D):
+        return Conv1D(outputs, inputs).to(**kind)
+    # Some classes have a linear layer of their own, whose products round in another way (Falcon).
+    cls = type(own) if type(own).__init__ is nn.Linear.__init__ else nn.Linear
+    return cls(inputs, outputs, bias=own.bias is not None, **kind)
 
 
 def mix_in(mlp: Any, kind: type, name: str) -> None:

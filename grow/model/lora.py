@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from grow.model.where_on import where_on
+from grow.names import LAYERS
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)")
+_LAYER = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.(\w+)")
 
 
 class SwitchedLora:

@@ -28,6 +28,7 @@ from grow.model.layouts import (
     down_name,
     halves,
     hidden_size,
+    layer_like,
     layout_of,
     mix_in,
     stock_class,
@@ -40,7 +41,7 @@ from grow.plan import GrowthPlan
 
 class GrownBranch(Instead):
     """Holds the added copies: gate and up of shape [(k−1)·p, h], one below the other where the base has them so, and
-    down of shape [h, (k−1)·p] (already divided by k).
+    down of shape [h, (k−1)·p] (already divided by k); in a GPT-2 all of them transposed.
 
     They have biases where the base has them; the down-projection's is one, [h], times (k−1)/k.
     """
@@ -48,7 +49,7 @@ class GrownBranch(Instead):
     def __init__(self, mlp: Any, units: int):
         super().__init__(mlp)
         add_up(self, mlp, units)
-        self.add_module(down_name(mlp), nn.Linear(units, hidden_size(mlp), bias=down_layer(mlp).bias is not None))
+        self.add_module(down_name(mlp), layer_like(down_layer(mlp), units, hidden_size(mlp)))
 
 
 class GrownMLP:
@@ -145,8 +146,7 @@ def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
     """Gives a module gate and up of so many hidden units, in the layout of an MLP, uninitialised."""
     module.__dict__["layout"] = layout_of(mlp)
     for name in up_names(mlp):
-        biased = getattr(mlp, name).bias is not None
-        module.add_module(name, nn.Linear(hidden_size(mlp), units * halves(mlp), bias=biased, **kind))
+        module.add_module(name, layer_like(getattr(mlp, name), hidden_size(mlp), units * halves(mlp), **kind))
 
 
 def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:

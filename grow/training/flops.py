@@ -5,14 +5,16 @@ attention's products of queries and keys are left out: a few percent at the leng
 """
 
 import re
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from grow.model.layouts import up_layers
+from grow.model.layouts import sizes, up_layers
 from grow.model.mlp import grown_mlps
-from grow.names import of_language_model
+from grow.names import canonical, of_language_model
 
 # Dense bf16 FLOP/s of the makers' data sheets, by what torch calls the device.
 _PEAK = {
@@ -44,12 +46,12 @@ class StepFlops:
         self.per_token = self.per_label = 0
         # A trained up-projection takes the place of the base's own, which is not computed then (grow.model.mlp).
         idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in up_layers(mlp)}
-        reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in name)
+        reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in canonical(name))
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)
             trains = weight is not None and weight.requires_grad
-            if isinstance(module, nn.Linear) and of_language_model(name) and module not in idle:
-                flops = 2 * module.in_features * module.out_features * (1 + trains + reached)
+            if isinstance(module, nn.Linear | Conv1D) and of_language_model(name) and module not in idle:
+                flops = 2 * prod(sizes(module)) * (1 + trains + reached)
                 if module is head:
                     self.per_label += flops
                 else:

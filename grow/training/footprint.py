@@ -13,7 +13,7 @@ from grow.checkpoint.expand import added_tensors, make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
-from grow.names import DOWN, MATRICES, of_language_model
+from grow.names import DOWN, MATRICES, canonical, layer_of, of_language_model
 from grow.plan import text_config
 from grow.recipe import Recipe
 from grow.training.start import planned_start
@@ -152,10 +152,10 @@ def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
     above = sum(size for name, size in layers.items() if _layer(name) > lowest or name in trained)
     if recipe.gradient_checkpointing:
         above += sum(size for name, size in layers.items() if _layer(name) >= lowest and name not in trained)
-    heads = [size for name, size in sizes.items() if name.endswith("lm_head.weight")]
+    heads = [size for name, size in sizes.items() if canonical(name) == "lm_head.weight"]
     again = 0
     if not heads:
-        heads = [size for name, size in sizes.items() if name.endswith("embed_tokens.weight")]
+        heads = [size for name, size in sizes.items() if canonical(name) == "embed_tokens.weight"]
         near = sum(layers.values()) < _setting(recipe, "stage3_max_reuse_distance", REUSE_DISTANCE)
         again = 0 if near else sum(heads)
     return sum(sizes.values()) + again + sum(heads) + above
@@ -210,5 +210,5 @@ def _lowest(trained: Shapes) -> int:
 
 def _layer(name: str) -> int:
     """Returns the decoder layer that a parameter belongs to; -1 if it belongs to none."""
-    _, found, rest = name.partition(".layers.")
-    return int(rest.split(".")[0]) if found and of_language_model(name) else -1
+    layer = layer_of(name)
+    return -1 if layer is None else layer

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from grow.checkpoint.expand import is_transposed
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,
@@ -50,6 +51,7 @@ from grow.data.packing import Epochs, Mixed, PackedDataset, summary
 from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
+from grow.methods.peft_method import PeftMethod
 from grow.model.loading import check_loads, checkpoint_activations, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
@@ -211,6 +213,11 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)
+    if isinstance(method, PeftMethod) and is_transposed(start.config):
+        raise UserError(
+            f"{start.path}: has matrices that lie transposed (Conv1D), which {recipe.method} does not adapt; take sft, "
+            "or grow it (g_freeze, g_train)"
+        )
     check_same_run(run, recipe)
     with quiet():
         check_loads(start)

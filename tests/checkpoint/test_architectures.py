@@ -17,12 +17,17 @@ from grow.checkpoint.package import extract_base
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
 from grow.model.loading import load
+from grow.plan import setting
 from tests.helpers import tiny
 from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, make_base, tokens
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+_RENAMED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+GPT: dict[str, Any] = dict.fromkeys(_RENAMED) | {
+    "n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 2, "n_positions": 256
 }  # fmt: skip
 CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {}),
@@ -39,6 +44,26 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nemotron": (transformers.NemotronForCausalLM, transformers.NemotronConfig, {}),
     "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, {}),
     "starcoder2": (transformers.Starcoder2ForCausalLM, transformers.Starcoder2Config, {"residual_dropout": 0.0}),
+    # Other names, and for GPT-2 matrices that lie transposed.
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT),
+    "gptj": (transformers.GPTJForCausalLM, transformers.GPTJConfig, GPT | {"rotary_dim": 8}),
+    "codegen": (
+        transformers.CodeGenForCausalLM,
+        transformers.CodeGenConfig,
+        GPT | {"rotary_dim": 8, "n_head": 4},
+    ),
+    "gpt-bigcode": (transformers.GPTBigCodeForCausalLM, transformers.GPTBigCodeConfig, GPT),
+    "gpt-neo": (
+        transformers.GPTNeoForCausalLM,
+        transformers.GPTNeoConfig,
+        {"num_layers": 3, "num_heads": 2, "attention_types": [[["global"], 3]]},
+    ),
+    "pythia": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
+    "falcon": (
+        transformers.FalconForCausalLM,
+        transformers.FalconConfig,
+        {"ffn_hidden_size": 48, "intermediate_size": None, "head_dim": None, "new_decoder_architecture": True},
+    ),
     # With an activation that is learnt; with one that is computed in fp32.
     "apertus": (transformers.ApertusForCausalLM, transformers.ApertusConfig, {"pad_token_id": 0}),
     "beam": (
@@ -90,15 +115,16 @@ def make(path: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **config: A
     """A small random model of a class, as stock transformers saves it."""
     cls, config_cls, more = CLASSES[kind]
     torch.manual_seed(0)
-    model = cls(config_cls(**(SMALL | more | config)))
+    known = {key: value for key, value in (SMALL | more | config).items() if value is not None}
+    model = cls(config_cls(**known))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.15)
     model.to(dtype).save_pretrained(path)
     return path
 
 
-def logits(path: Path, dtype: torch.dtype = torch.float32, **inputs: Any) -> torch.Tensor:
-    return tiny.logits(load(path, dtype), **inputs)
+def logits(path: Path, dtype: torch.dtype = torch.float32, alpha: float = 1.0, **inputs: Any) -> torch.Tensor:
+    return tiny.logits(load(path, dtype, alpha), **inputs)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -112,7 +138,7 @@ def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None
     consolidate(str(grown), str(stock))
     model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.get_text_config().intermediate_size == WIDTHS.get(kind, 96)
+    assert setting(model.config.get_text_config().to_dict(), "intermediate_size") == WIDTHS.get(kind, 96)
     assert (logits(stock) - logits(source)).abs().max() < 1e-4
     extract_base(str(grown), str(tmp_path / "again"))
     assert folder_checksums(tmp_path / "again") == before == folder_checksums(source)
@@ -261,6 +287,27 @@ def test_the_best_layers_of_a_ranking(text_base: Path, tmp_path: Path) -> None:
     for layers, message in ((f"top:5:{ranking}", "ranks only 4"), ("top:2:none.json", "none.json"), ("top:2", "top:N")):
         with pytest.raises(UserError, match=message):
             expand(str(text_base), str(tmp_path / "other"), layers=layers)
+
+
+def test_gpt2_as_it_is_on_the_hub(tmp_path: Path) -> None:
+    """Its names lack the class's prefix, its files hold masks, and its config leaves out the width."""
+    source, hub = make(tmp_path / "source", "gpt2", n_inner=128), tmp_path / "hub"
+    shutil.copytree(source, hub)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(source / "model.safetensors").items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for layer in range(3)}
+    save_file(tensors | masks, hub / "model.safetensors", {"format": "pt"})
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_inner"}))
+    for factor in (2, 3):
+        grown, stock = tmp_path / f"grown{factor}", tmp_path / f"stock{factor}"
+        expand(str(hub), str(grown), factor=factor, layers="0,2")
+        assert verify(str(grown), str(hub))["problems"] == []
+        assert torch.equal(logits(grown, alpha=0), logits(source))
+        assert (logits(grown) - logits(source)).abs().max() <= (0 if factor == 2 else 1e-3)  # of three, in bf16
+        consolidate(str(grown), str(stock), uniform=True)
+        model = transformers.GPT2LMHeadModel.from_pretrained(stock)
+        assert model.config.n_inner == factor * 128
+        assert (logits(stock) - logits(grown)).abs().max() < (1e-4 if factor == 2 else 1e-3)
 
 
 @pytest.mark.parametrize("factor", [3, 4])

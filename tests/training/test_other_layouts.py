@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from grow.checkpoint.expand import expand
+from grow.errors import UserError
+from grow.methods import read_recipe
+from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate, train_and_resume
 from tests.helpers.tiny import make_recipe, make_tokenizer
@@ -22,6 +25,9 @@ pytestmark = pytest.mark.gpu
         pytest.param("phi", "g_freeze", 3, 2, marks=pytest.mark.full),
         pytest.param("phi3", "g_train", 3, 2, marks=pytest.mark.full),
         ("gemma4-e2b", "sft", 1, 1),
+        ("gpt2", "g_train", 1, 1),
+        pytest.param("pythia", "g_train", 1, 1, marks=pytest.mark.full),
+        pytest.param("gpt2", "g_train", 3, 2, marks=pytest.mark.full),
         pytest.param("gemma4", "g_freeze", 3, 2, marks=pytest.mark.full),
         pytest.param("gemma4-e2b", "sft", 3, 2, marks=pytest.mark.full),
     ],
@@ -35,3 +41,11 @@ def test_it_learns_and_resumes(kind: str, method: str, stage: int, ranks: int, s
     trained = train_and_resume(recipe, ranks)
     assert trained and not any("audio" in name or "vision" in name for name in trained)
     consolidate(str(tmp_path / "run"), str(tmp_path / "stock"))
+
+
+def test_adapters_do_not_fit_matrices_that_lie_transposed(sums: Path, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "gpt2")
+    make_tokenizer(base)
+    recipe = make_recipe(tmp_path / "r.yaml", base, base, sums, 1, method="lora")
+    with pytest.raises(UserError, match="Conv1D"):
+        check_run(read_recipe(str(recipe), {}))
