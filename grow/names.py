@@ -24,8 +24,10 @@ MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
-OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
-_BESIDE = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
+OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
+_BESIDE = (
+    "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "embed_tokens_extend",
+)  # fmt: skip
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
     ".qweight": "quantized weights",

@@ -23,7 +23,13 @@ from grow.errors import UserError, one_line
 from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, is_down, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, setting, text_config
 
-_WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus"), ("act_fn", "activation_fn", "act")
+_WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
+_NOT_ALONE = {
+    "bloom": "its MLP adds what goes past it",
+    "gpt_neox_japanese": "its config has no width of its own for the MLPs",
+    "openai-gpt": "its class fixes the width of the MLPs",
+}
+"""Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
@@ -58,6 +64,8 @@ def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
     text = text_config(checkpoint.config)
+    if text.get("model_type") in _NOT_ALONE:
+        raise UserError(f"{checkpoint.path}: {text['model_type']}: {_NOT_ALONE[text['model_type']]}, so it cannot grow")
     count = setting(text, "num_hidden_layers") or len(prefixes)
     if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
         raise UserError(f"{checkpoint.path}: has MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
