@@ -78,6 +78,12 @@ def sizes(layer: Any) -> tuple[int, int]:
     return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
+def matrix(layer: Any) -> Tensor:
+    """Returns a Linear's or a Conv1D's weight as [out, in]."""
+    weight: Tensor = layer.weight
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
 def layer_like(own: Any, inputs: int, outputs: int, **kind: Any) -> nn.Module:
     """Returns an uninitialised layer of another one's class and with a bias if that has one: Linear, [outputs, inputs],
     or GPT-2's Conv1D, [inputs, outputs]. `kind` has device and dtype, if they are not torch's defaults."""

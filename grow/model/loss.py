@@ -5,7 +5,7 @@ suffixes: B sequences, L tokens, H hidden size, N labelled positions, V vocabula
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,16 +23,22 @@ def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
     """Runs the model, of any class and under any wrapper, on packed sequences.
 
     `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.data.packing). Returns logits [N, V] in
-    the model's dtype and labels [N], in the order of the labels. The head is given hidden states [N, H]: a 2-D input,
-    since torch copies a frozen head's weight for every batch row of a strided 3-D one.
+    the model's dtype and labels [N], in the order of the labels.
     """
+    return labelled(model, batch, lambda states: states)
+
+
+def labelled(model: nn.Module, batch: dict[str, Tensor], seen: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs the model as labelled_logits does. `seen` is given the hidden states at labels [N, H], and returns those
+    that go through the head: a 2-D input, since torch copies a frozen head's weight for every batch row of a strided
+    3-D one."""
     labels_BL = batch["labels"]
     mask_BL = labels_BL != IGNORED
     unwrapped: Any = getattr(model, "module", model)
     head = unwrapped.get_output_embeddings()
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][mask_BL], *inputs[1:])
+        return (seen(inputs[0][mask_BL]), *inputs[1:])
 
     handle: Any = head.register_forward_pre_hook(select)
     deciding = unwrapped.switch.of_batch(batch) if hasattr(unwrapped, "switch") else contextlib.nullcontext()
@@ -62,14 +68,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        gradient = torch.empty_like(logits) if logits.requires_grad else None
-        total = logits.new_zeros((), dtype=torch.float32)
-        for part in _parts(logits):
-            block, own, weight = logits[part].float().log_softmax(-1), labels[part, None], weights[part]
-            total -= block.gather(1, own)[:, 0] @ weight
-            if gradient is not None:
-                block.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=block.dtype))
-                gradient[part] = block.mul_(weight[:, None])
+        total, gradient = loss_and_gradient(logits, labels, weights, logits.requires_grad)
         ctx.save_for_backward(gradient)
         return total
 
@@ -77,6 +76,19 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(scale), None, None
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor, weights: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns the summed loss, [], and if it is wanted its gradient, [N, V] in the logits' dtype."""
+    gradient = torch.empty_like(logits) if wanted else None
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part in _parts(logits):
+        block, own, weight = logits[part].float().log_softmax(-1), labels[part, None], weights[part]
+        total -= block.gather(1, own)[:, 0] @ weight
+        if gradient is not None:
+            block.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=block.dtype))
+            gradient[part] = block.mul_(weight[:, None])
+    return total, gradient
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:

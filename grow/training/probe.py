@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grow.data.packing import PackedDataset
 from grow.model.gather import gathered
-from grow.model.layouts import down_layer, halves, up_layers
+from grow.model.layouts import down_layer, halves, matrix, up_layers
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.mlp import grown_mlps
 from grow.model.switched import switch_decided
@@ -87,19 +87,19 @@ def _moved(mlp: Any) -> dict[str, float]:
     with gathered(*weights, *mlp.grown.parameters()):
         copies, parts = mlp.factor - 1, halves(mlp)
         dot = own = other = moved = torch.zeros((), device=weights[0].device)
-        for original, layer in zip(weights[:-1], up_layers(mlp.grown), strict=True):
-            matrices = original.detach().float().chunk(parts)
+        for original, layer in zip(up_layers(mlp), up_layers(mlp.grown), strict=True):
+            matrices = matrix(original).detach().float().chunk(parts)
             start, copy = torch.cat([matrix.repeat(copies, 1) for matrix in matrices]), _weight(layer)
             dot, own, other = dot + (start * copy).sum(), own + start.square().sum(), other + copy.square().sum()
             moved = moved + (copy - start).square().sum()
-        start = weights[-1].detach().float().repeat(1, copies) / mlp.factor
+        start = matrix(down_layer(mlp)).detach().float().repeat(1, copies) / mlp.factor
         moved = moved + (_weight(down_layer(mlp.grown)) - start).square().sum()
         return {"cosine": float(dot / (own * other).sqrt()), "update": float(moved.sqrt())}
 
 
 def _weight(layer: Any) -> Tensor:
     """Returns a linear layer's weight in fp32, with the update of PEFT's LoRA, if there is one (g_lora)."""
-    weight = layer.weight.detach().float()
+    weight = matrix(layer).detach().float()
     if hasattr(layer, "get_delta_weight"):
         weight = weight + sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)
     return weight

@@ -7,6 +7,7 @@ exactly among ranks; checkpoints are in grow.training.trainer_checkpoints.
 import itertools
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from grow.data.examples import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
 from grow.methods import Method
 from grow.model.gather import gathered
+from grow.model.head import Head, head_loss_sum, head_scores, known_head
 from grow.model.loss import labelled_logits, loss_sum, token_scores
 from grow.names import canonical
 from grow.recipe import Recipe
@@ -55,6 +57,11 @@ class GrowTrainer(CheckpointingTrainer):
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
 
+    @cached_property
+    def head(self) -> Head | None:
+        """The model's head, if its loss can be computed in pieces (grow.model.head)."""
+        return known_head(self.model)
+
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -74,9 +81,12 @@ class GrowTrainer(CheckpointingTrainer):
     ) -> Any:
         """Returns this micro-batch's share of the mean loss, times world_size, since DeepSpeed averages over ranks; and
         the method's penalty."""
-        logits, labels = labelled_logits(model, inputs)
         weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
-        loss = loss_sum(logits, labels, weights) / num_items_in_batch * self.accelerator.num_processes
+        if self.head is None:
+            loss = loss_sum(*labelled_logits(model, inputs), weights)
+        else:
+            loss = head_loss_sum(model, self.head, inputs, weights)
+        loss = loss / num_items_in_batch * self.accelerator.num_processes
         self.shutdown.check_loss(loss)
         return loss + self.method.penalty() / self.args.gradient_accumulation_steps
 
@@ -101,7 +111,7 @@ class GrowTrainer(CheckpointingTrainer):
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
             with self.compute_loss_context_manager():
-                logprobs, hits, _ = token_scores(self.model_wrapped, batch)
+                logprobs, hits = self._scores(batch)
             total += torch.stack([-logprobs.double().sum(), hits.double().sum(), total.new_tensor(len(hits))])
         loss, right, count = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / count, f"{metric_key_prefix}_accuracy": right / count}
@@ -124,11 +134,18 @@ class GrowTrainer(CheckpointingTrainer):
         counted = torch.zeros_like(losses)
         for batch in self.own_batches(self.train_dataset.seen()):
             with self.compute_loss_context_manager():
-                logprobs, _, rows = token_scores(self.model_wrapped, batch)
-            places = starts[rows] + batch["position_ids"][batch["labels"] != IGNORED]
+                logprobs, _ = self._scores(batch)
+            places = (
+                starts[batch["rows"][batch["labels"] != IGNORED]] + batch["position_ids"][batch["labels"] != IGNORED]
+            )
             losses[places], counted[places] = -logprobs, 1.0
         losses, counted = self.accelerator.reduce(torch.stack([losses, counted]), "sum")
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
+
+    def _scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.head is not None:
+            return head_scores(self.model_wrapped, self.head, batch)
+        return token_scores(self.model_wrapped, batch)[:2]
 
     def own_batches(self, sequences: Any) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of the sequences, for a forward pass. All ranks have the same number of batches

@@ -10,6 +10,7 @@ in the same sequences, one a step, in bf16 with fp32 master weights. The ratios 
 """
 
 import cProfile
+import itertools
 import json
 import os
 import pstats
@@ -56,7 +57,7 @@ class Clock:
         if self.profile is not None:
             self.profile.disable()
         timed = self.times[WARMUP - 1 :]
-        return 1e3 * statistics.median(after - before for before, after in zip(timed, timed[1:], strict=False))
+        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(timed))
 
 
 def callback(clock: Clock) -> Any:
@@ -206,7 +207,7 @@ def measure(name: str, layers: int, steps: int, profile: bool) -> None:
 
 
 def bench(
-    json: bool = False,  # noqa: A002
+    json: bool = False,
     only: str = ",".join(OURS),
     steps: int = 60,
     layers: int = 18,
@@ -229,7 +230,7 @@ def bench(
             taken[name].append(float(done.stdout.split()[-1]))
             if profile:
                 print(name, done.stdout, sep="\n")
-    print_results({name: statistics.median(times) for name, times in taken.items()}, json)
+    print_results({name: statistics.median(times) for name, times in taken.items()}, as_json=json)
 
 
 def print_results(median: dict[str, float], as_json: bool) -> None:
@@ -237,7 +238,9 @@ def print_results(median: dict[str, float], as_json: bool) -> None:
     found: dict[str, Any] = {"milliseconds": {name: round(value, 2) for name, value in median.items()}}
     for name, value in median.items():
         found[name] = round(value / median["trainer"], 3)
-    found["to_bare"] = {name: round(value / median[f"bare_{name}"], 3) for name, value in median.items() if f"bare_{name}" in median}
+    found["to_bare"] = {
+        name: round(value / median[f"bare_{name}"], 3) for name, value in median.items() if f"bare_{name}" in median
+    }
     if as_json:
         print(json.dumps(found))
         return

@@ -44,6 +44,9 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nemotron": (transformers.NemotronForCausalLM, transformers.NemotronConfig, {}),
     "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, {}),
     "starcoder2": (transformers.Starcoder2ForCausalLM, transformers.Starcoder2Config, {"residual_dropout": 0.0}),
+    # Their logits are scaled.
+    "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig, {"logit_scale": 0.25, "pad_token_id": 0}),
+    "granite": (transformers.GraniteForCausalLM, transformers.GraniteConfig, {"logits_scaling": 3.0}),
     # Other names, and for GPT-2 matrices that lie transposed.
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT),
     "gptj": (transformers.GPTJForCausalLM, transformers.GPTJConfig, GPT | {"rotary_dim": 8}),
