@@ -13,6 +13,8 @@ from grow.data.examples import IGNORED
 
 NEVER = torch.iinfo(torch.int64).max
 """The column from which a row is on that is off."""
+EACH = -1
+"""Stands for that column where each token is decided by itself."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,31 @@ def packed_rows(position_ids_BL: Tensor, labels_BL: Tensor) -> Rows:
 def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None = None) -> Rows:
     """Returns the rows of a forward pass, from its arguments by name.
 
-    Each sequence is a row, unless positions restart in it and there is neither mask nor cache: then it is packed. Of a
-    prompt whose length is known no later column decides: assisted generation puts guesses behind it.
+    Each sequence is a row, unless positions restart in it and there is no cache: then it is packed. Of a prompt whose
+    length is known no later column decides: assisted generation puts guesses behind it.
     """
     ids_BL = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
     count, length = ids_BL.shape
     mask, positions, labels = (inputs.get(name) for name in ("attention_mask", "position_ids", "labels"))
     if labels is not None:  # transformers' own: labels[b, t] is token t
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    packs = mask is None and not past and prompt_length is None
-    if packs and positions is not None and length > 1 and positions.shape[0] == count:
-        row_BL, sequence_R = _by_positions(positions)
-        if labels is not None:
-            return packed_rows(positions, following)
-        columns_BL = torch.arange(length, device=row_BL.device).expand_as(row_BL)
-        last_R = torch.zeros_like(sequence_R).scatter_reduce_(0, row_BL.flatten(), columns_BL.flatten(), "amax")
-        return Rows(row_BL, sequence_R, last_R)
-    sequence_R = torch.arange(count, device=ids_BL.device)
-    columns_L = torch.arange(length, device=ids_BL.device)
     there_BL = torch.ones_like(ids_BL, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         there_BL = mask[:, -length:].bool()
+    columns_L = torch.arange(length, device=ids_BL.device)
+    if positions is not None and not past and prompt_length is None and length > 1 and positions.shape[0] == count:
+        # Padding before a row may have position 0 as well, or any.
+        begins_BL = (positions == 0) & there_BL
+        if mask is None or bool((begins_BL.sum(1) > 1).any()):
+            positions = torch.ones_like(positions).masked_fill(begins_BL, 0)
+            if labels is not None:
+                return packed_rows(positions, following)
+            row_BL, sequence_R = _by_positions(positions)
+            last_R = torch.zeros_like(sequence_R).scatter_reduce_(
+                0, row_BL.flatten(), columns_L.expand_as(row_BL).where(there_BL, 0).flatten(), "amax"
+            )
+            return Rows(row_BL, sequence_R, last_R)
+    sequence_R = torch.arange(count, device=ids_BL.device)
     if prompt_length is not None and past < prompt_length:
         there_BL = there_BL & (columns_L < prompt_length - past)
     last_R = columns_L.where(there_BL, -1).amax(1)
@@ -102,8 +108,11 @@ def called_columns(input_ids_BL: Tensor, tokens: tuple[int, ...], rows: Rows) ->
 
 
 def _by_positions(position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the row of each token, and the sequence of each row, where a row begins at each position 0."""
+    """Returns the row of each token, and the sequence of each row, where a row begins at each position 0. Tokens
+    before the first of a sequence belong to its first row."""
     begins_BL = position_ids_BL == 0
+    first_B = begins_BL.int().argmax(1)
+    begins_BL[torch.arange(len(begins_BL), device=begins_BL.device), first_B] = False
     begins_BL[:, 0] = True
     row_BL = begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
     return row_BL, begins_BL.nonzero()[:, 0]

@@ -17,6 +17,8 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 from uuid import uuid4
 
@@ -27,7 +29,7 @@ from transformers import Cache, DynamicCache
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.alpha import base_inside
-from grow.model.rows import NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
+from grow.model.rows import EACH, NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
 
 
 class Switch:
@@ -47,11 +49,12 @@ class Switch:
         self._batch: Rows | None = None  # of a batch whose labels are known
         self._rows: Rows | None = None  # of the pass under way, if something is to be decided in it
         self._asking = self._partitioned = False  # in a pass that decides and does no more; under ZeRO-3
-        self._generating = False
+        self._generation: _Generation | None = None  # under way
+        self._own = False  # the pass under way is one of it
         self._cache: Any = None  # of the pass under way
-        self._prompt_length: int | None = None  # in `generate`
         self._start_R: Tensor | None = None  # the column from which each row is on
         self._key = uuid4().hex  # under which a KV cache carries with what it was filled
+        self._thread: int | None = None  # that a pass, or a generation, is under way in
 
     @contextlib.contextmanager
     def of_batch(self, batch: dict[str, Tensor]) -> Iterator[None]:
@@ -72,21 +75,31 @@ class Switch:
         """Finds where this pass is to decide, and decides already if it need not read features for it."""
         if getattr(model, "deciding", False):  # in a pass that decides and does no more, this switch's or another's
             return
+        self._claim()
         if model.training and self.record.kind != "call":
             self.decided = self._start_R = None
             return
         inputs = _named(model, args, kwargs)
         cache = self._cache = inputs.get("past_key_values")
-        if self.mode != "auto":
-            rows = self._batch or rows_of_inputs(inputs, 0)
-            self._set(rows, torch.full_like(rows.decides_R, NEVER if self.mode == "off" else 0))
-            return
         past = cache.get_seq_length() if cache is not None else 0
-        rows = self._batch or rows_of_inputs(inputs, past, self._prompt_length if self._generating else None)
-        if self.record.kind == "token":
-            self._rows, self._start_R = rows, None
+        generation = self._generation
+        self._own = generation is not None and generation.has(inputs, past)
+        if generation and self._own:
+            generation.began, generation.cache = True, cache
+        rows = self._batch or rows_of_inputs(inputs, past, generation.length if generation and self._own else None)
+        forced = self._forced(rows.decides_R)
+        noted_R = _noted(cache, self._key) if past else None
+        if forced is not None:
+            if noted_R is not None and bool((noted_R != int(forced[0])).any()):
+                raise UserError(_FILLED_OTHERWISE)
+            if self.record.kind == "token" and self.mode == "auto":
+                self._rows, self._start_R = rows, forced
+            else:
+                self._set(rows, forced)
             return
-        held_R = self._start_R if self._generating else self._held(cache, rows) if past else None
+        held_R = generation.held_R if generation and self._own else None
+        if past and (held_R is None or (noted_R is not None and len(noted_R) == len(rows.decides_R))):
+            held_R = self._held(noted_R, rows)
         if held_R is not None:
             # In beam search each sequence stands in the batch several times.
             self._set(rows, held_R.repeat_interleave(max(1, len(rows.decides_R) // len(held_R))))
@@ -117,13 +130,16 @@ class Switch:
 
     def end(self, model: nn.Module, __: Any, output: Any) -> None:
         """Notes with which decision a KV cache was filled. Until the next pass nothing that was trained acts."""
-        if getattr(model, "deciding", False):
+        if getattr(model, "deciding", False) or self._thread != get_ident():
             return
         among = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (self._cache, *among):
             if isinstance(cache, Cache) and self._start_R is not None:
                 _note(cache, self._key, self._start_R)
         self._cache, self._last, self.on = None, False if self.on is None else self.on, None
+        self._rows = None
+        if self._generation is None:
+            self._thread = None
 
     def acts(self, training: bool) -> bool | Tensor:
         """Returns where what was trained acts, in a module that trains or does not. Between passes it does nowhere; but
@@ -134,15 +150,28 @@ class Switch:
             return self._last if training else False
         return self.on
 
-    def _held(self, cache: Any, rows: Rows) -> Tensor:
-        """Returns with which decision a KV cache was filled. Raises UserError if that is not known of its rows."""
-        held_R = _noted(cache, self._key)
-        if held_R is None or len(held_R) != len(rows.decides_R):
+    def _claim(self) -> None:
+        """Raises UserError while another thread runs the model: its switch says of one pass at a time where it is
+        on."""
+        if self._thread not in (None, get_ident()):
             raise UserError(
-                "the switch does not know with which decision this KV cache was filled (or for which rows): start from "
-                "an empty one, or use model.generate, which fills it again"
+                "two threads run a model with a switch at once: let one wait for the other, or give each a copy "
+                "(copy.deepcopy)"
             )
-        return held_R
+        self._thread = get_ident()
+
+    def _forced(self, like_R: Tensor) -> Tensor | None:
+        """Returns the column from which rows are on where no features are asked: in the modes "on" and "off"; and
+        EACH, where each token is decided by itself. None where rows are to be decided."""
+        if self.mode != "auto":
+            return torch.full_like(like_R, NEVER if self.mode == "off" else 0)
+        return torch.full_like(like_R, EACH) if self.record.kind == "token" else None
+
+    def _held(self, noted_R: Tensor | None, rows: Rows) -> Tensor:
+        """Returns the decision that a KV cache was filled with. Raises UserError if that is not known of its rows."""
+        if noted_R is None or len(noted_R) != len(rows.decides_R) or bool((noted_R == EACH).any()):
+            raise UserError(_FILLED_OTHERWISE)
+        return noted_R
 
     def tokens_on(self, like_BL: Tensor) -> Tensor:
         """Returns which tokens of the last pass were on, bool [B, L], as `like_BL` is shaped."""
@@ -150,6 +179,8 @@ class Switch:
 
     def _set(self, rows: Rows, start_R: Tensor) -> None:
         self._start_R, self.decided = start_R, start_R != NEVER
+        if self._own and self._generation is not None:
+            self._generation.held_R = start_R
         if rows.matters_R is not None:
             self.decided = self.decided[rows.matters_R]
         self.on = _short(on_tokens(rows, start_R))
@@ -167,45 +198,85 @@ class Switch:
         finally:
             self._asking = model.deciding = False
 
-    def _is_stale(self, filled_R: Tensor | None) -> bool:
-        """Says whether a KV cache holds another model's keys than those of the decision just made."""
+    def _is_stale(self, filled_R: Tensor | None, start_R: Tensor) -> bool:
+        """Says whether a KV cache holds other keys than those of the decision just made."""
         if filled_R is None:
             return True
-        if self.record.kind == "answer":  # what was on is an answer of before, which is a part of the prompt now
-            return bool((filled_R != NEVER).any())
-        return not torch.equal(filled_R, self._start_R)  # type: ignore[arg-type]
+        if self.record.kind == "answer" and self.mode == "auto":
+            return bool((filled_R != NEVER).any())  # what was on is an answer of before, a part of the prompt now
+        return not torch.equal(filled_R, start_R)
 
     # What `generate` calls.
 
     @contextlib.contextmanager
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
-        self._generating, self._start_R = True, None
+        self._claim()
         name_of_ids = "inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"
         ids = kwargs.get(name_of_ids, kwargs.get("inputs", args[0] if args else None))
-        self._prompt_length = None if ids is None else ids.shape[1]
+        cache = kwargs.get("past_key_values")
+        kept = cache is not None and cache.get_seq_length() > 0
+        settings = kwargs.get("generation_config") or model.generation_config
+        in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        outer, self._generation = self._generation, _Generation(name_of_ids, ids, bool(in_chunks))
         try:
-            cache = kwargs.get("past_key_values")
-            kept = cache is not None and cache.get_seq_length() > 0
-            settings = kwargs.get("generation_config") or model.generation_config
-            in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
-            if (
-                self.mode == "auto"
-                and self.record.kind in ("row", "answer")
-                and ids is not None
-                and (kept or in_chunks)
-            ):
+            if ids is not None and (kept or in_chunks) and self.record.kind != "call":
                 taken = _signature(model.__class__).parameters
                 inputs = {name: value for name, value in kwargs.items() if name in taken} | {name_of_ids: ids}
-                self._rows = rows_of_inputs(inputs, 0)
-                self._ask(model, inputs)
-                if kept and self._is_stale(_noted(cache, self._key)):
+                rows = rows_of_inputs(inputs, 0)
+                start_R, self._own = self._forced(rows.decides_R), True
+                if start_R is None:
+                    self._rows = rows
+                    self._ask(model, inputs)
+                    start_R = self._generation.held_R
+                if kept and start_R is not None and self._is_stale(_noted(cache, self._key), start_R):
                     _empty(cache, model)
             yield
-            if self.decided is not None and ids is not None and self.decided.ndim == 1:
-                self.decided = self.decided[:: max(1, len(self.decided) // len(ids))]
+            held_R = self._generation.held_R
+            if held_R is not None and ids is not None:
+                self.decided = (held_R != NEVER)[:: max(1, len(held_R) // len(ids))]
         finally:
-            self._generating = False
+            self._generation, self._own = outer, False
+            if outer is None:
+                self._thread = None
+
+
+@dataclass
+class _Generation:
+    """What is known of `generate` while it runs: the prompts, [B, L] or [B, L, H], and whether they are read in chunks;
+    the KV cache, and from which column each row is on, once it has begun."""
+
+    name: str
+    prompts: Tensor | None
+    in_chunks: bool
+    began: bool = False
+    cache: Any = None
+    held_R: Tensor | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Returns the prompts' number of columns."""
+        return None if self.prompts is None else self.prompts.shape[1]
+
+    def has(self, inputs: dict[str, Any], past: int) -> bool:
+        """Says whether a pass is one of the generation's own, and not of code that it calls. Where nothing is in a KV
+        cache, it begins with the prompts, in beam search with each of them several times."""
+        given = inputs.get(self.name)
+        if past:
+            return not self.began or inputs.get("past_key_values") is self.cache
+        if self.prompts is None or given is None:
+            return True
+        length = given.shape[1] if self.in_chunks else self.prompts.shape[1]
+        if given.shape[1] < length or len(given) % len(self.prompts):
+            return False
+        repeated = self.prompts[:, :length].repeat_interleave(len(given) // len(self.prompts), 0)
+        return torch.equal(given[:, :length], repeated.to(given.device))
+
+
+_FILLED_OTHERWISE = (
+    "this KV cache was not filled with what the switch says now (or the switch does not know with which decision, or "
+    "for which rows, it was filled): start from an empty one, or use model.generate, which fills it again"
+)
 
 
 class _Decided(Exception):

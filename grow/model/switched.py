@@ -78,6 +78,16 @@ class SwitchedModel:
         with self.switch.generating(self, args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError: `generate_batch` packs prompts and parts of answers together, of which a switch knows
+        nothing. Always off it is the base's."""
+        if self.switch.mode != "off":
+            raise UserError(
+                "generate_batch does not say which tokens are whose, so no switch can decide: use generate, or "
+                'grow.set_switch(model, "off") for the base'
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
 
 def put_switch(model: Any, record: SwitchRecord) -> None:
     """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
@@ -108,7 +118,7 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
     check_fits(record, mlps, first_pass)
     switch = Switch(record, first_pass)
     model.register_forward_pre_hook(switch.begin, with_kwargs=True)
-    model.register_forward_hook(switch.end)
+    model.register_forward_hook(switch.end, always_call=True)
     if record.kind != "call":
         mlps[record.layer].register_forward_pre_hook(switch.read)
     return switch

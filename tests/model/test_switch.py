@@ -1,6 +1,7 @@
 """A switch that is off leaves the base, bit for bit, however the model is run; on, it leaves the grown model."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,131 @@ def test_what_did_act_is_what_it_says(text_base: Path) -> None:
     switched.train()(PROMPTS)
     assert switched.switched is None
     assert type(switched).__name__ == type(base).__name__, "which transformers writes to config.json"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["row", "answer", "token"])
+def test_a_mode_that_changes_between_uses_of_a_cache(text_base: Path, kind: str) -> None:
+    """`generate` fills it again; a loop of one's own is told."""
+    record = record_for(text_base, 2, kind=kind)
+    base, _, switched = three(text_base, torch.float32, record)
+    cache, prompt = DynamicCache(config=switched.config), PROMPTS[:1]
+    for mode in ("on", "off", "auto", "on", "auto", "off"):
+        set_switch(switched, mode)
+        answer = switched.generate(prompt, past_key_values=cache, **GENERATE, do_sample=False)
+        afresh = switched.generate(prompt, **GENERATE, do_sample=False)
+        assert torch.equal(answer, afresh), mode
+        if mode == "off":
+            assert torch.equal(answer, base.generate(prompt, **GENERATE, do_sample=False))
+        prompt = torch.cat((answer, PROMPTS[1:2]), 1)
+    for first, then in (("on", "off"), ("off", "on"), ("on", "auto"), ("auto", "on")):
+        if (first, then) == ("on", "auto") and kind != "token":
+            continue  # it is what rows that are on would have been filled with
+        cache = DynamicCache(config=switched.config)
+        set_switch(switched, first)
+        switched(PROMPTS, past_key_values=cache)
+        set_switch(switched, then)
+        with pytest.raises(UserError, match="start from an empty one"):
+            switched(PROMPTS, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", ["ones", "padded", "blocks"])
+def test_packed_rows_with_a_mask(text_base: Path, mask: str) -> None:
+    """Where positions restart there is a row, whatever the mask; padding before or between makes none."""
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    base, _, switched = three(text_base, torch.float32, record)
+    ids = PROMPTS.view(3, 24)
+    positions, there = torch.arange(12).repeat(3, 2), torch.ones(3, 24, dtype=torch.long)
+    if mask == "padded":
+        padding = torch.zeros(3, 2, dtype=torch.long)
+        ids, there = torch.cat((padding, ids), 1), torch.cat((padding, there), 1)
+        positions = torch.cat((padding, positions), 1)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": there, "use_cache": False}
+    if mask == "blocks":
+        row = torch.arange(24) // 12
+        blocks = (row[:, None] == row[None]) & torch.ones(24, 24, dtype=torch.bool).tril()
+        inputs["attention_mask"] = blocks.expand(3, 1, 24, 24)
+    found, expected = (run(model, **inputs)[:, -24:].reshape(6, 12, -1) for model in (switched, base))
+    decided = switched.switched
+    assert decided.shape == (6,) and decided.any() and not decided.all()
+    assert mask != "blocks" or torch.equal(decided, on)
+    apart = torch.ones(6, dtype=torch.bool) if mask == "blocks" else torch.arange(6) % 2 == 0
+    off = ~decided & apart  # else it attends to the row before it, which may be on
+    assert off.any() and torch.equal(found[off], expected[off])
+    assert not torch.equal(found[decided], expected[decided])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_passes_inside_generate(text_base: Path, use_cache: bool) -> None:
+    """Code that generate calls may run the model on something else, or generate with it."""
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    base, grown, switched = three(text_base, torch.float32, record)
+    yes, no = PROMPTS[on][:1], PROMPTS[~on][:1]
+    seen: list[bool] = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.equal(switched(no, use_cache=False).logits, base(no, use_cache=False).logits))
+        seen.append(torch.equal(*(m.generate(no, **GENERATE, do_sample=False) for m in (switched, base))))
+        cache = DynamicCache(config=switched.config)
+        switched(no, past_key_values=cache)
+        switched(no[:, :1], past_key_values=cache)
+        seen.append(switched.switched.tolist() == [False])
+        return scores
+
+    options: dict[str, Any] = GENERATE | {"do_sample": False, "use_cache": use_cache}
+    found = switched.generate(yes, logits_processor=[look], **options)
+    assert switched.switched.tolist() == [True]
+    assert torch.equal(found, grown.generate(yes, **options))
+    assert all(seen) and len(seen) > 3
+
+
+@torch.no_grad()
+def test_after_a_pass_that_failed(text_base: Path) -> None:
+    record = record_for(text_base, 2)
+    base, _, switched = three(text_base, torch.float32, record)
+    handle = switched.model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    set_switch(switched, "on")
+    with pytest.raises(ZeroDivisionError):
+        switched(PROMPTS)
+    handle.remove()
+    assert torch.equal(switched.model(PROMPTS)[0], base.model(PROMPTS)[0])
+
+
+@torch.no_grad()
+def test_one_thread_at_a_time(text_base: Path) -> None:
+    """A second one is told; one after the other may use it."""
+    record = record_for(text_base, 2)
+    _, _, switched = three(text_base, torch.float32, record)
+    said: list[BaseException | None] = []
+
+    def other() -> None:
+        try:
+            switched(PROMPTS)
+            said.append(None)
+        except UserError as error:
+            said.append(error)
+
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = switched.model.layers[3].register_forward_pre_hook(lambda *_: in_a_thread() if len(said) < 1 else None)
+    expected = run(switched, input_ids=PROMPTS)
+    handle.remove()
+    assert "two threads" in str(said[0]) and torch.equal(run(switched, input_ids=PROMPTS), expected)
+    in_a_thread()
+    assert said[1] is None and torch.equal(run(switched, input_ids=PROMPTS), expected)
+
+
+def test_batches_without_rows_are_refused(text_base: Path) -> None:
+    _, _, switched = three(text_base, torch.float32, record_for(text_base, 2))
+    with pytest.raises(UserError, match="use generate"):
+        switched.generate_batch(PROMPTS.tolist())
 
 
 def test_whole_rows_are_decided_at_their_prompts(text_base: Path) -> None:
