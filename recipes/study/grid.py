@@ -42,6 +42,11 @@ class Cell:
     seed: int
 
     @property
+    def merges(self) -> bool:
+        """Says whether what is trained can be merged into weights; DISeL's gates read the input."""
+        return self.method != "disel"
+
+    @property
     def name(self) -> str:
         """Returns the name of the cell, as `--only` takes it."""
         return f"{self.label} {self.learning_rate:g} seed {self.seed}"

@@ -123,11 +123,12 @@ class Study:
             "train", self.recipe, *fields, f"--method={cell.method}", f"--seed={cell.seed}",
             f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
-        grow("rank", run, "--out", f"{run}-ranking")
+        if cell.merges:
+            grow("rank", run, "--out", f"{run}-ranking")
         if self.ranked(cell):
             grow("effective-rank", run, "--out", f"{run}-ranks")
         base_inside = bool(cell.layers)
-        if not cell.layers and (cell.switches or cell.method == "disel"):
+        if not cell.layers and (cell.switches or not cell.merges):
             trained, base_inside = run / "result", True  # its LoRAs are not merged
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ()
@@ -161,7 +162,8 @@ class Study:
 
     def line(self, cell: Cell, run: Path, scored: Path, base: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         """Returns a cell's line in the results."""
-        facts, ranking = read_json(run / "run.json"), read_json(Path(f"{run}-ranking", "ranking.json"))
+        facts = read_json(run / "run.json")
+        ranking = read_json(Path(f"{run}-ranking", "ranking.json"))["figures"] if cell.merges else []
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
         # Keyed by step: a run that resumes validates again at the step that it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
@@ -182,7 +184,7 @@ class Study:
             "base": self.point(base),
             "by_alpha": points,
             **{key: {name: own[key] for name, own in reported.items() if key in own} for key in ("kl", "identical")},
-            "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking["figures"]},
+            "updates": {str(row["layer"]): row["norm"]["mean"] for row in ranking},
             "effective_rank": effective_ranks(Path(f"{run}-ranks")) if self.ranked(cell) else [],
         }
 
