@@ -29,6 +29,7 @@ from grow.recipe_values import (
 Methods = Mapping[str, type[Any]]
 """The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
 
+AUTO = "auto"
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -95,10 +96,11 @@ class Recipe:
     # So many of the rows of `retention` are scored whenever the validation loss is, in training; 0: none.
     probe_rows: int = 64
 
-    # Rows are packed into sequences of max_length tokens; the batch sizes count such sequences.
+    # Rows are packed into sequences of max_length tokens; the batch sizes count such sequences. "auto" is the largest
+    # power of two that fits on the devices, found as the run starts; train_batch_size stays as it is.
     max_length: int = 512
     train_batch_size: int = 8
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int | str = 1
     per_device_eval_batch_size: int = 4
 
     # The run. A number, or one for each method; by method and size where none is given (grow.methods.rates).
@@ -168,6 +170,12 @@ class Recipe:
     def follows_best(self) -> bool:
         """Says whether the lowest validation loss decides what is kept, or when the run ends."""
         return self.keep_best or self.early_stopping_patience > 0
+
+    @property
+    def micro_batch(self) -> int:
+        """Returns per_device_train_batch_size; 1 where it is still to be found."""
+        size = self.per_device_train_batch_size
+        return size if isinstance(size, int) else 1
 
     @property
     def fits_switch(self) -> bool:
@@ -263,6 +271,8 @@ def _coerce(name: str, value: Any, wanted: Any) -> Any:
         try:
             if float in kinds:
                 return float(value)
+            if value == AUTO and name == "per_device_train_batch_size":
+                return AUTO
             if int in kinds:
                 return whole_number(str(value))
             if str in kinds:

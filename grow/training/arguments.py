@@ -29,7 +29,7 @@ from grow.training.deepspeed_json import complete_deepspeed
 _SAME = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "seed", "output_dir", "logging_steps", "eval_steps", "save_steps", "report_to",
-    "per_device_train_batch_size", "per_device_eval_batch_size",
+    "per_device_eval_batch_size",
 )  # fmt: skip
 _UNKNOWN_STEPS = 1000
 """Stands for the number of steps where that depends on the length of the data."""
@@ -66,7 +66,8 @@ def training_arguments(
         **{name: getattr(recipe, name) for name in _SAME},
         deepspeed=settings,
         max_steps=steps,
-        gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.per_device_train_batch_size),
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.train_batch_size // (planned_ranks() * recipe.micro_batch),
         bf16=dtype == torch.bfloat16,
         use_cpu=get_accelerator().device_name() == "cpu",
         eval_strategy="steps",

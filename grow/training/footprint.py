@@ -50,7 +50,7 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     checkpoint = count(trained) * (12 if zero.get("stage") == 3 else 12 + width)
     whole = persistence(recipe)
     stages = {str(stage): model_states(stage, shapes, trained, world_size, width, whole) for stage in (1, 2, 3)}
-    micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.per_device_train_batch_size))
+    micro_batches = ceil(recipe.train_batch_size / (world_size * recipe.micro_batch))
     moved = {stage: collectives(int(stage), shapes, trained, micro_batches, width, recipe) for stage in stages}
     for states in stages.values():
         states["weights"] += method.extra_bytes(shapes, width)
@@ -189,7 +189,7 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
     Logits and their gradient are there in `width` bytes, for as many labels as there are tokens (grow.model.loss).
     """
     text = text_config(start.config)
-    tokens = recipe.per_device_train_batch_size * recipe.max_length
+    tokens = recipe.micro_batch * recipe.max_length
     hidden = text.get("hidden_size", 0)
     widths: dict[int, int] = {}
     for name, shape in shapes.items():

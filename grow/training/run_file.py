@@ -55,9 +55,10 @@ def write_run_file(
     model: nn.Module,
     switch: SwitchRecord | None,
     made: Any,
+    micro_batch: int,
 ) -> None:
     """Writes run.json on rank 0; every rank calls it. `data` has the sequences of each split; `made` is what the method
-    made (made_once), of which the checksum is kept.
+    made (made_once), of which the checksum is kept; `micro_batch` how many sequences a device has at a time.
 
     Raises UserError, on every rank, if the folder holds a run that started from other weights or learnt other rows.
     """
@@ -75,6 +76,7 @@ def write_run_file(
         "switch": None if switch is None else {name: v for name, v in switch.values().items() if name != "weight"},
         "made_checksum": None if made is None else xxh3_128(json.dumps(made).encode()).hexdigest(),
         "world_size": dist.get_world_size(),
+        "per_device_train_batch_size": micro_batch,
         "dtype": dtype,
         "device": device_name(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),

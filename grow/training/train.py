@@ -65,6 +65,7 @@ from grow.training.arguments import (
     planned_ranks,
     training_arguments,
 )
+from grow.training.batch_size import check_batch_size, with_batch_size
 from grow.training.callbacks import GracefulShutdown
 from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
@@ -125,6 +126,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     method.made = from_rank_0(lambda: made_once(run, method, recipe))
     # Before the model is loaded: from_pretrained partitions it as it loads where the DeepSpeed config says ZeRO-3.
     dtype = compute_type(recipe)
+    planned, recipe = recipe, with_batch_size(recipe, run, dtype)
     zero = None if checkpoint is None else ZeroCheckpoint(checkpoint)
     universal = zero is not None and needs_universal(zero)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "logs"))  # read by transformers as it begins
@@ -137,7 +139,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         put_switch(model, switch)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    write_run_file(run, recipe, start, data, str(dtype), model, switch, method.made)
+    write_run_file(run, planned, start, data, str(dtype), model, switch, method.made, recipe.micro_batch)
     return GrowTrainer(
         model=model,
         args=args,
@@ -204,12 +206,13 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     run, world_size = Path(recipe.output_dir), planned_ranks()
     check_output(recipe.output_dir)
     start = find_start(recipe)
-    per_step = world_size * recipe.per_device_train_batch_size
+    per_step = world_size * recipe.micro_batch
     if recipe.train_batch_size % per_step:
         raise UserError(
             f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
-            f"per_device_train_batch_size {recipe.per_device_train_batch_size}"
+            f"per_device_train_batch_size {recipe.micro_batch}"
         )
+    check_batch_size(recipe)
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)
