@@ -11,14 +11,15 @@ from grow.errors import UserError
 
 
 def plan(
-    source: str, factor: str = "2", layers: str = "all", world_size: str = "1", json: bool = False, **fields: str
-) -> str:
+    source: str, factor: str = "2", layers: str = "all", world_size: str = "1", gpu: str = "", json: bool = False,
+    **fields: str,
+) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
     For a recipe, shows what its run would take on each of --world-size GPUs, and on disk.
 
     Example: grow plan ~/models/gemma-3-1b-pt --layers 0-8
-    Example: grow plan recipes/gemma3_270m/translation.yaml --world-size 8 --method sft
+    Example: grow plan recipes/gemma3_4b/translation.yaml --world-size 8 --gpu 80GB --method sft
 
     Args:
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
@@ -27,16 +28,22 @@ def plan(
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
             top:6:ranking.json or top:6:DIR (learn-alphas).
         world_size: For a recipe: how many GPUs.
+        gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
     """
     if source.endswith((".yaml", ".yml")):
         if (factor, layers) != ("2", "all"):
             raise UserError("plan: --factor and --layers are for a checkpoint; a recipe's are those of its `grown`")
+        from grow.checkpoint.writer import parse_size
         from grow.methods import read_recipe
         from grow.training.footprint import describe_run
 
-        return say(describe_run(read_recipe(source, fields), number("--world-size", world_size)), memory_text, json)
+        memory = parse_size("--gpu", gpu) if gpu else 0
+        settings = read_recipe(source, fields)
+        return say(describe_run(settings, number("--world-size", world_size), memory), memory_text, json)
+    if gpu:
+        raise UserError(f"plan: --gpu is for a recipe (FILE.yaml), and {source} is a checkpoint")
     if fields:
         raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a checkpoint")
 

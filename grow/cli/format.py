@@ -35,11 +35,20 @@ def memory_text(r: dict[str, Any]) -> str:
     lines += [
         f"and, estimated: {r['activations_estimate'] / 1e9:.2f} GB of activations and logits, up to "
         f"{r['buckets_estimate'] / 1e9:.2f} GB to reduce gradients in",
+        *([_fitting(r)] if "largest_micro_batch" in r else []),
         f"disk: {r['disk_bytes'] / 1e9:.2f} GB, checkpoints of {r['checkpoint_bytes'] / 1e9:.2f} GB",
         f"to leave with a checkpoint: {r['lead_seconds']} s at {r['disk_rate'] / 1e9:g} GB/s (assumed), plus one step: "
         "for Slurm's --signal",
     ]
     return "\n".join(lines)
+
+
+def _fitting(r: dict[str, Any]) -> str:
+    sizes = [f"ZeRO-{stage} {size or 'does not fit'}" for stage, size in r["largest_micro_batch"].items()]
+    return (
+        f"on a GPU of {r['gpu_bytes'] / 1e9:g} GB the largest per_device_train_batch_size is, estimated: "
+        f"{', '.join(sizes)}"
+    )
 
 
 def verify_text(r: dict[str, Any]) -> str:

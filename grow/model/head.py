@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grow.model.loss import label_scores, labelled, loss_and_gradient
 
-_PIECE = 2**28
+PIECE = 2**28
 """Bytes of logits at a time: some 500 labels of Gemma's vocabulary in bf16, enough for a product at full speed."""
 
 
@@ -41,7 +41,7 @@ class Head:
 
     def pieces(self, hidden: Tensor) -> list[slice]:
         """Returns the positions that go through the layer together."""
-        size = max(1, _PIECE // (hidden.element_size() * self.layer.weight.shape[0]))
+        size = max(1, PIECE // (hidden.element_size() * self.layer.weight.shape[0]))
         return [slice(first, first + size) for first in range(0, len(hidden), size)]
 
 

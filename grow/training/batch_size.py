@@ -8,7 +8,6 @@ the global batch grow smaller with it (accelerate's find_executable_batch_size);
 import dataclasses
 import gc
 import sys
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from grow.model.head import head_loss_sum, known_head
 from grow.model.loading import checkpoint_activations, load
 from grow.model.loss import labelled_logits, loss_sum
 from grow.recipe import AUTO, Recipe
-from grow.training.footprint import describe_run
+from grow.training.footprint import describe_run, largest_power
 from grow.training.run_file import device_name
 from grow.training.same_run import NAME
 
@@ -57,12 +56,6 @@ def _noted(run: Path) -> int:
     facts: dict[str, Any] = read_json(run / NAME) if (run / NAME).exists() else {}
     same = (facts.get("device"), facts.get("world_size")) == (device_name(), dist.get_world_size())
     return int(facts.get("per_device_train_batch_size", 0)) if same else 0
-
-
-def largest_power(recipe: Recipe, world_size: int) -> int:
-    """Returns the largest power of two of which the global batch is a multiple on so many ranks."""
-    share = recipe.train_batch_size // world_size
-    return gcd(share, 2**30)
 
 
 def _largest(recipe: Recipe, dtype: torch.dtype) -> int:

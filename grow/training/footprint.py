@@ -6,15 +6,18 @@ only T of P parameters train: c bytes a weight and a gradient, 12 a trained para
 Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper says (`collectives`).
 """
 
-from math import ceil, prod
+from collections.abc import Callable
+from functools import partial
+from math import ceil, gcd, prod
 from typing import Any
 
 from grow.checkpoint.expand import added_tensors, make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
+from grow.model.head import PIECE
 from grow.names import DOWN, MATRICES, canonical, layer_of, of_language_model
-from grow.plan import text_config
+from grow.plan import setting, text_config
 from grow.recipe import Recipe
 from grow.training.start import planned_start
 
@@ -27,11 +30,16 @@ REUSE_DISTANCE = 1_000_000_000
 REDUCE_BUCKET = 500_000_000
 """Values in the buffer that gradients are reduced from, unless the JSON's reduce_bucket_size says otherwise."""
 
+RESERVED = 0.94, 1_000_000_000
+"""Of a GPU's memory, the share that torch's allocator can be expected to fill, and the bytes that the driver, its
+libraries and NCCL take."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
-def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Returns the result of `plan` for a recipe on a number of GPUs: bytes, parameters, seconds.
+def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any]:
+    """Returns the result of `plan` for a recipe on a number of GPUs: bytes, parameters, seconds; and, where a GPU's
+    memory is given in bytes, the largest per_device_train_batch_size that fits under each ZeRO stage, 0 for none.
 
     Raises UserError if there is no checkpoint to start from, or no GPU.
     """
@@ -55,6 +63,21 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     for states in stages.values():
         states["weights"] += method.extra_bytes(shapes, width)
     stages["3 with CPU offload"] = offloaded(stages["3"])
+    buckets = int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * width
+
+    def activations_of(sequences: int, stage: str) -> int:
+        return activations(recipe, start, shapes, trained, width, sequences, whole_logits=stage.startswith("3"))
+
+    room = int(gpu * RESERVED[0]) - RESERVED[1] - min(buckets, count(trained) * width)
+    most = largest_power(recipe, world_size)
+    fitting = {
+        stage: _largest_that_fits(
+            most,
+            partial(activations_of, stage=stage),
+            room - sum(states[part] for part in ("weights", "gradients", "optimizer")),
+        )
+        for stage, states in stages.items()
+    }
     return {
         "method": recipe.method,
         "world_size": world_size,
@@ -65,8 +88,9 @@ def describe_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "trained_parameters": count(trained),
         "stages": stages,
         "moved": {stage: bytes_ | {"sent": sent(bytes_, world_size)} for stage, bytes_ in moved.items()},
-        "buckets_estimate": int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * width,
-        "activations_estimate": activations(recipe, start, shapes, trained, width),
+        "buckets_estimate": buckets,
+        "activations_estimate": activations_of(recipe.micro_batch, str(zero.get("stage", 0))),
+        **({"gpu_bytes": gpu, "largest_micro_batch": fitting} if gpu else {}),
         "checkpoint_bytes": checkpoint,
         "disk_bytes": checkpoint * (recipe.save_total_limit + 1),
         "disk_rate": DISK_RATE,
@@ -181,16 +205,32 @@ def _setting(recipe: Recipe, name: str, default: int) -> int:
     return int(value) if isinstance(value, int | float) else default
 
 
-def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int) -> int:
-    """Estimates the bytes that a micro-batch leaves for the backward pass.
+def largest_power(recipe: Recipe, world_size: int) -> int:
+    """Returns the largest power of two of which the global batch is a multiple on so many ranks."""
+    return gcd(recipe.train_batch_size // world_size, 2**30)
+
+
+def _largest_that_fits(most: int, taken: Callable[[int], int], room: int) -> int:
+    """Returns the largest power of two, from `most` down, that takes no more than the room; 0 if none does."""
+    size = most
+    while size and taken(size) > room:
+        size //= 2
+    return size
+
+
+def activations(
+    recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shapes, width: int, sequences: int, whole_logits: bool
+) -> int:
+    """Estimates the bytes that a micro-batch of so many sequences leaves for the backward pass.
 
     A gated block with fused attention saves some 12 hidden, 4 intermediate and 2 attention widths a token. All layers
     from the lowest trained on do so; with gradient_checkpointing one of them at a time does, and all keep their inputs.
-    Logits and their gradient are there in `width` bytes, for as many labels as there are tokens (grow.model.loss).
+    Logits and their gradient are there in `width` bytes, for as many labels as there are tokens: a piece of them at a
+    time (grow.model.head), or all of them (ZeRO-3).
     """
     text = text_config(start.config)
-    tokens = recipe.micro_batch * recipe.max_length
-    hidden = text.get("hidden_size", 0)
+    tokens = sequences * recipe.max_length
+    hidden = setting(text, "hidden_size") or 0
     widths: dict[int, int] = {}
     for name, shape in shapes.items():
         matrix = name.removesuffix(".weight").rpartition(".")[2]
@@ -200,7 +240,8 @@ def activations(recipe: Recipe, start: Checkpoint, shapes: Shapes, trained: Shap
     lowest = _lowest(trained)
     saving = [size for layer, size in widths.items() if layer >= lowest]
     saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
-    return tokens * (saved * width + int(text.get("vocab_size", 0)) * 2 * width)
+    logits = tokens * int(text.get("vocab_size", 0)) * width
+    return tokens * saved * width + 2 * (logits if whole_logits else min(logits, PIECE + tokens * hidden * width))
 
 
 def _lowest(trained: Shapes) -> int:

@@ -32,7 +32,7 @@ def test_pieces_are_what_the_whole_is(kind: str, trains: bool, tmp_path: Path, m
     model, rows = load(tmp_path / "base", torch.float32), batch()
     known = head.known_head(model)
     assert known is not None
-    monkeypatch.setattr(head, "_PIECE", 5 * 4 * known.layer.weight.shape[0])  # five labels
+    monkeypatch.setattr(head, "PIECE", 5 * 4 * known.layer.weight.shape[0])  # five labels
     model.get_output_embeddings().requires_grad_(trains)
     count = int((rows["labels"] >= 0).sum())
     assert count > 20
@@ -60,7 +60,7 @@ def test_no_logits_are_ever_whole(tmp_path: Path, monkeypatch: Any) -> None:
     model, rows = load(tmp_path / "base", torch.float32), batch()
     known, seen = head.known_head(model), []
     assert known is not None
-    monkeypatch.setattr(head, "_PIECE", 5 * 4 * known.layer.weight.shape[0])
+    monkeypatch.setattr(head, "PIECE", 5 * 4 * known.layer.weight.shape[0])
     known.layer.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[0]))
     head.head_loss_sum(model, known, rows).backward()
     assert max(seen) == 5 and sum(seen) == int((rows["labels"] >= 0).sum())

@@ -112,3 +112,20 @@ def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
         error = grow("plan", recipe, *words, code=2).stderr
         assert error.count("\n") == 1 and message in error
     assert "is for a recipe" in grow("plan", text_base, "--method", "sft", code=2).stderr
+
+
+def test_what_fits_a_gpu(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """The largest power of two for each ZeRO stage, of which the global batch is a multiple; or that nothing fits."""
+    expand(str(text_base), str(tmp_path / "grown"))
+    fields = {"method": "g_freeze", "train_batch_size": 48, "max_length": 256}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
+    sizes = []
+    for gpu in ("1GB", "1100MB", "80GB"):
+        planned = json.loads(grow("plan", recipe, "--gpu", gpu, "--json").stdout)
+        sizes.append(planned["largest_micro_batch"]["1"])
+        assert set(planned["largest_micro_batch"]) == set(planned["stages"])
+    assert sizes == [0, 8, 16]
+    assert "ZeRO-1 does not fit" in grow("plan", recipe, "--gpu", "1GB").stdout
+    assert "largest" not in grow("plan", recipe).stdout
+    assert "--gpu some: a size is needed" in grow("plan", recipe, "--gpu", "some", code=2).stderr
+    assert "--gpu is for a recipe" in grow("plan", text_base, "--gpu", "80GB", code=2).stderr
