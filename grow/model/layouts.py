@@ -7,6 +7,7 @@ What growth adds has the layout of its base, since products of other shapes woul
 by the code of its base's class, in which dtype and in which order that may be.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -96,9 +97,15 @@ def layer_like(own: Any, inputs: int, outputs: int, **kind: Any) -> nn.Module:
 
 def mix_in(mlp: Any, kind: type, name: str) -> None:
     """Mixes a class into that of an MLP that is already there, so that the base's tensors keep their names."""
-    cls = type(mlp)
+    cls: Any = type(mlp)
     mlp.__dict__.setdefault("stock_mlp_class", cls)
-    mlp.__class__ = type(f"{name}{cls.__name__}", (kind, cls), {})
+    mlp.__class__ = _mixed(kind, cls, name)
+
+
+@functools.cache
+def _mixed(kind: type, cls: type, name: str) -> type:
+    """Returns the class of all MLPs of a kind: torch.compile compiles a layer again for a class of its own."""
+    return type(f"{name}{cls.__name__}", (kind, cls), {})
 
 
 def stock_class(mlp: Any) -> Any:

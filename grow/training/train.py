@@ -67,6 +67,7 @@ from grow.training.arguments import (
 )
 from grow.training.batch_size import check_batch_size, with_batch_size
 from grow.training.callbacks import GracefulShutdown
+from grow.training.compiling import check_compile, compile_layers, compiles
 from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import hush_accumulation, quiet
@@ -139,6 +140,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         put_switch(model, switch)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
+    if compiles(recipe):
+        compile_layers(model)
     write_run_file(run, planned, start, data, str(dtype), model, switch, method.made, recipe.micro_batch)
     return GrowTrainer(
         model=model,
@@ -166,10 +169,10 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     """Describes a run in a line: method, parameters, ranks, device, data, steps."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
-    ranks = dist.get_world_size()
+    ranks, compiled = dist.get_world_size(), ", compiled" * compiles(recipe)
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
-        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}); {len(sequences):,} sequences, "
+        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}{compiled}); {len(sequences):,} sequences, "
         f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size}"
     )
 
@@ -213,6 +216,7 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
             f"per_device_train_batch_size {recipe.micro_batch}"
         )
     check_batch_size(recipe)
+    check_compile(recipe)
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)

@@ -36,6 +36,8 @@ LENGTH = 64
 OURS = {
     "sft": {"method": "sft"},
     "g_freeze": {"method": "g_freeze"},
+    "sft_compiled": {"method": "sft", "compile": "true"},
+    "g_freeze_compiled": {"method": "g_freeze", "compile": "true"},
 }
 """Runs of ours, and what their recipes say."""
 
@@ -216,7 +218,7 @@ def bench(
 ) -> None:
     """Prints the table, or one object with --json: medians of processes that are run in turn."""
     names = [name for name in OURS if name in words(only)]
-    wanted = ["trainer", *(f"bare_{name}" for name in names), *names]
+    wanted = ["trainer", *(f"bare_{name}" for name in names if "compiled" not in name), *names]
     taken: dict[str, list[float]] = {name: [] for name in wanted}
     for _ in range(repeat):
         for name in wanted:

@@ -1,0 +1,41 @@
+"""`compile`: torch.compile of the decoder layers, one by one, which on a GPU makes few and large kernels of many.
+
+All layers of a kind are compiled once, whatever their number. Nothing else of the model is: what stands around the
+layers depends on data (labels, masks), or is a product alone. A layer's sums may be taken in another order then, so a
+grown model that is compiled starts near its base, not on its bits.
+"""
+
+from typing import Any
+
+import torch
+
+from grow.errors import UserError
+from grow.model.layouts import decoder_mlps
+from grow.recipe import AUTO, Recipe
+
+
+def check_compile(recipe: Recipe) -> None:
+    """Raises UserError where layers cannot be compiled whole."""
+    if recipe.compile == "true" and recipe.zero.get("stage") == 3:
+        raise UserError("compile true: not under ZeRO-3, which gathers weights between the operations of a layer")
+    if recipe.compile == "true" and recipe.switch:
+        raise UserError("compile true: not with a switch, where the shapes in a layer depend on what it decides")
+
+
+def compiles(recipe: Recipe) -> bool:
+    """Says whether a run compiles its layers: "auto" does on GPUs, under ZeRO-1 and 2, without a switch."""
+    if recipe.compile != AUTO:
+        return recipe.compile == "true"
+    return torch.cuda.is_available() and recipe.zero.get("stage") in (0, 1, 2) and not recipe.switch
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles the decoder layers of a model, in place; parameters keep their names."""
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Returns the decoder layers, lowest first."""
+    names = {id(mlp): name for name, mlp in model.named_modules()}
+    return [model.get_submodule(names[id(mlp)].rpartition(".")[0]) for _, mlp in sorted(decoder_mlps(model).items())]
