@@ -24,6 +24,7 @@ import torch.distributed as dist
 from grow.training.deepspeed_patches.adam_step import step_by_blocks
 from grow.training.deepspeed_patches.checkpoint_engine import StreamEngine
 from grow.training.deepspeed_patches.gradient_norm import one_pass_norm
+from grow.training.deepspeed_patches.module_walks import fewer_walks
 
 WRITTEN_FOR = "0.19.8"
 
@@ -38,6 +39,7 @@ def patch_engine(engine: Any) -> None:
     one_pass_norm(engine.optimizer)
     step_by_blocks(engine.optimizer)
     engine.checkpoint_engine = StreamEngine()
+    fewer_walks(engine)
 
 
 # These two replace nothing that works, so they check what is there, not the version.
