@@ -118,6 +118,8 @@ class Recipe:
     dtype: str = "auto"
     # Compute the layers' activations again in the backward pass instead of keeping them: less memory, a third slower.
     gradient_checkpointing: bool = False
+    # sdpa, eager, flex_attention, flash_attention_2 or 3; auto is flash attention on GPUs where it is installed.
+    attn_implementation: str = AUTO
     # torch.compile of the decoder layers: true, false, or auto, which is true on GPUs under ZeRO-1 and 2, without a
     # switch.
     compile: str = AUTO

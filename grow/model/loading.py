@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
     refuse_adapter(path)
-    config, cls = _class_of(path)
+    config, cls = class_of(path)
     model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True)
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
@@ -86,7 +86,7 @@ def put_own_switch(model: Any) -> None:
         put_switches(model, found)
 
 
-def _class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
+def class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
     """Returns the config of a checkpoint, and the class that it names, with growth if it has grown."""
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -118,7 +118,7 @@ def check_loads(checkpoint: Checkpoint) -> None:
     """Raises UserError for a checkpoint that `load` would refuse, before a weight is read: if transformers does not
     know its class, if that has no head, or if a tensor of the language model is missing or of another shape."""
     path = checkpoint.path
-    config, cls = _class_of(path)
+    config, cls = class_of(path)
     try:
         with torch.device("meta"):
             model: Any = cls(config)

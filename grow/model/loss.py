@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grow.data.examples import IGNORED
 from grow.model.alpha import base_inside
+from grow.model.attention import laid_end_to_end
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21
 """Bytes of distributions over the vocabulary that are in memory at once in fp32: on a GPU enough for few kernels; on a
@@ -32,9 +33,10 @@ def labelled(model: nn.Module, batch: dict[str, Tensor], seen: Callable[[Tensor]
     """Runs the model as labelled_logits does. `seen` is given the hidden states at labels [N, H], and returns those
     that go through the head: a 2-D input, since torch copies a frozen head's weight for every batch row of a strided
     3-D one."""
+    unwrapped: Any = getattr(model, "module", model)
+    batch, of_rows = laid_end_to_end(unwrapped, batch)
     labels_BL = batch["labels"]
     mask_BL = labels_BL != IGNORED
-    unwrapped: Any = getattr(model, "module", model)
     head = unwrapped.get_output_embeddings()
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -45,7 +47,7 @@ def labelled(model: nn.Module, batch: dict[str, Tensor], seen: Callable[[Tensor]
     try:
         # Packed rows stay apart only without an attention mask and without a cache.
         with deciding:
-            output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **of_rows)
     finally:
         handle.remove()
     return output.logits, labels_BL[mask_BL]

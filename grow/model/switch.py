@@ -175,7 +175,9 @@ class Switch:
 
     def tokens_on(self, like_BL: Tensor) -> Tensor:
         """Returns which tokens of the last pass were on, bool [B, L], as `like_BL` is shaped."""
-        return self._last if isinstance(self._last, Tensor) else torch.full_like(like_BL, self._last, dtype=torch.bool)
+        if isinstance(self._last, Tensor):
+            return self._last.view_as(like_BL)
+        return torch.full_like(like_BL, self._last, dtype=torch.bool)
 
     def _set(self, rows: Rows, start_R: Tensor) -> None:
         self._start_R, self.decided = start_R, start_R != NEVER

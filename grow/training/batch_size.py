@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
+from grow.model.attention import chosen_attention
 from grow.model.head import head_loss_sum, known_head
 from grow.model.loading import checkpoint_activations, load
 from grow.model.loss import labelled_logits, loss_sum
@@ -63,6 +64,7 @@ def _largest(recipe: Recipe, dtype: torch.dtype) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     size = largest_power(recipe, dist.get_world_size())
     model: Any = load(recipe.start, dtype).to(device).train()
+    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
     method = recipe.make_method()
     method.prepare(model)
     if recipe.gradient_checkpointing:

@@ -52,7 +52,8 @@ from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.methods.peft_method import PeftMethod
-from grow.model.loading import check_loads, checkpoint_activations, load
+from grow.model.attention import check_attention, chosen_attention
+from grow.model.loading import check_loads, checkpoint_activations, class_of, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
@@ -135,6 +136,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
+    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
     method.prepare(model)
     if switch is not None:
         put_switch(model, switch)
@@ -169,10 +171,10 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     """Describes a run in a line: method, parameters, ranks, device, data, steps."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
-    ranks, compiled = dist.get_world_size(), ", compiled" * compiles(recipe)
+    ranks, how = dist.get_world_size(), model.config._attn_implementation + ", compiled" * compiles(recipe)
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
-        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}{compiled}); {len(sequences):,} sequences, "
+        f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}, {how}); {len(sequences):,} sequences, "
         f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size}"
     )
 
@@ -217,6 +219,7 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
         )
     check_batch_size(recipe)
     check_compile(recipe)
+    check_attention(recipe.attn_implementation, class_of(start.path)[1])
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)
