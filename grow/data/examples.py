@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from xxhash import xxh3_128
 
-IGNORED = -100
+from grow.data.labels import IGNORED
+
 SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("learnt", pa.list_(pa.uint8())), ("bad", pa.string())])
 """The columns of tokenised rows: ids; 1 for each id that is to be learnt; why the row is bad, if it is."""
 

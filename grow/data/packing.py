@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from grow.data.examples import IGNORED, Examples
+from grow.data.examples import Examples
+from grow.data.labels import IGNORED
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grow.data.examples import IGNORED, Examples
+from grow.data.examples import Examples
+from grow.data.labels import IGNORED
 from grow.data.of_recipe import right_option
 from grow.data.packing import PackedDataset, collate
 from grow.data.template import Template

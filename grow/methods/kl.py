@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import weights_checksum
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.data.packing import collate
 from grow.errors import UserError
 from grow.methods.method import Method

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.model.alpha import base_inside
 from grow.model.attention import laid_end_to_end
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 
 NEVER = torch.iinfo(torch.int64).max
 """The column from which a row is on that is off."""

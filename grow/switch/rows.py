@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grow.data.examples import IGNORED, Examples
+from grow.data.examples import Examples
+from grow.data.labels import IGNORED
 from grow.data.of_recipe import other_template, retention_rows, retention_template, sliced, template_of
 from grow.data.tokens import encode
 from grow.errors import UserError

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.data.packing import Epochs, PackedDataset, collate
 from grow.methods import Method
 from grow.model.gather import gathered

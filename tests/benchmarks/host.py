@@ -27,7 +27,6 @@ import fire
 import torch
 import yaml
 
-from tests.benchmarks.converter import words
 from tests.helpers.tiny import ROOT, TEXT_CONFIG, make_data, make_tokenizer
 
 WARMUP = 20
@@ -217,7 +216,8 @@ def bench(
     profile: bool = False,
 ) -> None:
     """Prints the table, or one object with --json: medians of processes that are run in turn."""
-    names = [name for name in OURS if name in words(only)]
+    chosen = only.split(",") if isinstance(only, str) else only  # fire makes a tuple of a list with commas
+    names = [name for name in OURS if name in chosen]
     wanted = ["trainer", *(f"bare_{name}" for name in names if "compiled" not in name), *names]
     taken: dict[str, list[float]] = {name: [] for name in wanted}
     for _ in range(repeat):

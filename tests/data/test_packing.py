@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.data.load import load_rows
 from grow.data.packing import Epochs, Mixed, PackedDataset, collate, pack
 from grow.data.template import Template

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grow.data.encoder import Encoder
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.data.load import load_rows
 from grow.data.packing import PackedDataset
 from grow.data.template import Template

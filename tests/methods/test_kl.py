@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from grow.checkpoint.expand import expand
-from grow.data.examples import IGNORED
 from grow.data.general_text import general_text
+from grow.data.labels import IGNORED
 from grow.data.packing import collate
 from grow.errors import UserError
 from grow.methods import METHODS, read_recipe

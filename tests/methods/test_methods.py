@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.methods import METHODS, read_recipe

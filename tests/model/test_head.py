@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from grow.data.examples import IGNORED, all_learnt
+from grow.data.examples import all_learnt
+from grow.data.labels import IGNORED
 from grow.data.packing import PackedDataset, collate
 from grow.model import head
 from grow.model.loading import load

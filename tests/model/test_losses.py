@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grow.data.examples import IGNORED
+from grow.data.labels import IGNORED
 from grow.data.load import load_rows
 from grow.data.packing import Epochs, PackedDataset
 from grow.data.template import Template
