@@ -170,7 +170,7 @@ def test_mistakes(text_base: Path, tmp_path: Path) -> None:
         (lambda: grow.grow_model(model, factor=1), "whole number"),
         (lambda: grow.attach(model, tmp_path), "growth.json"),
         (lambda: grow.save_growth(model, tmp_path / "package"), "has not grown"),
-        (lambda: grow.grow_model(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))), "no MLP in it"),
+        (lambda: grow.grow_model(transformers.OPTForCausalLM(transformers.OPTConfig(num_hidden_layers=1))), "no MLP"),
     ):
         with pytest.raises(grow.UserError, match=message):
             call()
@@ -194,6 +194,17 @@ def test_mistakes(text_base: Path, tmp_path: Path) -> None:
         grow.save_growth(model, tmp_path / "of-another")
     with pytest.raises(grow.UserError, match="grew from another base"):
         grow.attach(base_model(text_base), tmp_path / "of-another")
+
+
+def test_matrices_that_lie_transposed(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=320)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    before = logits(model)
+    grow.grow_model(model)
+    assert torch.equal(logits(model), before)
+    grow.trainable(model)
+    grow.save_growth(shaken(model), tmp_path / "package")
+    assert not torch.equal(logits(model), before)
 
 
 def test_the_readmes_example(text_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
