@@ -16,7 +16,7 @@ size. Columns count the tokens of a sequence, those in a KV cache included.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -24,11 +24,12 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.alpha import base_inside
+from grow.model.kept_cache import empty, note, noted
 from grow.model.rows import EACH, NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
 
 
@@ -88,7 +89,7 @@ class Switch:
             generation.began, generation.cache = True, cache
         rows = self._batch or rows_of_inputs(inputs, past, generation.length if generation and self._own else None)
         forced = self._forced(rows.decides_R)
-        noted_R = _noted(cache, self._key) if past else None
+        noted_R = noted(cache, self._key) if past else None
         if forced is not None:
             if noted_R is not None and bool((noted_R != int(forced[0])).any()):
                 raise UserError(_FILLED_OTHERWISE)
@@ -135,7 +136,7 @@ class Switch:
         among = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (self._cache, *among):
             if isinstance(cache, Cache) and self._start_R is not None:
-                _note(cache, self._key, self._start_R)
+                note(cache, self._key, self._start_R)
         self._cache, self._last, self.on = None, False if self.on is None else self.on, None
         self._rows = None
         if self._generation is None:
@@ -212,7 +213,7 @@ class Switch:
 
     @contextlib.contextmanager
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
+        """Holds the first decision within the context. A KV cache that was filled with another one is empty."""
         self._claim()
         name_of_ids = "inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"
         ids = kwargs.get(name_of_ids, kwargs.get("inputs", args[0] if args else None))
@@ -231,8 +232,8 @@ class Switch:
                     self._rows = rows
                     self._ask(model, inputs)
                     start_R = self._generation.held_R
-                if kept and start_R is not None and self._is_stale(_noted(cache, self._key), start_R):
-                    _empty(cache, model)
+                if kept and start_R is not None and self._is_stale(noted(cache, self._key), start_R):
+                    empty(cache, model)
             yield
             held_R = self._generation.held_R
             if held_R is not None and ids is not None:
@@ -299,53 +300,7 @@ def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _noted(cache: Any, key: str) -> Tensor | None:
-    """Returns from which column each row of a KV cache was on, if a switch has noted it there, int64 [R]."""
-    return getattr(cache, "switched", {}).get(key)
-
-
-def _note(cache: Any, key: str, start_R: Tensor) -> None:
-    """Notes it in the cache itself, whose copies have it too, and whose rows may be chosen and change places."""
-    if not hasattr(cache, "switched"):
-        cache.switched = {}
-        cls = type(cache)
-        cache.__class__ = type(cls.__name__, (_NotedCache, cls), {"__module__": cls.__module__})
-    cache.switched[key] = start_R
-
-
-class _NotedCache:
-    """Is mixed into the class of a KV cache that carries notes, which follow its rows."""
-
-    switched: dict[str, Tensor]
-
-    def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.switched = {key: change(start_R) for key, start_R in self.switched.items()}
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts rows in another order."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._follow(lambda start_R: start_R[beam_idx.to(start_R.device)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._follow(lambda start_R: start_R[torch.as_tensor(indices, device=start_R.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._follow(lambda start_R: start_R.repeat_interleave(repeats))
-
-
 def _short(on_BL: Tensor) -> bool | Tensor:
     """Returns True where all tokens are on, and False where none is."""
     count = int(on_BL.sum())
     return on_BL if 0 < count < on_BL.numel() else count > 0
-
-
-def _empty(cache: Any, model: Any) -> None:
-    """Empties a KV cache in place, so that `generate` computes the whole prompt."""
-    if isinstance(cache, DynamicCache):
-        cache.layers = DynamicCache(config=model.config).layers
-    else:
-        cache.reset()
