@@ -42,8 +42,12 @@ def grown_card(growth: dict[str, Any]) -> str:
         f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
         "times as wide. The base's weights are in it, bit for bit (`grow base` takes them out again). "
     )
+    elsewhere = growth.get("copies_from")
+    if elsewhere:
+        text += f"Its copies are of the MLPs of `{elsewhere}`: α = 0 is the base. "
     if growth["trained"] is None:
-        text += "Nothing has been trained yet: it computes what its base does."
+        does = "the mean of both" if elsewhere else "what its base does"
+        text += f"Nothing has been trained yet: it computes {does}."
     title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
     text += _own_alphas(growth) + _switch(growth)
     return _card(base, title, text + _training(growth["trained"] or {}) + _scores(growth.get("scores")))

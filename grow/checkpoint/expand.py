@@ -20,7 +20,7 @@ from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_inde
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError, one_line
-from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, is_down, is_growth, mlp_prefixes
+from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, canonical, is_down, is_growth, mlp_prefixes
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, setting, text_config
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
@@ -47,13 +47,19 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     return GrowthPlan(parse_factor(factor), growing_layers(layers, len(prefixes), base.config)), prefixes
 
 
-def check_grown(base: str, out: str, factor: int | str, layers: str) -> dict[str, Any]:
-    """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor."""
+def check_grown(base: str, out: str, factor: int | str, layers: str, copies_from: str = "") -> dict[str, Any]:
+    """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor, or
+    from other copies."""
     wanted, _ = make_plan(Checkpoint(base), factor, layers)
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or (there.factor, there.layers) != (wanted.factor, wanted.layers):
         asked = f"layers {', '.join(map(str, wanted.layers))} by {wanted.factor}"
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
+    from_there = Checkpoint(out).config["growth"].get("copies_from", "")
+    wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
+    if from_there != wanted_from:
+        said = f"copies from {from_there or 'its base'}, not from {wanted_from or 'its base'}"
+        raise UserError(f"{out}: is there already, with {said}; give another folder, or remove it")
     return {"out": out, "base": base, "factor": wanted.factor, "layers": list(wanted.layers)}
 
 
@@ -126,15 +132,18 @@ def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
     return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
 
 
-def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> dict[str, LazyTensor]:
+def added_tensors(
+    base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str], copies: Checkpoint | None = None
+) -> dict[str, LazyTensor]:
     """Returns the copies that growth adds, named `<mlp>.grown.{gate,up,down}_proj.weight` (or as the base's layout has
     it; in gate_up_proj copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
     divided by k; in a GPT-2 all of them transposed. Biases, where the base has them: [(k−1)·p] copied; the
-    down-projection's [h] once, times (k−1)/k.
+    down-projection's [h] once, times (k−1)/k. With `copies` they are of that checkpoint's MLPs in place of the base's.
     """
     k = plan.factor
+    others = {canonical(name): name for name in copies.tensors} if copies else {}
     transposed = is_transposed(base.config)
     added = {}
     for layer in plan.layers:
@@ -146,6 +155,8 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) 
                 if name not in base.tensors:
                     continue
                 own = base.lazy(name)
+                if copies is not None:
+                    own = copies.lazy(others[canonical(name)]).to(own.dtype)
                 if projection == FUSED:
                     gate, up = own.halves()
                     made = concat_rows(*[gate] * (k - 1), *[up] * (k - 1))
@@ -215,6 +226,24 @@ def _divided(down: LazyTensor, k: int, name: str, transposed: bool) -> LazyTenso
     return LazyTensor((length, (k - 1) * columns), down.dtype, side_by_side)
 
 
+def _check_copies(base: Checkpoint, copies: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> None:
+    """Raises UserError if a checkpoint's MLPs cannot stand in for the base's."""
+    if "growth" in copies.config:
+        raise UserError(f"--copies-from {copies.path}: is grown; give a stock checkpoint")
+    check_not_quantized(copies)
+    there = {canonical(name): info for name, info in copies.tensors.items()}
+    for layer in plan.layers:
+        for projection in layout_of(base, prefixes[layer]):
+            name = f"{prefixes[layer]}.{projection}.weight"
+            shape, found = base.tensors[name].shape, there.get(canonical(name))
+            if found is None or found.shape != shape:
+                said = "is missing" if found is None else f"is {list(found.shape)}"
+                raise UserError(
+                    f"--copies-from {copies.path}: {name} {said}, the base's is {list(shape)}; the copies need an MLP "
+                    "of the same shape, such as that of another training of the base"
+                )
+
+
 def grown_name(shard: Path) -> str:
     """Returns the name of a base's shard in a grown checkpoint. transformers prefers a file called model.safetensors to
     the index beside it and would initialise the growth at random, so that name is never used."""
@@ -228,8 +257,12 @@ def expand(
     layers: str = "all",
     max_shard_size: str = GROWTH_SHARD_SIZE,
     progress: Progress = no_progress,
+    copies_from: str = "",
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
+
+    The copies are of the base's MLPs; or of those of another checkpoint, `copies_from`: then the start is the mean of
+    the two (for k = 2), and the base exactly at α = 0 alone (Deep Fusion, arXiv 2306.11903, as an initialisation).
 
     Raises UserError for a base that cannot be grown or an OUT that exists.
     """
@@ -237,9 +270,13 @@ def expand(
     base = Checkpoint(base_path)
     plan, prefixes = make_plan(base, factor, layers)
     check_start(base)
-    added = added_tensors(base, plan, prefixes)
+    copies = Checkpoint(copies_from) if copies_from else None
+    if copies is not None:
+        _check_copies(base, copies, plan, prefixes)
+    added = added_tensors(base, plan, prefixes, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
+    request |= {"copies": copies.identity()} if copies is not None else {}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         identity = hasher.submit(base_identity, base)
         link_base(folder, base)
@@ -252,6 +289,7 @@ def expand(
             "trained": None,
             "base": {**base_facts(base), "files": files},
         }
+        growth |= {"copies_from": base_facts(copies)["name"]} if copies is not None else {}
         weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
         weight_map |= files_of(shards)
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}

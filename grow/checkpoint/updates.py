@@ -13,7 +13,7 @@ from grow.checkpoint.expand import expected_growth
 from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError
-from grow.names import LAYERS, mlp_prefixes, of_language_model, own_name
+from grow.names import LAYERS, is_growth, mlp_prefixes, of_language_model, own_name
 
 _MATRIX = re.compile(rf"(?:.*\.)?{LAYERS}\.(\d{{1,6}})\.(.+)\.weight", re.ASCII)
 
@@ -66,4 +66,11 @@ def _starts(source: TrainedWeights) -> dict[str, LazyTensor]:
     """Returns every tensor that training may have changed, by name, as it was before."""
     # The up-projections that g_train has added begin as the base's own; a plan knows how the copies begin.
     starts = {name: source.start.lazy(own_name(name)) for name in source.trained}
-    return starts if source.plan is None else starts | expected_growth(source.start, source.plan)[0]
+    if source.plan is None:
+        return starts
+    elsewhere = source.start.config["growth"].get("copies_from")
+    if not elsewhere:
+        return starts | expected_growth(source.start, source.plan)[0]
+    if not source.trained:
+        raise UserError(f"{source.start.path}: its copies came from {elsewhere}; name the run, which knows its start")
+    return starts | {name: source.start.lazy(name) for name in source.start.tensors if is_growth(name)}

@@ -20,8 +20,8 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
 
     Grown: every tensor, every file of the base and every small file except README.md has the checksum that it was
     written with; the added tensors are those of the plan, in shape and dtype, and no others; before training, the
-    copies equal the base. With `base_path`: every tensor of the base is in the checkpoint, bit for bit. Stock: every
-    tensor is readable and finite.
+    copies equal the base, unless they came from elsewhere. With `base_path`: every tensor of the base is in the
+    checkpoint, bit for bit. Stock: every tensor is readable and finite.
 
     Raises UserError if the checkpoint cannot be read at all.
     """
@@ -43,7 +43,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         problems += _base_files(checkpoint, facts) + _growth(checkpoint, plan, facts)
     if skills:
         problems += _base_files(checkpoint, read_growth(checkpoint.path)) + _skills(checkpoint, list(skills))
-    grown = plan is not None or bool(skills)
+    grown, elsewhere = plan is not None or bool(skills), (checkpoint.config.get("growth") or {}).get("copies_from")
     problems += _headers(checkpoint) if grown else []
     if base_path is not None:
         problems += _same_base(checkpoint, Checkpoint(base_path), grown)
@@ -55,6 +55,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         # Whether the grown model's logits must be the base's bit for bit before training.
         "exact": plan is None
         or (plan.factor == 2 and all(info.dtype != "F16" for info in checkpoint.tensors.values())),
+        **({"copies_from": elsewhere} if elsewhere else {}),
     }
 
 
@@ -80,7 +81,9 @@ def _growth(checkpoint: Checkpoint, plan: GrowthPlan, facts: dict[str, Any]) -> 
         info = checkpoint.tensors[name]
         if checksum(checkpoint.lazy(name)) != facts["tensors"].get(name):
             problems.append(f"{name} in {info.file.name}: changed since it was written (checksum)")
-        elif facts["trained"] is None and not equal(checkpoint.lazy(name), expected[name]):
+        elif (
+            facts["trained"] is None and "copies_from" not in facts and not equal(checkpoint.lazy(name), expected[name])
+        ):
             problems.append(f"{name}: is not the copy of the base that it should be before training")
     return problems
 

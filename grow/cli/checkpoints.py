@@ -57,11 +57,12 @@ def plan(
 
 def expand(
     base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", keep: bool = False,
-    json: bool = False,
+    copies_from: str = "", json: bool = False,
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
     Example: grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
+    Example: grow expand ~/models/gemma-3-1b-pt grown --copies-from ~/models/gemma-3-1b-it
 
     Args:
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
@@ -71,6 +72,8 @@ def expand(
             top:6:ranking.json or top:6:DIR (learn-alphas).
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
+        copies_from: A checkpoint of the same shape, whose MLPs are copied in place of the base's; the start is then the
+            mean of both, and the base at α = 0 alone.
         json: Print one JSON object.
     """
     # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
@@ -80,9 +83,9 @@ def expand(
     from grow.checkpoint.expand import expand as run
 
     if keep and os.path.isdir(out):
-        return say(check_grown(base, out, factor, layers), lambda r: f"is there already: {r['out']}", json)
+        return say(check_grown(base, out, factor, layers, copies_from), lambda r: f"is there already: {r['out']}", json)
     with Bar("expanding") as bar:
-        result = run(base, out, factor, layers, max_shard_size, bar.add)
+        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from)
     return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
 
@@ -107,7 +110,8 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
     if forward and not result["problems"]:
         from grow.evaluation.logits import compare_logits
 
-        result["logits"] = compare_logits(checkpoint, str(base))
+        alpha = 0.0 if "copies_from" in result else 1.0
+        result["logits"] = compare_logits(checkpoint, str(base), alpha=alpha)
         # What cannot be exact, k > 2 and fp16 (halving loses bits of its subnormals), is measured and stated.
         allowed = 0.0 if result["exact"] else 0.02
         result["problems"] += [

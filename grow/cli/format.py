@@ -54,6 +54,8 @@ def _fitting(r: dict[str, Any]) -> str:
 def verify_text(r: dict[str, Any]) -> str:
     """Returns the text of `verify`."""
     lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
+    if "copies_from" in r:
+        lines.append(f"its copies came from {r['copies_from']}: it starts at the mean of both; at α = 0:")
     for name, found in r.get("logits", {}).items():
         if found["difference"] == 0:
             lines.append(f"{name}: every logit equal to the base's, bit for bit")

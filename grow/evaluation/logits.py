@@ -19,17 +19,17 @@ TEXT = (
 
 
 @torch.no_grad()
-def compare_logits(path: str, base_path: str, device: str = "cpu") -> dict[str, dict[str, float]]:
+def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float = 1.0) -> dict[str, dict[str, float]]:
     """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
-    logit of the second checkpoint, for comparison.
+    logit of the second checkpoint, for comparison. `alpha` is the first one's.
     """
     tokenizer = load_tokenizer(base_path)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        models = [load(one, dtype).to(device) for one in (path, base_path)]
+        models = [load(path, dtype, alpha).to(device), load(base_path, dtype).to(device)]
         if isinstance(models[0], SwitchedModel):  # it is the growth that is compared
             set_switch(models[0], "on")
         logits = [model(input_ids=ids, use_cache=False).logits for model in models]

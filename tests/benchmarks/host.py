@@ -240,9 +240,8 @@ def print_results(median: dict[str, float], as_json: bool) -> None:
     found: dict[str, Any] = {"milliseconds": {name: round(value, 2) for name, value in median.items()}}
     for name, value in median.items():
         found[name] = round(value / median["trainer"], 3)
-    found["to_bare"] = {
-        name: round(value / median[f"bare_{name}"], 3) for name, value in median.items() if f"bare_{name}" in median
-    }
+    bares = {name: median.get(f"bare_{name.removesuffix('_compiled')}") for name in median}
+    found["to_bare"] = {name: round(median[name] / bare, 3) for name, bare in bares.items() if bare}
     if as_json:
         print(json.dumps(found))
         return
