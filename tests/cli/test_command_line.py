@@ -105,9 +105,9 @@ def test_mistakes(arguments: list[str], says: str, text_base: Path, tmp_path: Pa
 def test_a_model_without_decoder_mlps_is_refused(tmp_path: Path) -> None:
     import transformers
 
-    small = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)
-    transformers.GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt2")
-    assert "no MLP in it" in mistake("expand", tmp_path / "gpt2", tmp_path / "out")
+    small = transformers.OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, ffn_dim=8)
+    transformers.OPTForCausalLM(small).save_pretrained(tmp_path / "opt")
+    assert "no MLP in it" in mistake("expand", tmp_path / "opt", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
