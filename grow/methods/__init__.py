@@ -8,6 +8,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.trained_weights import Export
 from grow.errors import UserError, unknown
 from grow.methods.baselines.adapter import Adapter
+from grow.methods.baselines.blocks import Blocks
 from grow.methods.baselines.disel import Disel
 from grow.methods.baselines.ewc import Ewc
 from grow.methods.baselines.flow import Flow
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "sft": Sft,
     "lora": Lora,
     "adapter": Adapter,
+    "blocks": Blocks,
     "disel": Disel,
     "ewc": Ewc,
     "flow": Flow,

@@ -22,13 +22,14 @@ class Method:
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults. `grows` says
     that it starts from a grown checkpoint, not from a base; `keeps_base` that its base stays inside, where
     grow.model.alpha.base_inside finds it; `switches` that a switch (grow.model.switch) can turn what it trains off;
-    `stages` are the ZeRO stages that it works with.
+    `stages` are the ZeRO stages that it works with; `compiles` says that its layers are alike enough to be compiled.
     """
 
     grows: ClassVar[bool] = False
     keeps_base: ClassVar[bool] = False
     switches: ClassVar[bool] = False
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    compiles: ClassVar[bool] = True
     made: ClassVar[Any] = None
 
     @classmethod

@@ -14,6 +14,7 @@ _RATES = {
     "sft": (2e-5, 1e-5),
     "lora": (3e-4, 2e-4),
     "adapter": (3e-4, 2e-4),
+    "blocks": (5e-5, 5e-5),
     "disel": (3e-4, 2e-4),
     "ewc": (2e-5, 1e-5),
     "flow": (2e-5, 1e-5),

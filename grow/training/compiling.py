@@ -18,6 +18,8 @@ def check_compile(recipe: Recipe) -> None:
     """Raises UserError where layers cannot be compiled whole."""
     if recipe.compile == "true" and recipe.zero.get("stage") == 3:
         raise UserError("compile true: not under ZeRO-3, which gathers weights between the operations of a layer")
+    if recipe.compile == "true" and not recipe.method_class.compiles:
+        raise UserError(f"compile true: {recipe.method} changes each layer in its own way, so none could be shared")
     if recipe.compile == "true" and recipe.switch:
         raise UserError("compile true: not with a switch, where the shapes in a layer depend on what it decides")
 
@@ -26,7 +28,8 @@ def compiles(recipe: Recipe) -> bool:
     """Says whether a run compiles its layers: "auto" does on GPUs, under ZeRO-1 and 2, without a switch."""
     if recipe.compile != AUTO:
         return recipe.compile == "true"
-    return torch.cuda.is_available() and recipe.zero.get("stage") in (0, 1, 2) and not recipe.switch
+    can = recipe.zero.get("stage") in (0, 1, 2) and not recipe.switch and recipe.method_class.compiles
+    return bool(torch.cuda.is_available() and can)
 
 
 def compile_layers(model: Any) -> None:

@@ -54,6 +54,8 @@ def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path) -> None
         check_run(recipe(3, method="sft", compile=True))
     with pytest.raises(UserError, match="not with a switch"):
         check_run(recipe(1, method="lora", compile=True, switch="row"))
+    with pytest.raises(UserError, match="blocks changes each layer in its own way"):
+        check_run(recipe(1, method="blocks", compile=True))
     with pytest.raises(UserError, match="there are auto, true, false"):
         recipe(1, compile="some")
     assert compiles(recipe(1, compile=True)) and not compiles(recipe(1, compile=False))
