@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -15,6 +16,7 @@ from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
 from grow.model.layouts import decoder_mlps
+from grow.model.loading import load, load_lora
 from grow.model.loss import labelled_logits
 from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
@@ -510,6 +512,30 @@ def test_one_thread_at_a_time(text_base: Path) -> None:
     assert "two threads" in str(said[0]) and torch.equal(run(switched, input_ids=PROMPTS), expected)
     in_a_thread()
     assert said[1] is None and torch.equal(run(switched, input_ids=PROMPTS), expected)
+
+
+@torch.no_grad()
+def test_it_leaves_out_what_peft_leaves_out(text_base: Path, tmp_path: Path) -> None:
+    """PEFT's own way to leave an adapter out for some rows, `adapter_names`, with what the switch decides."""
+    record = record_for(text_base, 2)
+    on = on_of(text_base, record)
+    model = peft.get_peft_model(
+        load(text_base, torch.float32),
+        peft.LoraConfig(target_modules=r".*layers\.[23]\..*_proj", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "lora")
+    names = ["default" if is_on else "__base__" for is_on in on]
+    expected = model.eval()(input_ids=PROMPTS, adapter_names=names).logits
+    switched = load_lora(tmp_path / "lora", torch.float32, base=str(text_base))
+    put_switch(switched, record)
+    found = run(switched, input_ids=PROMPTS)
+    assert torch.equal(switched.switched, on)
+    torch.testing.assert_close(found, expected)
+    base = run(load(text_base, torch.float32), input_ids=PROMPTS)
+    assert torch.equal(found[~on], base[~on]) and (found[on] - base[on]).abs().max() > 0.1
 
 
 def test_batches_without_rows_are_refused(text_base: Path) -> None:
