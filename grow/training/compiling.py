@@ -5,6 +5,9 @@ layers depends on data (labels, masks), or is a product alone. A layer's sums ma
 grown model that is compiled starts near its base, not on its bits.
 """
 
+import importlib.util
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -20,8 +23,20 @@ def check_compile(recipe: Recipe) -> None:
         raise UserError("compile true: not under ZeRO-3, which gathers weights between the operations of a layer")
     if recipe.compile == "true" and not recipe.method_class.compiles:
         raise UserError(f"compile true: {recipe.method} changes each layer in its own way, so none could be shared")
+    if recipe.compile == "true" and _missing():
+        raise UserError(f"compile true: {_missing()} is not installed; install it, or take compile out")
     if recipe.compile == "true" and recipe.switch:
         raise UserError("compile true: not with a switch, where the shapes in a layer depend on what it decides")
+
+
+def _missing() -> str:
+    """Names what torch's compiler needs and this machine lacks; slim images have no compiler of C, and triton asks for
+    one when the first kernel is built."""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return "triton"
+    compilers = ("cc", "gcc", "clang") if torch.cuda.is_available() else ("g++", "clang++")
+    named = os.environ.get("CC" if torch.cuda.is_available() else "CXX", "")
+    return "" if any(map(shutil.which, (named, *compilers))) else f"a compiler ({compilers[-2]})"
 
 
 def compiles(recipe: Recipe) -> bool:
@@ -29,7 +44,7 @@ def compiles(recipe: Recipe) -> bool:
     if recipe.compile != AUTO:
         return recipe.compile == "true"
     can = recipe.zero.get("stage") in (0, 1, 2) and not recipe.switch and recipe.method_class.compiles
-    return bool(torch.cuda.is_available() and can)
+    return bool(torch.cuda.is_available() and can and not _missing())
 
 
 def compile_layers(model: Any) -> None:

@@ -46,7 +46,7 @@ def test_a_layer_is_one_graph(text_base: Path, tmp_path: Path, method: str, kind
     torch.testing.assert_close(found[1][1], found[0][1])
 
 
-def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path) -> None:
+def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recipe(stage: int, **fields: Any) -> Any:
         return read_recipe(str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "g", sums, stage, **fields)))
 
@@ -61,6 +61,13 @@ def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path) -> None
     assert compiles(recipe(1, compile=True)) and not compiles(recipe(1, compile=False))
     assert compiles(recipe(1)) == torch.cuda.is_available() and not compiles(recipe(3))
     assert not compiles(recipe(1, method="lora", switch="row"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="compile true: a compiler .* is not installed"):
+        check_run(recipe(1, method="sft", compile=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not compiles(recipe(1))
 
 
 @pytest.mark.full
