@@ -64,7 +64,7 @@ def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="compile true: a compiler .* is not installed"):
+    with pytest.raises(UserError, match=r"compile true: a compiler .* is not installed"):
         check_run(recipe(1, method="sft", compile=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not compiles(recipe(1))
