@@ -1,8 +1,8 @@
 """`compile`: torch.compile of the decoder layers, one by one, which on a GPU makes few and large kernels of many.
 
 All layers of a kind are compiled once, whatever their number. Nothing else of the model is: what stands around the
-layers depends on data (labels, masks), or is a product alone. A layer's sums may be taken in another order then, so a
-grown model that is compiled starts near its base, not on its bits.
+layers depends on data (labels, masks), or is a product alone. A layer's sums may be taken in another order then, so
+that a grown model starts on the bits of its base is promised where neither is compiled.
 """
 
 import importlib.util
