@@ -19,7 +19,9 @@ from tests.helpers.tiny import make_recipe, tokens
 
 
 @pytest.mark.parametrize("method", ["sft", "g_freeze", "g_train", "lora", "g_lora"])
-@pytest.mark.parametrize("kind", ["", "llama", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("llama", "phi3", "gpt2"))]
+)
 def test_a_layer_is_one_graph(text_base: Path, tmp_path: Path, method: str, kind: str) -> None:
     """Compiled whole, or torch raises; twice, since the lowest layer's input has no gradient."""
     if kind == "gpt2" and "lora" in method:
