@@ -189,8 +189,8 @@ def learn_alphas(
 
 
 def chat(
-    checkpoint: str, prompt: str = "", prompts: str = "", recipe: str = "", compare: bool = False, switch: str = "auto",
-    max_new_tokens: str = "128", temperature: str = "0", json: bool = False, **fields: str,
+    checkpoint: str, prompt: str | None = None, prompts: str = "", recipe: str = "", compare: bool = False,
+    switch: str = "auto", max_new_tokens: str = "128", temperature: str = "0", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Talks with a model, says whether its skill was on, and with --compare what its base would have written.
 
@@ -202,7 +202,7 @@ def chat(
 
     Args:
         checkpoint: A checkpoint, stock or grown, a finished run, or a folder of PEFT's.
-        prompt: One prompt.
+        prompt: One prompt; of several lines, in bash: --prompt $'one\ntwo'.
         prompts: A file of prompts, one a line.
         recipe: Put prompts into this recipe's template (of several columns: as a JSON object); the checkpoint's chat
             template unless given or, where it has none, the prompt as it is.
@@ -216,15 +216,17 @@ def chat(
     most, heat = number("--max-new-tokens", max_new_tokens), number("--temperature", temperature, float)
     if most < 1 or heat < 0:
         raise UserError("chat: --max-new-tokens is at least 1, --temperature at least 0")
-    if prompt and prompts:
+    if prompt is not None and prompts:
         raise UserError("chat: give --prompt or --prompts")
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt: is empty")
     lines: Any = [prompt]
     if prompts:
         try:
             lines = Path(prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {prompts}: cannot be read ({error})") from None
-    elif not prompt:
+    elif prompt is None:
         lines = _typed()
 
     from grow.methods import read_recipe

@@ -106,7 +106,9 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
         parts.append(f"accuracy {figure_text(s, 'accuracy', '.1%')}{fewer}")
     parts += [f"{key} {figure_text(s, key, '.1f')}" for key in ("chrf", "bleu") if key in s]
     if "kl" in s:
-        parts.append(f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical_rows']:,} rows")
+        parts.append(
+            f"KL {figure_text(s, 'kl', '.4f')}, identical to the base on {s['identical_rows']:,} of {s['rows']:,}"
+        )
     if "opened" in s:
         parts.append(f"switch open for {s['opened']:.1%}")
     if "generation" in s:
@@ -123,9 +125,14 @@ def _scores_text(name: str, s: dict[str, Any]) -> str:
     return f"{name}: {', '.join(parts)} over {s['rows']} rows{left_out}{unusable}"
 
 
+def _by(margin: float | None) -> str:
+    """Says by how much a switch's score is above or below its threshold, in its own unit."""
+    return "" if margin is None else f", {abs(margin):.2f} {'above' if margin > 0 else 'below'} its threshold"
+
+
 def answer_text(r: dict[str, Any]) -> str:
     """Returns what `chat` says after an answer, which has been printed as it was written."""
-    lines = [] if r["on"] is None else [f"[the skill was {'on' if r['on'] else 'off'}]"]
+    lines = [] if r["on"] is None else [f"[the skill was {'on' if r['on'] else 'off'}{_by(r['margin'])}]"]
     if isinstance(r["on"], list):
         lines = [f"[skills that were on: {', '.join(r['on']) or 'none'}]"]
     return "\n".join(lines if r["base"] is None else [*lines, f"[the base: {r['base']}]"])

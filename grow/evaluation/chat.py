@@ -21,12 +21,14 @@ from grow.model.switched import switch_decided
 @dataclass(frozen=True)
 class Answer:
     """Holds what was asked and what the model wrote; whether its switch was on for it, if it has one, or which of
-    several skills were; and what its base wrote, if that was asked for."""
+    several skills were; what its base wrote, if that was asked for; and by how much the score of a switch that was
+    fitted is above its threshold."""
 
     prompt: str
     answer: str
     on: bool | list[str] | None
     base: str | None
+    margin: float | None = None
 
 
 class Chat:
@@ -74,7 +76,7 @@ class Chat:
         if stream:
             options["streamer"] = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         written = write(self.model, [ids], self.settings, **options)[0].tolist()
-        decided = switch_decided(self.model)
+        decided, margin = switch_decided(self.model), _margin(self.model)
         self._cached = [*ids, *written][: self._cache.get_seq_length()]
         answer, base = self._decoded(written), None
         if self.compare:
@@ -82,7 +84,7 @@ class Chat:
                 base = self._decoded(write(self.model, [ids], self.settings)[0].tolist())
         if self.turns is not None:
             self.turns.append({"role": "assistant", "content": answer})
-        return Answer(said, answer, _on(decided), base)
+        return Answer(said, answer, _on(decided), base, margin)
 
     def _prompt(self, said: str) -> str:
         """Returns the text of a prompt. Columns are filled from a JSON object or, if it is one column, as they are."""
@@ -130,6 +132,13 @@ class Chat:
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _margin(model: Any) -> float | None:
+    """Returns by how much a single switch that decides by itself was above its threshold."""
+    switch = getattr(model, "switch", None)
+    margin_R = getattr(switch, "margin_R", None) if getattr(switch, "mode", "") == "auto" else None
+    return None if margin_R is None else round(float(margin_R[0]), 4)
 
 
 def _on(decided: Any) -> bool | list[str] | None:

@@ -201,6 +201,8 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
 def _summary(interpolation: Interpolation, items: Items, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     base = interpolation.base_logits if interpolation.has_base else None
     scores = score(interpolation.model, items.examples, recipe, tokenizer.pad_token_id, items.name, base).summary()
+    if interpolation.alpha == 0:  # what a switch says has no effect
+        scores = {key: value for key, value in scores.items() if not key.startswith("opened")}
     return scores | {
         "contaminated": items.contaminated,
         "unusable": items.unusable,

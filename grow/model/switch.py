@@ -46,6 +46,7 @@ class Switch:
         self.on: bool | Tensor | None = None
         self._last: bool | Tensor = False  # what `on` was in the last pass
         self.decided: Tensor | None = None
+        self.margin_R: Tensor | None = None  # w · x − threshold of the rows that were last decided by features
         self._weight_H = torch.from_numpy(record.weight)
         self._batch: Rows | None = None  # of a batch whose labels are known
         self._rows: Rows | None = None  # of the pass under way, if something is to be decided in it
@@ -118,11 +119,12 @@ class Switch:
             return
         self._weight_H = self._weight_H.to(x_BLH.device)
         # A model may be spread over devices; what is decided is where its inputs are.
-        on_BL = (x_BLH.detach().float() @ self._weight_H > self.record.threshold).to(rows.row_BL.device)
+        score_BL = (x_BLH.detach().float() @ self._weight_H).to(rows.row_BL.device)
+        on_BL = score_BL > self.record.threshold
         if self.record.kind == "token":
             self.decided, self.on = on_BL, _short(on_BL)
         else:
-            on_R = rows.at(on_BL)
+            on_R, self.margin_R = rows.at(on_BL), rows.at(score_BL) - self.record.threshold
             start_R = rows.decides_R if self.record.kind == "answer" else torch.zeros_like(rows.decides_R)
             self._set(rows, start_R.masked_fill(~on_R, NEVER))
         self._rows = None

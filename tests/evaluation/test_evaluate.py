@@ -142,7 +142,7 @@ def test_with_a_switch(trained: Path, recipe: Path, tmp_path: Path, capsys: Any)
     config["growth"]["switch"] = SwitchRecord("row", 0, weight.numpy(), -1.0, facts={}).values()
     (switched / "config.json").write_text(json.dumps(config))
     said = here(capsys, "eval", switched, "--recipe", recipe, "--limit", "5", "--retention-limit", "5")
-    assert "switch open for 100.0%" in said and "identical to the base on 0 rows" in said
+    assert "switch open for 100.0%" in said and "identical to the base on 0 of " in said
 
 
 def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, tmp_path: Path) -> None:
