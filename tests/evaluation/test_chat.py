@@ -44,6 +44,7 @@ def test_prompts_as_they_are_and_by_a_template(text_base: Path) -> None:
     said = ["Hello", "the weather", "3+4=", "a", "def f(x):", "12"]
     found = [both.ask(line) for line in said]
     assert {answer.on for answer in found} == {True, False}
+    assert all(answer.margin is not None and (answer.margin > 0) == answer.on for answer in found)
     for line, answer in zip(said, found, strict=True):
         expected = alone.ask(line).answer
         assert answer.base == expected and (answer.on or answer.answer == expected)
