@@ -24,6 +24,7 @@ from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, canonical, is_down, is_
 from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, setting, text_config
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
+_PARTS = ("weight", "bias")
 _NOT_ALONE = {
     "bloom": "its MLP adds what goes past it",
     "gpt_neox_japanese": "its config has no width of its own for the MLPs",
@@ -150,7 +151,7 @@ def added_tensors(
         if layer not in prefixes:
             raise UserError(f"layer {layer} has no MLP to grow; layers that have one: {sorted(prefixes)}")
         for projection in layout_of(base, prefixes[layer]):
-            for part in ("weight", "bias"):
+            for part in _PARTS:
                 name = f"{prefixes[layer]}.{projection}.{part}"
                 if name not in base.tensors:
                     continue
@@ -233,14 +234,14 @@ def _check_copies(base: Checkpoint, copies: Checkpoint, plan: GrowthPlan, prefix
     check_not_quantized(copies)
     there = {canonical(name): info for name, info in copies.tensors.items()}
     for layer in plan.layers:
-        for projection in layout_of(base, prefixes[layer]):
-            name = f"{prefixes[layer]}.{projection}.weight"
-            shape, found = base.tensors[name].shape, there.get(canonical(name))
-            if found is None or found.shape != shape:
-                said = "is missing" if found is None else f"is {list(found.shape)}"
+        parts = [f"{prefixes[layer]}.{name}.{part}" for name in layout_of(base, prefixes[layer]) for part in _PARTS]
+        for name in parts:
+            own, found = base.tensors.get(name), there.get(canonical(name))
+            if (own and own.shape) != (found and found.shape):
+                said, wanted = (f"is {list(one.shape)}" if one else "is missing" for one in (found, own))
                 raise UserError(
-                    f"--copies-from {copies.path}: {name} {said}, the base's is {list(shape)}; the copies need an MLP "
-                    "of the same shape, such as that of another training of the base"
+                    f"--copies-from {copies.path}: {name} {said}, the base's {wanted}; the copies need an MLP of the "
+                    "same shape, such as that of another training of the base"
                 )
 
 

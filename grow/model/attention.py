@@ -27,34 +27,48 @@ _WIDEST_HEAD = 256
 """Features of the widest head that flash attention takes."""
 
 
-def check_attention(wanted: str, cls: Any) -> None:
-    """Raises UserError for an implementation that is not there, or that a model's class does not know."""
+def check_attention(wanted: str, cls: Any, config: Any) -> None:
+    """Raises UserError for an implementation that there is not, or that a model of this class and config cannot use."""
     if wanted not in IMPLEMENTATIONS:
         raise UserError(f"attn_implementation {wanted}: there are {', '.join(IMPLEMENTATIONS)}")
-    if wanted == AUTO:
-        return
-    if not _AVAILABLE[wanted]():
-        raise UserError(f"attn_implementation {wanted}: is not installed here (or needs a GPU); auto takes what is")
-    if not _knows(cls, wanted):
+    if wanted != AUTO and not _knows(cls, wanted):
         raise UserError(f"attn_implementation {wanted}: {cls.__name__} of transformers does not have it")
+    if wanted.startswith("flash") and _width(config) > _WIDEST_HEAD:
+        raise UserError(
+            f"attn_implementation {wanted}: takes heads of {_WIDEST_HEAD} features at most, and {cls.__name__} has "
+            f"{_width(config)}"
+        )
 
 
-def chosen_attention(wanted: str, model: Any) -> str:
-    """Returns the implementation that a model is to use: for "auto" flash attention on a GPU where it is installed, in
-    half precision and for heads that are not too wide, else what transformers takes. FlexAttention is taken where it is
-    named."""
+def check_installed(wanted: str) -> None:
+    """Raises UserError for an implementation that this machine does not have."""
+    if wanted != AUTO and not _AVAILABLE[wanted]():
+        raise UserError(f"attn_implementation {wanted}: is not installed here (or needs a GPU); auto takes what is")
+
+
+def chosen_attention(wanted: str, model: Any, dtype: torch.dtype | None = None) -> str:
+    """Returns the implementation that a model is to use, in a dtype that is its own unless given: for "auto" flash
+    attention on a GPU where it is installed, in half precision and for heads that are not too wide, else what
+    transformers takes. FlexAttention is taken where it is named."""
     if wanted != AUTO:
         return wanted
-    text = text_config(model.config.to_dict())
-    wide = max(int(text.get(name) or 0) for name in ("head_dim", "global_head_dim"))
-    if torch.cuda.is_available() and model.dtype in (torch.bfloat16, torch.float16) and wide <= _WIDEST_HEAD:
+    half = (dtype or model.dtype) in (torch.bfloat16, torch.float16)
+    if torch.cuda.is_available() and half and _width(model.config) <= _WIDEST_HEAD:
         for name in ("flash_attention_3", "flash_attention_2"):
             if _AVAILABLE[name]() and _knows(type(model), name):
                 return name
     return str(model.config._attn_implementation)
 
 
+def _width(config: Any) -> int:
+    """Returns the features of a model's widest head; 0 where its config does not say."""
+    text = text_config(config.to_dict())
+    return max(int(text.get(name) or 0) for name in ("head_dim", "global_head_dim"))
+
+
 def _knows(cls: Any, name: str) -> bool:
+    if name.startswith("flash") and not cls._can_set_attn_implementation():
+        return False  # such as GPT-J's, whose own flash attention is not told of rows
     kind = "flash_attn" if name.startswith("flash") else "flex_attn" if name.startswith("flex") else name
     return bool(getattr(cls, f"_supports_{kind}", name == "eager"))
 

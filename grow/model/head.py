@@ -99,15 +99,17 @@ def _hidden(model: nn.Module, head: Head, batch: dict[str, Tensor]) -> tuple[Ten
 
 class _HeadLoss(torch.autograd.Function):
     """Computes the summed loss, and in the forward pass the gradients of the hidden states and, if it trains, of the
-    head's weight. Pieces of the latter are summed up in its own dtype."""
+    head's weight. Several pieces of the latter are summed up in fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head, labels: Tensor, weights: Tensor) -> Tensor:
         down = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        own = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        pieces = head.pieces(hidden)
+        exact = torch.float32 if len(pieces) > 1 else weight.dtype
+        own = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         wanted = down is not None or own is not None
         total = hidden.new_zeros((), dtype=torch.float32)
-        for piece in head.pieces(hidden):
+        for piece in pieces:
             logits = head.logits(hidden[piece])
             slope = head.slope(logits)
             loss, gradient = loss_and_gradient(logits, labels[piece], weights[piece], wanted)
@@ -118,8 +120,8 @@ class _HeadLoss(torch.autograd.Function):
             if down is not None:
                 down[piece] = gradient @ weight
             if own is not None:
-                own.addmm_(gradient.T, hidden[piece])
-        ctx.save_for_backward(down, own)
+                own += gradient.T @ hidden[piece]
+        ctx.save_for_backward(down, None if own is None else own.to(weight.dtype))
         return total
 
     @staticmethod

@@ -1,6 +1,7 @@
 """A KV cache carries with which decision of a switch it was filled: in itself, whose copies have it too, and whose rows
 may be chosen and change places."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,14 @@ def noted(cache: Any, key: str) -> Tensor | None:
 def note(cache: Any, key: str, start_R: Tensor) -> None:
     """Notes it in a cache."""
     if not hasattr(cache, "switched"):
-        cache.switched = {}
-        cls = type(cache)
-        cache.__class__ = type(cls.__name__, (_NotedCache, cls), {"__module__": cls.__module__})
+        cls: Any = type(cache)
+        cache.switched, cache.__class__ = {}, _with_notes(cls)
     cache.switched[key] = start_R
+
+
+@functools.cache
+def _with_notes(cls: type) -> type:
+    return type(cls.__name__, (_NotedCache, cls), {"__module__": cls.__module__})
 
 
 class _NotedCache:

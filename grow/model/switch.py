@@ -216,13 +216,13 @@ class Switch:
     @contextlib.contextmanager
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Holds the first decision within the context. A KV cache that was filled with another one is empty."""
-        self._claim()
         name_of_ids = "inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"
         ids = kwargs.get(name_of_ids, kwargs.get("inputs", args[0] if args else None))
         cache = kwargs.get("past_key_values")
         kept = cache is not None and cache.get_seq_length() > 0
         settings = kwargs.get("generation_config") or model.generation_config
         in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        self._claim()
         outer, self._generation = self._generation, _Generation(name_of_ids, ids, bool(in_chunks))
         try:
             if ids is not None and (kept or in_chunks) and self.record.kind != "call":

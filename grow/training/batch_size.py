@@ -24,7 +24,7 @@ from grow.model.loading import checkpoint_activations, load
 from grow.model.loss import labelled_logits, loss_sum
 from grow.recipe import AUTO, Recipe
 from grow.training.footprint import describe_run, largest_power
-from grow.training.run_file import device_name
+from grow.training.run_file import device_name, from_rank_0
 from grow.training.same_run import NAME
 
 
@@ -45,7 +45,7 @@ def with_batch_size(recipe: Recipe, run: Path, dtype: torch.dtype) -> Recipe:
     """
     if recipe.per_device_train_batch_size != AUTO:
         return recipe
-    found = _noted(run)
+    found = from_rank_0(lambda: _noted(run))
     if not found:
         found = _largest(recipe, dtype)
         if dist.get_rank() == 0:
@@ -63,26 +63,18 @@ def _largest(recipe: Recipe, dtype: torch.dtype) -> int:
     """Tries one power of two after the other, the largest first, until one fits on all ranks."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     size = largest_power(recipe, dist.get_world_size())
-    model: Any = load(recipe.start, dtype).to(device).train()
-    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
-    method = recipe.make_method()
-    method.prepare(model)
-    if recipe.gradient_checkpointing:
-        checkpoint_activations(model)
-    plan = describe_run(recipe, dist.get_world_size())
-    states = plan["stages"][str(max(1, plan["stage"]))]
-    aside = None
-    if device.type == "cuda" and "offload_optimizer" not in recipe.zero:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        besides = states["optimizer"] + plan["buckets_estimate"] + method.extra_bytes(shapes, dtype.itemsize)
-        aside = torch.empty(besides, dtype=torch.uint8, device=device)
+    nothing = UserError(
+        f"per_device_train_batch_size auto: not one sequence of max_length {recipe.max_length} fits on "
+        f"{device_name()}; gradient_checkpointing, a higher ZeRO stage or fewer layers take less"
+    )
+    try:
+        model, aside = _prepared(recipe, dtype, device)
+    except torch.OutOfMemoryError:
+        raise nothing from None
     try:
         while not _fits(model, recipe, size, device):
             if size == 1:
-                raise UserError(
-                    f"per_device_train_batch_size auto: not one sequence of max_length {recipe.max_length} fits on "
-                    f"{device_name()}; gradient_checkpointing, a higher ZeRO stage or fewer layers take less"
-                )
+                raise nothing
             size //= 2
     finally:
         del model, aside
@@ -91,13 +83,32 @@ def _largest(recipe: Recipe, dtype: torch.dtype) -> int:
     return size
 
 
+def _prepared(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """Returns the model as it trains, and on a GPU memory as large as what DeepSpeed will hold besides."""
+    model: Any = load(recipe.start, dtype).to(device).train()
+    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
+    method = recipe.make_method()
+    method.prepare(model)
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
+    if device.type != "cuda" or "offload_optimizer" in recipe.zero:
+        return model, None
+    plan = describe_run(recipe, dist.get_world_size())
+    stage = plan["stage"]
+    optimizer = plan["stages"][str(stage)]["optimizer"] if stage else 12 * plan["trained_parameters"]
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    besides = optimizer + plan["buckets_estimate"] + method.extra_bytes(shapes, dtype.itemsize)
+    return model, torch.empty(besides, dtype=torch.uint8, device=device)
+
+
 def _fits(model: Any, recipe: Recipe, size: int, device: torch.device) -> bool:
     """Says whether a micro-batch's forward and backward pass fit, here and on all ranks."""
     fits = True
     try:
         # The text that a KL term is taken on is one sequence more.
         count = size + bool(getattr(recipe.make_method(), "kl_weight", 0))
-        _pass(model, _batch(count, recipe.max_length, device))
+        for _ in range(2):  # from the second micro-batch on, the gradients of the first lie there
+            _pass(model, _batch(count, recipe.max_length, device))
     except Exception as error:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise

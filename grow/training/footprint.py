@@ -45,6 +45,8 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
     """
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: at least 1 is needed")
+    if gpu and recipe.train_batch_size % world_size:
+        raise UserError(f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks")
     start = planned_start(recipe)
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
@@ -240,8 +242,14 @@ def activations(
     lowest = _lowest(trained)
     saving = [size for layer, size in widths.items() if layer >= lowest]
     saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
-    logits = tokens * int(text.get("vocab_size", 0)) * width
-    return tokens * saved * width + 2 * (logits if whole_logits else min(logits, PIECE + tokens * hidden * width))
+    vocabulary = int(text.get("vocab_size", 0))
+    logits = tokens * vocabulary * width
+    if whole_logits:
+        return tokens * saved * width + 2 * logits
+    # The gradient of a head that trains is there until the backward pass, in fp32 if it is summed up of pieces.
+    heads = any(canonical(name) in ("lm_head.weight", "embed_tokens.weight") for name in trained)
+    head = vocabulary * hidden * (4 if logits > PIECE else width) * heads
+    return tokens * saved * width + 2 * min(logits, PIECE + tokens * hidden * width) + head
 
 
 def _lowest(trained: Shapes) -> int:

@@ -82,7 +82,8 @@ def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:
 
 def _moved(mlp: Any) -> dict[str, float]:
     """Returns how far a layer's copies have moved from the originals (cosine of gate and up together) and from where
-    they started (Frobenius norm over gate, up and down; for k > 2 their initial offsets count too)."""
+    they started (Frobenius norm over gate, up and down; for k > 2 their initial offsets count too, and for copies of
+    another checkpoint what they differ in)."""
     weights: list[Any] = [layer.weight for layer in (*up_layers(mlp), down_layer(mlp))]
     with gathered(*weights, *mlp.grown.parameters()):
         copies, parts = mlp.factor - 1, halves(mlp)

@@ -3,6 +3,7 @@ versions. A run that resumes must be the same run."""
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version as installed_version
@@ -23,6 +24,7 @@ from grow.data.packing import PackedDataset
 from grow.errors import UserError
 from grow.methods import Method
 from grow.recipe import Recipe
+from grow.training.compiling import compiles
 from grow.training.same_run import NAME, places
 
 _CHECKSUMS = 2  # of rows: how they are computed
@@ -77,6 +79,8 @@ def write_run_file(
         "made_checksum": None if made is None else xxh3_128(json.dumps(made).encode()).hexdigest(),
         "world_size": dist.get_world_size(),
         "per_device_train_batch_size": micro_batch,
+        "attn_implementation": model.config._attn_implementation,  # type: ignore[union-attr]
+        "compiled": compiles(recipe),
         "dtype": dtype,
         "device": device_name(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
@@ -85,6 +89,13 @@ def write_run_file(
     }
     _check_contents(run, before, facts, "start_checksums")
     if dist.get_rank() == 0:
+        for name in ("attn_implementation", "compiled"):
+            if before and before.get(name, facts[name]) != facts[name]:
+                print(
+                    f"{run}: began with {name} {before[name]}, and goes on with {facts[name]}, which is what this "
+                    "machine has: not in the same bits",
+                    file=sys.stderr,
+                )
         write_json(run / NAME, facts)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -52,7 +53,7 @@ from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.methods.peft_method import PeftMethod
-from grow.model.attention import check_attention, chosen_attention
+from grow.model.attention import check_attention, check_installed, chosen_attention
 from grow.model.loading import check_loads, checkpoint_activations, class_of, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
@@ -68,7 +69,7 @@ from grow.training.arguments import (
 )
 from grow.training.batch_size import check_batch_size, with_batch_size
 from grow.training.callbacks import GracefulShutdown
-from grow.training.compiling import check_compile, compile_layers, compiles
+from grow.training.compiling import check_compile, check_compiler, compile_layers, compiles
 from grow.training.deepspeed_patches import compile_nothing
 from grow.training.probe import Probe
 from grow.training.quiet import hush_accumulation, quiet
@@ -85,10 +86,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises UserError for mistakes of the user, Fault for failures, Preempted if the system preempted the run.
     """
     run = Path(recipe.output_dir)
+    _take_device()
     recipe = with_learning_rate(recipe)
     start = check_run(recipe)
     if (run / MARKER).exists():
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
+    check_installed(recipe.attn_implementation)
+    check_compiler(recipe)
     _single_process_defaults()
     tune_malloc()
     disable_progress_bar()  # of the weights that are loaded
@@ -111,6 +115,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
             "run the same command again to resume"
         )
     return {"run": str(run), "status": "done", **result}
+
+
+def _take_device() -> None:
+    """Makes this rank's GPU the current one before anything is put on a GPU; and flash attention's backward pass, if it
+    is taken, one that gives the same bits each time."""
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
+    if torch.cuda.is_available():
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(rank if rank < torch.cuda.device_count() else 0)  # a launcher may show each rank its own
 
 
 def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
@@ -219,7 +232,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
         )
     check_batch_size(recipe)
     check_compile(recipe)
-    check_attention(recipe.attn_implementation, class_of(start.path)[1])
+    config, cls = class_of(start.path)
+    check_attention(recipe.attn_implementation, cls, config)
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)

@@ -25,6 +25,7 @@ from grow.names import canonical
 from grow.recipe import Recipe
 from grow.training.best import BestCheckpoint
 from grow.training.callbacks import GracefulShutdown, ThroughputMeter
+from grow.training.compiling import not_compiled
 from grow.training.flops import StepFlops
 from grow.training.probe import Probe
 from grow.training.progress import ProgressLines
@@ -60,7 +61,8 @@ class GrowTrainer(CheckpointingTrainer):
     @cached_property
     def head(self) -> Head | None:
         """The model's head, if its loss can be computed in pieces (grow.model.head)."""
-        return known_head(self.model)
+        with not_compiled():
+            return known_head(self.model)
 
     # The loss: the mean over all labels of the global batch, whatever the ranks and the accumulation.
 
@@ -107,6 +109,10 @@ class GrowTrainer(CheckpointingTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Returns the mean loss over the validation rows' labels, and the share of them that are the likeliest
         token."""
+        with not_compiled():
+            return self._validate(metric_key_prefix)
+
+    def _validate(self, metric_key_prefix: str) -> dict[str, float]:
         start = time.monotonic()
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
@@ -127,6 +133,10 @@ class GrowTrainer(CheckpointingTrainer):
         """Returns the loss in nats of every label of the training rows that the run comes to, in the model as it is:
         one tensor an example, fp32, as long as its labels; NaN where there is no label, and for all other rows. The
         rows are shared out to the ranks; each has all losses."""
+        with not_compiled():
+            return self._start_losses()
+
+    def _start_losses(self) -> list[Tensor]:
         sequences = self.train_dataset.sequences
         lengths = sequences.examples.lengths.tolist()
         starts = torch.tensor([0, *lengths], device=self.args.device).cumsum(0)

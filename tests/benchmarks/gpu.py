@@ -36,7 +36,7 @@ from grow.model.loss import labelled_logits, loss_sum
 from grow.model.mlp import add_growth, grown_mlps
 from grow.names import is_growth, own_name
 from grow.plan import GrowthPlan, parse_layers
-from grow.training.compiling import compile_layers
+from grow.training.compiling import compile_layers, missing_compiler
 from grow.training.flops import StepFlops, peak
 
 ROOT = Path(__file__).parents[2]
@@ -86,12 +86,12 @@ def config(size: str) -> transformers.Gemma3TextConfig:
     )
 
 
-def base_model(size: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A model of the shape, its weights drawn on the device."""
+def base_model(size: str, dtype: torch.dtype = torch.bfloat16, computes: torch.dtype | None = None) -> Any:
+    """A model of the shape, its weights drawn on the device; `computes` is the type of a rival's autocast."""
     torch.manual_seed(0)
     with device():
         made = transformers.Gemma3ForCausalLM(config(size)).to(dtype)
-    made.set_attn_implementation(chosen_attention("auto", made))
+    made.set_attn_implementation(chosen_attention("auto", made, computes))
     return made
 
 
@@ -204,21 +204,27 @@ def loop(model: Any, batches: list[dict[str, Tensor]], compiled: bool, clock: Cl
 
 
 def kernels(step: Any) -> dict[str, Any]:
-    """The share of three steps' time that the device spends in kernels, and the ten that take longest."""
+    """The share of three steps' time that the device spends in kernels, and the ten that take longest a step."""
     on_gpu = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
-    begun = time.perf_counter()
     with torch.profiler.profile(activities=kinds) as profile:
+        step(0)  # the profiler's own start is in the first
+        synchronize()
+        begun = time.perf_counter()
         for number in range(3):
             step(number)
-    passed = time.perf_counter() - begun
-    spent = {
-        e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6 for e in profile.key_averages()
-    }
+        passed = (time.perf_counter() - begun) / 3
+    spent: dict[str, float] = {}
+    for event in profile.key_averages():
+        # Of an operation on the host, torch gives the time of its kernels too; these are events of their own.
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent[event.key] = event.self_device_time_total / 4e6
+        elif not on_gpu:
+            spent[event.key] = event.self_cpu_time_total / 4e6
     top = sorted(spent.items(), key=lambda item: -item[1])[:10]
     return {
         "in_kernels": round(sum(spent.values()) / passed, 3),
-        "kernels": [[name[:80], round(seconds / 3 * 1e3, 3)] for name, seconds in top],
+        "kernels": [[name[:80], round(seconds * 1e3, 3)] for name, seconds in top],
     }
 
 
@@ -226,7 +232,7 @@ def measure_ours(size: str, name: str, sequences: int) -> dict[str, Any]:
     model, clock = prepared(size, name), Clock()
     flops = StepFlops(model)
     batches = packed(size, sequences, 4)
-    compiled = torch.cuda.is_available() and name != "g_freeze_eager"
+    compiled = torch.cuda.is_available() and name != "g_freeze_eager" and not missing_compiler()
     step = loop(model, batches, compiled, clock)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return figures(size, batches, clock.seconds(), flops) | kernels(step) | {
@@ -263,10 +269,12 @@ def rival(size: str, name: str, sequences: int) -> dict[str, Any]:
         made = {key: torch.tensor([sample[key] for sample in samples]) for key in samples[0]}
         labels = torch.full_like(made["labels"], IGNORED)  # transformers' are those of the same place
         labels[:, 1:] = made["labels"][:, :-1]
-        flat = {"input_ids": made["input_ids"], "position_ids": made["position_ids"], "labels": labels}
-        return {key: value.reshape(1, -1) for key, value in flat.items()}  # or flash attention leaks between rows
+        found = {"input_ids": made["input_ids"], "position_ids": made["position_ids"], "labels": labels}
+        if "flash" not in model.config._attn_implementation:
+            return found
+        return {key: value.reshape(1, -1) for key, value in found.items()}  # or it leaks between rows
 
-    model = base_model(size, torch.float32)
+    model = base_model(size, torch.float32, computes=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         args: dict[str, Any] = {
             "output_dir": folder, "per_device_train_batch_size": sequences, "max_steps": WARMUP + STEPS,
@@ -311,7 +319,7 @@ def identity(size: str, _: str, sequences: int) -> dict[str, Any]:
         after = labelled_logits(model, batch)[0]
         name = str(dtype).removeprefix("torch.")
         found[name] = {"identical": torch.equal(before, after)}
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not missing_compiler():
             compile_layers(model)
             compiled = labelled_logits(model, batch)[0]
             found[name]["compiled_apart"] = float((compiled - before).abs().max())
@@ -369,7 +377,8 @@ def bench(
     """Runs the rows that are not in --out yet, as long as there is time, and prints the table."""
     end, file, name = time.monotonic() + 60 * minutes, Path(out), device_name()
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    there = {(line["size"], line["row"]) for line in done if line["device"] == name}
+    there = {(line["size"], line["row"]) for line in done if line["device"] == name and "failed" not in line}
+    done = [line for line in done if (line["size"], line["row"]) in there or line["device"] != name]
     for row, size in itertools.product(only.split(","), sizes.split(",")):
         needed = NEEDS.get(row)
         if (size, row) in there or (row == "run" and size != sizes.split(",")[0]):

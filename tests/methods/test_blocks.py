@@ -1,5 +1,6 @@
 """Copies of whole layers: they add nothing at first, train alone, and the deeper model is a stock one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def made(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "llama", "qwen3", "phi"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "llama", "qwen3", "phi", "gemma4", "glm4"])
 def test_nothing_is_added_at_first(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    if kind == "phi":  # its attention ends in `dense`
-        with pytest.raises(UserError, match="blocks: PhiDecoderLayer: how its copies could add nothing"):
+    if kind in ("phi", "gemma4", "glm4"):
+        with pytest.raises(UserError, match=r"blocks: .*DecoderLayer: how its copies could add nothing"):
             Blocks().prepare(load(made(tmp_path, kind)))
         return
     model = load(made(tmp_path, kind), dtype)
@@ -56,6 +57,10 @@ def test_groups_follow_the_pattern() -> None:
 def test_it_learns_and_is_stock_again(kind: str, sums: Path, tmp_path: Path) -> None:
     base = made(tmp_path, kind)
     make_tokenizer(base)
+    if kind == "gemma3":  # as on the hub, where the pattern stands for the kinds of layers
+        config = json.loads((base / "config.json").read_text())
+        assert config.pop("layer_types")[:3] == ["sliding_attention", "sliding_attention", "full_attention"]
+        (base / "config.json").write_text(json.dumps(config | {"sliding_window_pattern": 3}))
     fields: dict[str, Any] = {"method": "blocks", "dtype": "float32", "learning_rate": 5e-2}
     recipe = make_recipe(tmp_path / "r.yaml", base, base, sums, 1, **fields)
     trained = train_and_resume(recipe, 1)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
 from grow.methods import read_recipe
-from grow.model.attention import check_attention, chosen_attention
+from grow.model.attention import check_attention, check_installed, chosen_attention
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
 from grow.training.train import check_run
@@ -85,11 +86,16 @@ def test_what_is_not_there_is_refused(text_base: Path, sums: Path, tmp_path: Pat
     model: Any = load(text_base)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="is not installed here"):
-            check(method="sft", attn_implementation="flash_attention_2")
+            check_installed("flash_attention_2")
         assert chosen_attention("auto", model) == "sdpa"
     monkey = type("NoFlex", (type(model),), {"_supports_flex_attn": False})
     with pytest.raises(UserError, match="NoFlex of transformers does not have it"):
-        check_attention("flex_attention", monkey)
+        check_attention("flex_attention", monkey, model.config)
+    with pytest.raises(UserError, match="GPTJForCausalLM of transformers does not have it"):
+        check_attention("flash_attention_2", transformers.GPTJForCausalLM, model.config)
+    wide = transformers.Gemma3TextConfig(head_dim=512)
+    with pytest.raises(UserError, match=r"heads of 256 features at most, and .* has 512"):
+        check_attention("flash_attention_2", type(model), wide)
     assert chosen_attention("eager", model) == "eager"
 
 

@@ -11,7 +11,7 @@ from grow.checkpoint.expand import expand
 from grow.errors import UserError
 from grow.methods import METHODS, read_recipe
 from grow.model.loading import load
-from grow.training.compiling import compiles, decoder_layers
+from grow.training.compiling import check_compiler, compiles, decoder_layers
 from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import train, train_and_resume
@@ -67,7 +67,7 @@ def test_where_it_cannot_be(text_base: Path, sums: Path, tmp_path: Path, monkeyp
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"compile true: a compiler .* is not installed"):
-        check_run(recipe(1, method="sft", compile=True))
+        check_compiler(recipe(1, method="sft", compile=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not compiles(recipe(1))
 

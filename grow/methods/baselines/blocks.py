@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from grow.checkpoint.lazy import LazyTensor
@@ -18,6 +19,8 @@ from grow.model.layouts import decoder_mlps, down_layer
 from grow.names import layer_of
 from grow.plan import parse_layers, text_config
 
+_UNKNOWN = ("layer_scalar", "per_layer_input_gate", "post_self_attn_layernorm", "post_mlp_layernorm")
+"""Parts of a layer that its copy would add by, or be scaled by, as well: Gemma 4, GLM 4."""
 _BLOCK = re.compile(r"(.*?(?:layers|h)\.)(\d+)\.blocks\.(\d+)\.(.*)")
 _LAYER = re.compile(r"(.*?(?:layers|h)\.)(\d+)\.(.*)")
 
@@ -75,8 +78,10 @@ class Blocks(Method):
     def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
         """Returns the tensors of a deeper model, and its config."""
         text = dict(text_config(start.config))
-        count = text["num_hidden_layers"]
-        after = {group[-1]: group for group in self._groups(start.config, count)}
+        # As the class has it: files may leave kinds of layers to their class's pattern.
+        known = transformers.AutoConfig.from_pretrained(start.path).get_text_config().to_dict()
+        count = known["num_hidden_layers"]
+        after = {group[-1]: group for group in self._groups(known, count)}
         order: list[tuple[int, int | None]] = []  # a layer, and which of its blocks, of the deeper model
         for layer in range(count):
             order += [(layer, None), *((layer, block) for block in range(len(after.get(layer, ()))))]
@@ -92,8 +97,8 @@ class Blocks(Method):
             assert match is not None
             tensors[f"{prefix}{place[int(match[2]), int(match[3])]}.{match[4]}"] = tensor
         text["num_hidden_layers"] = len(order)
-        if "layer_types" in text:
-            kinds = text["layer_types"]
+        kinds = known.get("layer_types")
+        if kinds:
             text["layer_types"] = [kinds[layer if block is None else after[layer][block]] for layer, block in order]
         return Export(tensors, {**start.config, "text_config": text} if "text_config" in start.config else text)
 
@@ -107,6 +112,8 @@ def period(kinds: list[str]) -> int:
 
 def _silenced(layer: Any) -> Any:
     """Makes a layer add nothing to what goes past it. Raises UserError where it is not known how."""
+    if any(hasattr(layer, name) for name in _UNKNOWN):
+        raise UserError(f"blocks: {type(layer).__name__}: how its copies could add nothing is not known")
     norms: list[Any] = [
         getattr(layer, name, None) for name in ("post_attention_layernorm", "post_feedforward_layernorm")
     ]
