@@ -57,7 +57,15 @@ def chosen_attention(wanted: str, model: Any, dtype: torch.dtype | None = None) 
         for name in ("flash_attention_3", "flash_attention_2"):
             if _AVAILABLE[name]() and _knows(type(model), name):
                 return name
-    return str(model.config._attn_implementation)
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def set_attention(model: Any, wanted: str) -> None:
+    """Lets a model use the implementation that is chosen for it: its language model, since towers for images and sound
+    do not all know each, and text does not pass through them."""
+    name, text = chosen_attention(wanted, model), model.config.get_text_config()
+    if name != text._attn_implementation:
+        model.set_attn_implementation(name if text is model.config else {"text_config": name})
 
 
 def _width(config: Any) -> int:
@@ -76,7 +84,7 @@ def _knows(cls: Any, name: str) -> bool:
 def laid_end_to_end(model: Any, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns a batch of packed sequences, [B, L] each, as the model's attention wants it, and what it is told besides:
     for flash attention one sequence, [1, B·L], and the lengths of its rows; else the batch as it is."""
-    if "flash" not in str(getattr(model.config, "_attn_implementation", "")):
+    if "flash" not in str(getattr(model.config.get_text_config(), "_attn_implementation", "")):
         return batch, {}
     length = batch["input_ids"].shape[1]
     flat = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}

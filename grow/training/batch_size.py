@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
-from grow.model.attention import chosen_attention
+from grow.model.attention import set_attention
 from grow.model.head import head_loss_sum, known_head
 from grow.model.loading import checkpoint_activations, load
 from grow.model.loss import labelled_logits, loss_sum
@@ -86,7 +86,7 @@ def _largest(recipe: Recipe, dtype: torch.dtype) -> int:
 def _prepared(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Returns the model as it trains, and on a GPU memory as large as what DeepSpeed will hold besides."""
     model: Any = load(recipe.start, dtype).to(device).train()
-    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
+    set_attention(model, recipe.attn_implementation)
     method = recipe.make_method()
     method.prepare(model)
     if recipe.gradient_checkpointing:

@@ -79,7 +79,7 @@ def write_run_file(
         "made_checksum": None if made is None else xxh3_128(json.dumps(made).encode()).hexdigest(),
         "world_size": dist.get_world_size(),
         "per_device_train_batch_size": micro_batch,
-        "attn_implementation": model.config._attn_implementation,  # type: ignore[union-attr]
+        "attn_implementation": model.config.get_text_config()._attn_implementation,  # type: ignore[union-attr,operator]
         "compiled": compiles(recipe),
         "dtype": dtype,
         "device": device_name(),

@@ -53,7 +53,7 @@ from grow.data.tokenizer import check_vocabulary, pad_token_id
 from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.methods.peft_method import PeftMethod
-from grow.model.attention import check_attention, check_installed, chosen_attention
+from grow.model.attention import check_attention, check_installed, set_attention
 from grow.model.loading import check_loads, checkpoint_activations, class_of, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
@@ -149,7 +149,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
-    model.set_attn_implementation(chosen_attention(recipe.attn_implementation, model))
+    set_attention(model, recipe.attn_implementation)
     method.prepare(model)
     if switch is not None:
         put_switch(model, switch)
@@ -184,7 +184,10 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     """Describes a run in a line: method, parameters, ranks, device, data, steps."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
-    ranks, how = dist.get_world_size(), model.config._attn_implementation + ", compiled" * compiles(recipe)
+    ranks, how = (
+        dist.get_world_size(),
+        model.config.get_text_config()._attn_implementation + ", compiled" * compiles(recipe),
+    )
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}, {how}); {len(sequences):,} sequences, "

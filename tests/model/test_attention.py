@@ -13,7 +13,7 @@ from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
 from grow.methods import read_recipe
-from grow.model.attention import check_attention, check_installed, chosen_attention
+from grow.model.attention import check_attention, check_installed, chosen_attention, set_attention
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
 from grow.training.train import check_run
@@ -111,3 +111,13 @@ def test_auto_takes_flash_attention_where_it_can(text_base: Path, monkeypatch: p
     model.config.head_dim = 512
     assert chosen_attention("auto", model) == "sdpa"
     assert chosen_attention("auto", load(text_base, torch.float32)) == "sdpa"
+
+
+def test_towers_keep_their_own(tmp_path: Path) -> None:
+    """Gemma 4's for sound knows neither SDPA nor FlexAttention; text does not pass through it."""
+    model: Any = load(make(tmp_path / "base", "gemma4-e2b"))
+    before = model.config.audio_config._attn_implementation
+    set_attention(model, "auto")
+    set_attention(model, "flex_attention")
+    assert model.config.get_text_config()._attn_implementation == "flex_attention"
+    assert model.config.audio_config._attn_implementation == before
