@@ -40,6 +40,8 @@ def plan(
         from grow.training.footprint import describe_run
 
         memory = parse_size("--gpu", gpu) if gpu else 0
+        if 0 < memory < 10**8:
+            raise UserError(f"--gpu {gpu}: is less than 100MB; write a GPU's memory with its unit, such as 80GB")
         settings = read_recipe(source, fields)
         return say(describe_run(settings, number("--world-size", world_size), memory), memory_text, json)
     if gpu:

@@ -127,5 +127,6 @@ def test_what_fits_a_gpu(text_base: Path, sums: Path, tmp_path: Path) -> None:
     assert sizes == [0, 8, 16]
     assert "ZeRO-1 does not fit" in grow("plan", recipe, "--gpu", "1GB").stdout
     assert "largest" not in grow("plan", recipe).stdout
+    assert "write a GPU's memory with its unit" in grow("plan", recipe, "--gpu", "80", code=2).stderr
     assert "--gpu some: a size is needed" in grow("plan", recipe, "--gpu", "some", code=2).stderr
     assert "--gpu is for a recipe" in grow("plan", text_base, "--gpu", "80GB", code=2).stderr
