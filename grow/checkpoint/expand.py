@@ -104,7 +104,7 @@ def _check_shapes(
                 f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
             )
     infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
-    order = -1 if model_type in TRANSPOSED else 1
+    order = -1 if is_transposed(base.config) else 1
     h, p = infos[-1].shape[::order] if len(infos[-1].shape) == 2 else (0, 0)
     rows = 2 * p if layout[0] == FUSED else p
     expected = (width or p, hidden_size or h)

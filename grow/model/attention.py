@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
 
 from grow.errors import UserError
-from grow.plan import text_config
+from grow.recipe import AUTO
 
-AUTO = "auto"
 _AVAILABLE = {
     "sdpa": lambda: True,
     "eager": lambda: True,
@@ -70,8 +69,8 @@ def set_attention(model: Any, wanted: str) -> None:
 
 def _width(config: Any) -> int:
     """Returns the features of a model's widest head; 0 where its config does not say."""
-    text = text_config(config.to_dict())
-    return max(int(text.get(name) or 0) for name in ("head_dim", "global_head_dim"))
+    text = config.get_text_config()
+    return max(int(getattr(text, name, None) or 0) for name in ("head_dim", "global_head_dim"))
 
 
 def _knows(cls: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.loss import label_scores, labelled, loss_and_gradient
+from grow.model.loss import label_scores, labelled, labelled_logits, loss_and_gradient, loss_sum, token_scores
 
 PIECE = 2**28
 """Bytes of logits at a time: some 500 labels of Gemma's vocabulary in bf16, enough for a product at full speed."""
@@ -66,8 +66,13 @@ def known_head(model: nn.Module) -> Head | None:
     return head if same else None
 
 
-def head_loss_sum(model: nn.Module, head: Head, batch: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
-    """Returns the cross-entropy summed over a batch's labels, as grow.model.loss.loss_sum does of whole logits: []."""
+def head_loss_sum(
+    model: nn.Module, head: Head | None, batch: dict[str, Tensor], weights: Tensor | None = None
+) -> Tensor:
+    """Returns the cross-entropy summed over a batch's labels, []: in pieces, or of whole logits where no head is known
+    (grow.model.loss.loss_sum)."""
+    if head is None:
+        return loss_sum(*labelled_logits(model, batch), weights)
     hidden, labels = _hidden(model, head, batch)
     given = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
     total: Tensor = _HeadLoss.apply(hidden, head.layer.weight, head, labels, given)
@@ -75,8 +80,10 @@ def head_loss_sum(model: nn.Module, head: Head, batch: dict[str, Tensor], weight
 
 
 @torch.no_grad()
-def head_scores(model: nn.Module, head: Head, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def head_scores(model: nn.Module, head: Head | None, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns each label's log-probability in nats, fp32, and whether it is the likeliest token; [N] each."""
+    if head is None:
+        return token_scores(model, batch)[:2]
     hidden, labels = _hidden(model, head, batch)
     found = [label_scores(head.logits(hidden[piece]), labels[piece]) for piece in head.pieces(hidden)]
     if not found:

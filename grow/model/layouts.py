@@ -29,6 +29,12 @@ def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the decoder layers that have such an MLP, lowest first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [model.get_submodule(names[id(mlp)].rpartition(".")[0]) for _, mlp in sorted(decoder_mlps(model).items())]
+
+
 def layout_of(mlp: Any) -> tuple[str, ...]:
     """Returns the names of an MLP's matrices, the down-projection's last; () for a module of another kind. A module
     that has `layout` has been asked before."""

@@ -92,7 +92,8 @@ class Switch:
         forced = self._forced(rows.decides_R)
         noted_R = noted(cache, self._key) if past else None
         if forced is not None:
-            if noted_R is not None and bool((noted_R != int(forced[0])).any()):
+            # What `generate` goes on with it has emptied if need be.
+            if noted_R is not None and not self._own and bool((noted_R != int(forced[0])).any()):
                 raise UserError(_FILLED_OTHERWISE)
             if self.record.kind == "token" and self.mode == "auto":
                 self._rows, self._start_R = rows, forced
@@ -100,7 +101,7 @@ class Switch:
                 self._set(rows, forced)
             return
         held_R = generation.held_R if generation and self._own else None
-        if past and (held_R is None or (noted_R is not None and len(noted_R) == len(rows.decides_R))):
+        if past and held_R is None:
             held_R = self._held(noted_R, rows)
         if held_R is not None:
             # In beam search each sequence stands in the batch several times.
@@ -215,7 +216,7 @@ class Switch:
 
     @contextlib.contextmanager
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Holds the first decision within the context. A KV cache that was filled with another one is empty."""
+        """Holds the first decision within the context. A KV cache that was filled with another one is emptied."""
         name_of_ids = "inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"
         ids = kwargs.get(name_of_ids, kwargs.get("inputs", args[0] if args else None))
         cache = kwargs.get("past_key_values")

@@ -19,9 +19,8 @@ from torch import Tensor
 from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 from grow.model.attention import set_attention
-from grow.model.head import head_loss_sum, known_head
+from grow.model.head import Head, head_loss_sum, known_head
 from grow.model.loading import checkpoint_activations, load
-from grow.model.loss import labelled_logits, loss_sum
 from grow.recipe import AUTO, Recipe
 from grow.training.footprint import describe_run, largest_power
 from grow.training.run_file import device_name, from_rank_0
@@ -69,10 +68,11 @@ def _largest(recipe: Recipe, dtype: torch.dtype) -> int:
     )
     try:
         model, aside = _prepared(recipe, dtype, device)
+        head = known_head(model)
     except torch.OutOfMemoryError:
         raise nothing from None
     try:
-        while not _fits(model, recipe, size, device):
+        while not _fits(model, head, recipe, size, device):
             if size == 1:
                 raise nothing
             size //= 2
@@ -101,14 +101,14 @@ def _prepared(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     return model, torch.empty(besides, dtype=torch.uint8, device=device)
 
 
-def _fits(model: Any, recipe: Recipe, size: int, device: torch.device) -> bool:
+def _fits(model: Any, head: Head | None, recipe: Recipe, size: int, device: torch.device) -> bool:
     """Says whether a micro-batch's forward and backward pass fit, here and on all ranks."""
     fits = True
     try:
         # The text that a KL term is taken on is one sequence more.
         count = size + bool(getattr(recipe.make_method(), "kl_weight", 0))
         for _ in range(2):  # from the second micro-batch on, the gradients of the first lie there
-            _pass(model, _batch(count, recipe.max_length, device))
+            _pass(model, head, _batch(count, recipe.max_length, device))
     except Exception as error:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
@@ -128,7 +128,5 @@ def _batch(count: int, length: int, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids}
 
 
-def _pass(model: Any, batch: dict[str, Tensor]) -> None:
-    head = known_head(model)
-    loss = loss_sum(*labelled_logits(model, batch)) if head is None else head_loss_sum(model, head, batch)
-    loss.backward()
+def _pass(model: Any, head: Head | None, batch: dict[str, Tensor]) -> None:
+    head_loss_sum(model, head, batch).backward()

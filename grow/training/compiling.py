@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from grow.errors import UserError
-from grow.model.layouts import decoder_mlps
+from grow.model.layouts import decoder_layers
 from grow.recipe import AUTO, Recipe
 
 _GRAPHS = 64
@@ -66,9 +66,3 @@ def compile_layers(model: Any) -> None:
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in decoder_layers(model):
         layer.compile()
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """Returns the decoder layers, lowest first."""
-    names = {id(mlp): name for name, mlp in model.named_modules()}
-    return [model.get_submodule(names[id(mlp)].rpartition(".")[0]) for _, mlp in sorted(decoder_mlps(model).items())]

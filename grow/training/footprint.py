@@ -6,8 +6,6 @@ only T of P parameters train: c bytes a weight and a gradient, 12 a trained para
 Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper says (`collectives`).
 """
 
-from collections.abc import Callable
-from functools import partial
 from math import ceil, gcd, prod
 from typing import Any
 
@@ -70,16 +68,13 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
     def activations_of(sequences: int, stage: str) -> int:
         return activations(recipe, start, shapes, trained, width, sequences, whole_logits=stage.startswith("3"))
 
-    room = int(gpu * RESERVED[0]) - RESERVED[1] - min(buckets, count(trained) * width)
-    most = largest_power(recipe, world_size)
-    fitting = {
-        stage: _largest_that_fits(
-            most,
-            partial(activations_of, stage=stage),
-            room - sum(states[part] for part in ("weights", "gradients", "optimizer")),
-        )
-        for stage, states in stages.items()
-    }
+    fitting = {}
+    for stage, states in stages.items() if gpu else ():
+        taken = min(buckets, count(trained) * width) + sum(states[p] for p in ("weights", "gradients", "optimizer"))
+        room = int(gpu * RESERVED[0]) - RESERVED[1] - taken
+        fitting[stage] = largest_power(recipe, world_size)
+        while fitting[stage] and activations_of(fitting[stage], stage) > room:
+            fitting[stage] //= 2
     return {
         "method": recipe.method,
         "world_size": world_size,
@@ -210,14 +205,6 @@ def _setting(recipe: Recipe, name: str, default: int) -> int:
 def largest_power(recipe: Recipe, world_size: int) -> int:
     """Returns the largest power of two of which the global batch is a multiple on so many ranks."""
     return gcd(recipe.train_batch_size // world_size, 2**30)
-
-
-def _largest_that_fits(most: int, taken: Callable[[int], int], room: int) -> int:
-    """Returns the largest power of two, from `most` down, that takes no more than the room; 0 if none does."""
-    size = most
-    while size and taken(size) > room:
-        size //= 2
-    return size
 
 
 def activations(

@@ -184,10 +184,8 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     """Describes a run in a line: method, parameters, ranks, device, data, steps."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
-    ranks, how = (
-        dist.get_world_size(),
-        model.config.get_text_config()._attn_implementation + ", compiled" * compiles(recipe),
-    )
+    ranks = dist.get_world_size()
+    how = model.config.get_text_config()._attn_implementation + ", compiled" * compiles(recipe)
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}, {how}); {len(sequences):,} sequences, "

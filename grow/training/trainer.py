@@ -20,7 +20,6 @@ from grow.data.packing import Epochs, PackedDataset, collate
 from grow.methods import Method
 from grow.model.gather import gathered
 from grow.model.head import Head, head_loss_sum, head_scores, known_head
-from grow.model.loss import labelled_logits, loss_sum, token_scores
 from grow.names import canonical
 from grow.recipe import Recipe
 from grow.training.best import BestCheckpoint
@@ -84,11 +83,7 @@ class GrowTrainer(CheckpointingTrainer):
         """Returns this micro-batch's share of the mean loss, times world_size, since DeepSpeed averages over ranks; and
         the method's penalty."""
         weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
-        if self.head is None:
-            loss = loss_sum(*labelled_logits(model, inputs), weights)
-        else:
-            loss = head_loss_sum(model, self.head, inputs, weights)
-        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        loss = head_loss_sum(model, self.head, inputs, weights) / num_items_in_batch * self.accelerator.num_processes
         self.shutdown.check_loss(loss)
         return loss + self.method.penalty() / self.args.gradient_accumulation_steps
 
@@ -117,7 +112,7 @@ class GrowTrainer(CheckpointingTrainer):
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in self.own_batches(self.eval_dataset):
             with self.compute_loss_context_manager():
-                logprobs, hits = self._scores(batch)
+                logprobs, hits = head_scores(self.model_wrapped, self.head, batch)
             total += torch.stack([-logprobs.double().sum(), hits.double().sum(), total.new_tensor(len(hits))])
         loss, right, count = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / count, f"{metric_key_prefix}_accuracy": right / count}
@@ -144,18 +139,12 @@ class GrowTrainer(CheckpointingTrainer):
         counted = torch.zeros_like(losses)
         for batch in self.own_batches(self.train_dataset.seen()):
             with self.compute_loss_context_manager():
-                logprobs, _ = self._scores(batch)
-            places = (
-                starts[batch["rows"][batch["labels"] != IGNORED]] + batch["position_ids"][batch["labels"] != IGNORED]
-            )
+                logprobs, _ = head_scores(self.model_wrapped, self.head, batch)
+            learnt = batch["labels"] != IGNORED
+            places = starts[batch["rows"][learnt]] + batch["position_ids"][learnt]
             losses[places], counted[places] = -logprobs, 1.0
         losses, counted = self.accelerator.reduce(torch.stack([losses, counted]), "sum")
         return list(losses.masked_fill(counted == 0, torch.nan).split(lengths))
-
-    def _scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.head is not None:
-            return head_scores(self.model_wrapped, self.head, batch)
-        return token_scores(self.model_wrapped, batch)[:2]
 
     def own_batches(self, sequences: Any) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of the sequences, for a forward pass. All ranks have the same number of batches

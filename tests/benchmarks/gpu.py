@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from grow.data.labels import IGNORED
 from grow.model.attention import chosen_attention
 from grow.model.head import head_loss_sum, known_head
-from grow.model.loss import labelled_logits, loss_sum
+from grow.model.loss import labelled_logits
 from grow.model.mlp import add_growth, grown_mlps
 from grow.names import is_growth, own_name
 from grow.plan import GrowthPlan, parse_layers
@@ -188,8 +188,7 @@ def loop(model: Any, batches: list[dict[str, Tensor]], compiled: bool, clock: Cl
     def step(number: int) -> None:
         batch = batches[number % len(batches)]
         count = (batch["labels"] != IGNORED).sum()
-        loss = loss_sum(*labelled_logits(model, batch)) if head is None else head_loss_sum(model, head, batch)
-        (loss / count).backward()
+        (head_loss_sum(model, head, batch) / count).backward()
         for master, parameter in zip(masters, trained, strict=True):
             master.grad, parameter.grad = parameter.grad.float(), None
         nn.utils.clip_grad_norm_(masters, 1.0)

@@ -39,11 +39,11 @@ def test_the_largest_that_fits(
 ) -> None:
     tried: list[int] = []
 
-    def limited(model: Any, rows: dict[str, torch.Tensor]) -> None:
+    def limited(model: Any, head: Any, rows: dict[str, torch.Tensor]) -> None:
         tried.append(len(rows["labels"]))
         if tried[-1] > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        ran(model, rows)
+        ran(model, head, rows)
 
     ran = batch_size._pass
     monkeypatch.setattr(batch_size, "_pass", limited)

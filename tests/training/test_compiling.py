@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from grow.checkpoint.expand import expand
 from grow.errors import UserError
 from grow.methods import METHODS, read_recipe
+from grow.model.layouts import decoder_layers
 from grow.model.loading import load
-from grow.training.compiling import check_compiler, compiles, decoder_layers
+from grow.training.compiling import check_compiler, compiles
 from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import train, train_and_resume

@@ -15,7 +15,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.trained_weights import Export
 from grow.errors import UserError
 from grow.methods.method import Method
-from grow.model.layouts import decoder_mlps, down_layer
+from grow.model.layouts import decoder_layers, down_layer
 from grow.names import layer_of
 from grow.plan import parse_layers, text_config
 
@@ -47,9 +47,7 @@ class Blocks(Method):
 
     def add_parameters(self, model: Any) -> None:
         """Adds the copies."""
-        mlps = decoder_mlps(model)
-        paths = {id(module): name for name, module in model.named_modules()}
-        layers = [model.get_submodule(paths[id(mlp)].rpartition(".")[0]) for _, mlp in sorted(mlps.items())]
+        layers = decoder_layers(model)
         for group in self._groups(model.config.to_dict(), len(layers)):
             originals = [layers[index] for index in group]
             blocks = [_silenced(copy.deepcopy(layer)) for layer in originals]
@@ -112,8 +110,9 @@ def period(kinds: list[str]) -> int:
 
 def _silenced(layer: Any) -> Any:
     """Makes a layer add nothing to what goes past it. Raises UserError where it is not known how."""
+    unknown = UserError(f"blocks: {type(layer).__name__}: how its copies could add nothing is not known")
     if any(hasattr(layer, name) for name in _UNKNOWN):
-        raise UserError(f"blocks: {type(layer).__name__}: how its copies could add nothing is not known")
+        raise unknown
     norms: list[Any] = [
         getattr(layer, name, None) for name in ("post_attention_layernorm", "post_feedforward_layernorm")
     ]
@@ -126,7 +125,7 @@ def _silenced(layer: Any) -> Any:
         else:
             attention: Any = getattr(layer, "self_attn", None)
             if not hasattr(attention, "o_proj") or hasattr(layer, "post_feedforward_layernorm"):
-                raise UserError(f"blocks: {type(layer).__name__}: how its copies could add nothing is not known")
+                raise unknown
             for linear in (attention.o_proj, down_layer(layer.mlp)):
                 for parameter in linear.parameters():
                     parameter.zero_()
