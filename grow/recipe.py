@@ -123,6 +123,9 @@ class Recipe:
     # torch.compile of the decoder layers: true, false, or auto, which is true on GPUs under ZeRO-1 and 2, without a
     # switch.
     compile: str = AUTO
+    # Liger's kernels (pip install liger-kernel) for norms, rotary positions and gated products: true, false, or auto,
+    # which is true on GPUs where they are installed and layers are not compiled.
+    use_liger_kernel: str = AUTO
     # zero1, zero2, zero3 or zero3_offload (grow/training/deepspeed), or a DeepSpeed JSON of your own. ZeRO-1 unless
     # given, which sends least where the model fits; a run that has begun keeps its own.
     deepspeed: str = ""
@@ -314,8 +317,10 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
     check_numbers(recipe.values() | {"learning_rate": rate}, path)
     if recipe.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
-    if recipe.compile not in (AUTO, "true", "false"):
-        raise UserError(f"{path}: compile {recipe.compile}: there are auto, true, false")
+    for name in ("compile", "use_liger_kernel"):
+        value = getattr(recipe, name)
+        if value not in (AUTO, "true", "false"):
+            raise UserError(f"{path}: {name} {value}: there are auto, true, false")
     check_switch(recipe.switch, path)
     if not all(share > 0 for share in recipe.mix.values()) or sum(recipe.mix.values()) >= 1:
         raise UserError(f"{path}: mix: shares are above 0, and below 1 together, since the rest is of data")

@@ -25,6 +25,7 @@ from grow.errors import UserError
 from grow.methods import Method
 from grow.recipe import Recipe
 from grow.training.compiling import compiles
+from grow.training.liger import uses_liger
 from grow.training.same_run import NAME, places
 
 _CHECKSUMS = 2  # of rows: how they are computed
@@ -81,6 +82,7 @@ def write_run_file(
         "per_device_train_batch_size": micro_batch,
         "attn_implementation": model.config.get_text_config()._attn_implementation,  # type: ignore[union-attr,operator]
         "compiled": compiles(recipe),
+        "liger": uses_liger(recipe, str(model.config.model_type)),  # type: ignore[union-attr]
         "dtype": dtype,
         "device": device_name(),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
@@ -89,7 +91,7 @@ def write_run_file(
     }
     _check_contents(run, before, facts, "start_checksums")
     if dist.get_rank() == 0:
-        for name in ("attn_implementation", "compiled"):
+        for name in ("attn_implementation", "compiled", "liger"):
             if before and before.get(name, facts[name]) != facts[name]:
                 print(
                     f"{run}: began with {name} {before[name]}, and goes on with {facts[name]}, which is what this "

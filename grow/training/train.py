@@ -71,6 +71,7 @@ from grow.training.batch_size import check_batch_size, with_batch_size
 from grow.training.callbacks import GracefulShutdown
 from grow.training.compiling import check_compile, check_compiler, compile_layers, compiles
 from grow.training.deepspeed_patches import compile_nothing
+from grow.training.liger import check_kernels, check_liger, use_liger, uses_liger
 from grow.training.probe import Probe
 from grow.training.quiet import hush_accumulation, quiet
 from grow.training.resume import needs_universal
@@ -93,6 +94,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     check_installed(recipe.attn_implementation)
     check_compiler(recipe)
+    check_kernels(recipe, str(start.config.get("model_type")))
     _single_process_defaults()
     tune_malloc()
     disable_progress_bar()  # of the weights that are loaded
@@ -150,6 +152,8 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
     set_attention(model, recipe.attn_implementation)
+    if uses_liger(recipe, model.config.model_type):
+        use_liger(model)
     method.prepare(model)
     if switch is not None:
         put_switch(model, switch)
@@ -186,6 +190,7 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     trained, all_of_them = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
     ranks = dist.get_world_size()
     how = model.config.get_text_config()._attn_implementation + ", compiled" * compiles(recipe)
+    how += ", Liger" * uses_liger(recipe, model.config.model_type)
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}, {how}); {len(sequences):,} sequences, "
@@ -233,6 +238,7 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
         )
     check_batch_size(recipe)
     check_compile(recipe)
+    check_liger(recipe)
     config, cls = class_of(start.path)
     check_attention(recipe.attn_implementation, cls, config)
     method = recipe.make_method()

@@ -55,18 +55,22 @@ SHAPES: dict[str, dict[str, int]] = {
 OURS = {
     "g_freeze": ("g_freeze", "all"), "g_freeze_third": ("g_freeze", "upper third"), "g_train": ("g_train", "all"),
     "sft": ("sft", ""), "lora": ("lora", ""), "g_freeze_eager": ("g_freeze", "all"),
+    "g_freeze_liger": ("g_freeze", "all"),
 }  # fmt: skip
 """Steps of ours in a loop of torch alone: method, and layers that grow."""
-NEEDS = {"trainer": "accelerate", "trl": "trl", "lora": "peft", "run": "deepspeed"}
+NEEDS = {
+    "trainer": "accelerate", "trl": "trl", "lora": "peft", "run": "deepspeed", "g_freeze_liger": "liger_kernel",
+}  # fmt: skip
 """What a row imports that may not be there."""
 ROWS = (
-    "g_freeze", "trainer", "sft", "lora", "g_freeze_third", "g_train", "trl", "g_freeze_eager", "identity", "branches",
-    "run",
+    "g_freeze", "trainer", "sft", "lora", "g_freeze_third", "g_train", "trl", "g_freeze_eager", "g_freeze_liger",
+    "identity", "branches", "run",
 )  # fmt: skip
 WHAT = {
     "g_freeze": "G-Freeze, all layers", "g_freeze_third": "G-Freeze, upper third", "g_train": "G-Train, all layers",
     "sft": "SFT", "lora": "LoRA r16", "trainer": "transformers.Trainer, SFT", "trl": "TRL, SFT (Liger if it is there)",
     "g_freeze_eager": "G-Freeze, all layers, not compiled",
+    "g_freeze_liger": "G-Freeze, all layers, Liger instead of compiling",
 }  # fmt: skip
 
 
@@ -123,10 +127,19 @@ def prepared(size: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         from peft import LoraConfig, inject_adapter_in_model
 
         model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), model)
+    if name == "g_freeze_liger":
+        with_liger(model)
     trains = {"sft": lambda _: True, "lora": lambda name: ".lora_" in name}.get(method, is_growth)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(parameter_name))
     return model.train()
+
+
+def with_liger(model: Any) -> None:
+    """Lets a model use Liger's kernels."""
+    from grow.training.liger import use_liger
+
+    use_liger(model)
 
 
 def packed(size: str, sequences: int, count: int) -> list[dict[str, Tensor]]:
@@ -231,7 +244,7 @@ def measure_ours(size: str, name: str, sequences: int) -> dict[str, Any]:
     model, clock = prepared(size, name), Clock()
     flops = StepFlops(model)
     batches = packed(size, sequences, 4)
-    compiled = torch.cuda.is_available() and name != "g_freeze_eager" and not missing_compiler()
+    compiled = torch.cuda.is_available() and name not in ("g_freeze_eager", "g_freeze_liger") and not missing_compiler()
     step = loop(model, batches, compiled, clock)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return figures(size, batches, clock.seconds(), flops) | kernels(step) | {
@@ -308,9 +321,10 @@ def rival(size: str, name: str, sequences: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def identity(size: str, _: str, sequences: int) -> dict[str, Any]:
-    """Whether base and grown model have the same logits at step 0, bit for bit, in fp32 and bf16; and how far they are
-    apart where both are compiled."""
+    """Whether base and grown model have the same logits at step 0, bit for bit, in fp32 and bf16; how far they are
+    apart where both are compiled; and whether they have the same where both use Liger's kernels."""
     found: dict[str, Any] = {}
+    liger = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     for dtype in (torch.bfloat16, torch.float32):
         model, batch = base_model(size, dtype).eval(), packed(size, 1, 1)[0]
         before = labelled_logits(model, batch)[0]
@@ -324,6 +338,13 @@ def identity(size: str, _: str, sequences: int) -> dict[str, Any]:
             found[name]["compiled_apart"] = float((compiled - before).abs().max())
             found[name]["largest"] = float(before.abs().max())
         del model, before, after
+    for dtype in (torch.bfloat16, torch.float32) if liger else ():
+        model, batch = base_model(size, dtype).eval(), packed(size, 1, 1)[0]
+        with_liger(model)
+        before = labelled_logits(model, batch)[0]
+        grow_in_memory(model, "all")
+        same = torch.equal(before, labelled_logits(model, batch)[0])
+        found[str(dtype).removeprefix("torch.")]["identical_with_liger"] = same
     return found
 
 
