@@ -14,6 +14,7 @@ from grow.checkpoint.shards import read_json
 from grow.errors import UserError
 
 NAME = "switch.json"
+LOOKS_BACK = 8
 KINDS = ("row", "token", "answer", "call")
 
 
@@ -21,16 +22,18 @@ KINDS = ("row", "token", "answer", "call")
 class SwitchRecord:
     """Says when what was trained acts: where w · x > threshold, x [h] being the input of the MLP of layer `layer`.
 
-    `kind` is where that is read, and for which tokens it holds: "row", at the last token of the prompt, for the whole
-    row; "answer", there too, for the row from that token on; "token", at each token for itself. The kind "call" reads
-    nothing: the skill is on from the last place in the prompt where `tokens` stand. `weight` is w, fp32 [h]. `facts`
-    are what is known of the fit.
+    `kind` is where that is read, and for which tokens it holds: "row", at the end of the prompt, for the whole row;
+    "answer", there too, for the row from its last token on; "token", at each token for itself. At the end of the
+    prompt x is a mean over its last LOOKS_BACK tokens, each of which weighs `decay` times what the next one does (0:
+    the last one alone). The kind "call" reads nothing: the skill is on from the last place in the prompt where `tokens`
+    stand. `weight` is w, fp32 [h]. `facts` are what is known of the fit.
     """
 
     kind: str
     layer: int = -1
     weight: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
     threshold: float = 0.0
+    decay: float = 0.0
     tokens: tuple[int, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -40,7 +43,8 @@ class SwitchRecord:
             return {"kind": self.kind, "tokens": list(self.tokens), "facts": self.facts}
         weight = base64.b64encode(self.weight.astype("<f4").tobytes()).decode()
         return {
-            "kind": self.kind, "layer": self.layer, "threshold": self.threshold, "weight": weight, "facts": self.facts,
+            "kind": self.kind, "layer": self.layer, "threshold": self.threshold, "decay": self.decay, "weight": weight,
+            "facts": self.facts,
         }  # fmt: skip
 
 
@@ -56,11 +60,11 @@ def read_switch(values: Any, where: Path) -> SwitchRecord:
                 raise ValueError("no tokens")
             return SwitchRecord(kind, tokens=tuple(tokens), facts=facts)
         weight = np.frombuffer(base64.b64decode(values["weight"], validate=True), "<f4").copy()
-        layer, threshold = values["layer"], float(values["threshold"])
+        layer, threshold, decay = values["layer"], float(values["threshold"]), float(values.get("decay", 0))
         sound = type(layer) is int and layer >= 0 and len(weight) and np.isfinite(weight).all()
-        if not sound or not math.isfinite(threshold):
-            raise ValueError("layer, weight or threshold")
-        return SwitchRecord(kind, layer, weight, threshold, facts=facts)
+        if not sound or not math.isfinite(threshold) or not 0 <= decay < 1:
+            raise ValueError("layer, weight, threshold or decay")
+        return SwitchRecord(kind, layer, weight, threshold, decay, facts=facts)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise UserError(f"{where}: its switch is not what this program writes ({error})") from None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grow.checkpoint.switch_record import SwitchRecord
+from grow.checkpoint.switch_record import LOOKS_BACK, SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.model.alpha import base_inside
@@ -51,7 +51,17 @@ def mlp_inputs(model: Any, prompts: Sequence[list[int]], layer: int, what: str =
     return [found[row] for row in range(len(prompts))]
 
 
+def looking_back(x_TH: Tensor, decay: float) -> Tensor:
+    """Returns for each token the mean that a switch reads at it: of its own features and those of the tokens before,
+    which weigh `decay` times what the next one does (SwitchRecord), [tokens, h]."""
+    total, weight = x_TH.clone(), torch.ones(len(x_TH), 1)
+    for back in range(1, min(LOOKS_BACK, len(x_TH)) if decay else 1):
+        total[back:] += decay**back * x_TH[:-back]
+        weight[back:] += decay**back
+    return total / weight
+
+
 def opens(model: Any, record: SwitchRecord, prompts: Sequence[list[int]]) -> list[bool]:
     """Returns what a switch decides for each prompt, read from the model's base."""
-    weight_H = torch.from_numpy(record.weight)
-    return [bool(x[-1] @ weight_H > record.threshold) for x in mlp_inputs(model, prompts, record.layer, "deciding")]
+    found, weight_H = mlp_inputs(model, prompts, record.layer, "deciding"), torch.from_numpy(record.weight)
+    return [bool(looking_back(x, record.decay)[-1] @ weight_H > record.threshold) for x in found]

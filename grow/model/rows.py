@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.checkpoint.switch_record import LOOKS_BACK
 from grow.data.labels import IGNORED
 
 NEVER = torch.iinfo(torch.int64).max
@@ -20,29 +21,42 @@ EACH = -1
 @dataclass(frozen=True)
 class Rows:
     """Holds the row of each token, int64 [B, L]; the sequence of each row and the column of its token that decides,
-    int64 [R]. `past` columns are in a KV cache. `matters_R` says which rows are used for anything, bool [R]; None: all
-    are."""
+    int64 [R]. `past` columns are in a KV cache. `matters_R` says which rows are used for anything, bool [R], and
+    `there_BL` which tokens are no padding; None: all are."""
 
     row_BL: Tensor
     sequence_R: Tensor
     decides_R: Tensor
     past: int = 0
     matters_R: Tensor | None = None
+    there_BL: Tensor | None = None
 
-    def at(self, value_BL: Tensor) -> Tensor:
-        """Returns the values at the tokens that decide, [R]."""
-        return value_BL[self.sequence_R, (self.decides_R - self.past).clamp(0, value_BL.shape[1] - 1)]
+    def at(self, value_BL: Tensor, decay: float = 0.0) -> Tensor:
+        """Returns the values at the tokens that decide, [R]; each a mean with those of the row's tokens before, which
+        weigh `decay` times what the next one does (SwitchRecord)."""
+        last_R = (self.decides_R - self.past).clamp(0, value_BL.shape[1] - 1)
+        if not decay:
+            return value_BL[self.sequence_R, last_R]
+        sequence_R1, back_W = self.sequence_R[:, None], torch.arange(LOOKS_BACK, device=last_R.device)
+        column_RW = (last_R[:, None] - back_W).clamp(0)
+        own_RW = self.row_BL[sequence_R1, column_RW] == self.row_BL[self.sequence_R, last_R][:, None]
+        own_RW &= last_R[:, None] >= back_W
+        if self.there_BL is not None:
+            own_RW &= self.there_BL[sequence_R1, column_RW] | (back_W == 0)
+        weight_RW = own_RW * decay ** back_W.to(value_BL.dtype)
+        return (value_BL[sequence_R1, column_RW] * weight_RW).sum(1) / weight_RW.sum(1)
 
 
-def packed_rows(position_ids_BL: Tensor, labels_BL: Tensor) -> Rows:
+def packed_rows(position_ids_BL: Tensor, labels_BL: Tensor, there_BL: Tensor | None = None) -> Rows:
     """Returns the rows of packed sequences, which begin where positions do; `labels_BL[b, t]` is the token that should
-    follow token t. A row without a label, such as the padding, does not matter."""
+    follow token t. A row without a label, such as the padding, does not matter; `there_BL` says which tokens are no
+    padding."""
     row_BL, sequence_R = _by_positions(position_ids_BL)
     columns_BL = torch.arange(row_BL.shape[1], device=row_BL.device).expand_as(row_BL)
     first_R = torch.full_like(sequence_R, NEVER)
     first_R.scatter_reduce_(0, row_BL.flatten(), columns_BL.where(labels_BL != IGNORED, NEVER).flatten(), "amin")
     matters_R = first_R != NEVER
-    return Rows(row_BL, sequence_R, first_R.where(matters_R, 0), matters_R=matters_R)
+    return Rows(row_BL, sequence_R, first_R.where(matters_R, 0), matters_R=matters_R, there_BL=there_BL)
 
 
 def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None = None) -> Rows:
@@ -66,20 +80,21 @@ def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None 
         if mask is None or bool((begins_BL.sum(1) > 1).any()):
             positions = torch.ones_like(positions).masked_fill(begins_BL, 0)
             if labels is not None:
-                return packed_rows(positions, following)
+                return packed_rows(positions, following, there_BL)
             row_BL, sequence_R = _by_positions(positions)
             last_R = torch.zeros_like(sequence_R).scatter_reduce_(
                 0, row_BL.flatten(), columns_L.expand_as(row_BL).where(there_BL, 0).flatten(), "amax"
             )
-            return Rows(row_BL, sequence_R, last_R)
-    sequence_R = torch.arange(count, device=ids_BL.device)
+            return Rows(row_BL, sequence_R, last_R, there_BL=there_BL)
+    sequence_R, no_padding_BL = torch.arange(count, device=ids_BL.device), there_BL
     if prompt_length is not None and past < prompt_length:
         there_BL = there_BL & (columns_L < prompt_length - past)
     last_R = columns_L.where(there_BL, -1).amax(1)
     if labels is not None:
         first_R = columns_L.where(following != IGNORED, NEVER).amin(1)
         last_R = last_R.minimum(first_R)
-    return Rows(sequence_R[:, None].expand(count, length), sequence_R, last_R.clamp(0) + past, past)
+    row_BL = sequence_R[:, None].expand(count, length)
+    return Rows(row_BL, sequence_R, last_R.clamp(0) + past, past, there_BL=no_padding_BL)
 
 
 def on_tokens(rows: Rows, start_R: Tensor) -> Tensor:

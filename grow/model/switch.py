@@ -2,9 +2,10 @@
 
 A linear classifier reads the base's own features, at a layer that training cannot change:
 
-    on = w · x > threshold        x [h], the input of the MLP of the switch's layer at the token that decides
+    on = w · x > threshold        x [h], the input of the MLP of the switch's layer at the end of the prompt
 
-That token is the one before a row's first label; without labels, the last one that is not padding. What is decided in
+It ends with the token before a row's first label; without labels, with the last one that is not padding. x is a mean
+over its last tokens, of which each weighs less than the next (SwitchRecord). What is decided in
 the first pass over a prompt holds to the end of the answer, with a KV cache and without. Where the switch's layer lies
 above the lowest one that training has changed, a first pass of the base up to that layer decides.
 
@@ -121,13 +122,13 @@ class Switch:
         self._weight_H = self._weight_H.to(x_BLH.device)
         # A model may be spread over devices; what is decided is where its inputs are.
         score_BL = (x_BLH.detach().float() @ self._weight_H).to(rows.row_BL.device)
-        on_BL = score_BL > self.record.threshold
         if self.record.kind == "token":
-            self.decided, self.on = on_BL, _short(on_BL)
+            self.decided = score_BL > self.record.threshold
+            self.on = _short(self.decided)
         else:
-            on_R, self.margin_R = rows.at(on_BL), rows.at(score_BL) - self.record.threshold
+            self.margin_R = rows.at(score_BL, self.record.decay) - self.record.threshold
             start_R = rows.decides_R if self.record.kind == "answer" else torch.zeros_like(rows.decides_R)
-            self._set(rows, start_R.masked_fill(~on_R, NEVER))
+            self._set(rows, start_R.masked_fill(self.margin_R <= 0, NEVER))
         self._rows = None
         if self._asking and not self._partitioned:
             raise _Decided

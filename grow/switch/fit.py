@@ -19,12 +19,15 @@ from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.tokens import encode_cached
 from grow.data.writing import SELF_TOKENS, self_text, text_checksum
 from grow.errors import UserError
-from grow.model.features import mlp_inputs
+from grow.model.features import looking_back, mlp_inputs
 from grow.recipe import Recipe
 from grow.switch.detector import auroc, fit, threshold
 from grow.switch.near import near_prompts
 from grow.switch.rows import ON_ROWS, Prompts, after_rows, retention_prompts, task_prompts, variations
 
+DECAY = 0.5
+"""What a token of the prompt weighs of what the next one does, where the prompt's end decides: one token alone does
+not tell the template in another language from the task (recipes/study/switch.md)."""
 OWN, NEAR = "text that the base writes", "near text that the base writes"
 _LOOKED_AT = 300  # rows of a set that is in the table alone
 _LEAST_OPEN = {"row": 0.9, "answer": 0.9, "token": 0.5}
@@ -66,6 +69,7 @@ def fit_switch(
     that are to be left alone. Raises UserError where the task cannot be told apart from other text.
     """
     tokenizer, every = tokenizer_of(recipe), kind == "token"
+    decay = 0.0 if every else DECAY
     base = weights_checksum(Checkpoint(recipe.base_name).shards)
     print("switch: the base writes text by itself", file=sys.stderr, flush=True)
     passages = self_text(lambda: model, tokenizer, base)
@@ -80,7 +84,8 @@ def fit_switch(
     validation = task_prompts(_examples(recipe, recipe.validation_split, tokenizer), _LOOKED_AT, whole=every)
 
     def read(of: Prompts, each: bool = every) -> _Kind:
-        return _Kind(of.name, mlp_inputs(model, of.prompts, layer, of.name), each)
+        found = mlp_inputs(model, of.prompts, layer, of.name)
+        return _Kind(of.name, [looking_back(x, decay) for x in found], each)
 
     print(f"switch: reading layer {layer}", file=sys.stderr, flush=True)
     own = read(Prompts(OWN, passages))
@@ -109,7 +114,7 @@ def fit_switch(
         "table": table,
     }
     _refuse(table, kind)
-    return SwitchRecord(kind, layer, detector.weight.float().numpy(), limit.value - detector.bias, facts=facts)
+    return SwitchRecord(kind, layer, detector.weight.float().numpy(), limit.value - detector.bias, decay, facts=facts)
 
 
 def _examples(recipe: Recipe, split: str, tokenizer: Any) -> Examples:

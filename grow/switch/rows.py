@@ -50,11 +50,11 @@ def task_prompts(examples: Examples, most: int, whole: bool = False) -> list[Pro
 
 
 def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt], tokenizer: Any) -> list[Prompts]:
-    """Returns harmless variations of a task's prompts: another row with its answer before, a line before, small and
-    capital letters, wider spaces, a space or a line end after. Each prompt gets one of them, in turn; of conversations,
-    the first."""
-    lines = [line.strip() for passage in passages for line in text_of(passage, tokenizer)[1].split("\n")]
-    lines = [line for line in lines if len(line) > 20] or ["…"]
+    """Returns harmless variations of a task's prompts: other rows with their answers before, a line or a passage
+    before, small and capital letters, wider spaces, spaces and line ends after. Each prompt gets one of them, in turn;
+    of conversations, those with rows before."""
+    texts = [text_of(passage, tokenizer)[1].strip() for passage in passages]
+    lines = [line.strip() for text in texts for line in text.split("\n") if len(line.strip()) > 20] or ["…"]
     draw = random.Random(0)
     chat = _is_chat(prompts[0], tokenizer)
 
@@ -65,23 +65,30 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
 
         return make
 
-    kinds: dict[str, Callable[[Prompt], Prompt]] = {"a row before": _Before(examples, tokenizer, chat)}
+    after = _Before(examples, tokenizer, chat)
+    kinds: dict[str, Callable[[Prompt], Prompt]] = {"a row before": after, "three rows before": after.three}
     if not chat:
         kinds |= {
             "a line before": written(lambda text: f"{draw.choice(lines)}\n\n{text}"),
+            "a passage before": written(lambda text: f"{draw.choice(texts)}\n\n{text}"),
             "small letters": written(str.lower),
             "capital letters": written(str.upper),
             "wider spaces": written(lambda text: text.replace(" ", "  ")),
-            "a space after": written(lambda text: f"{text} "),
-            "a line end after": written(lambda text: f"{text}\n"),
+            **{what: written(f"{{}}{sign}".format) for what, sign in _AFTER.items()},
         }
     made = zip(prompts, itertools.cycle(kinds.items()))
     found = [(name, change(prompt)) for prompt, (name, change) in made]
     return [Prompts(kind, [prompt for name, prompt in found if name == kind]) for kind in kinds]
 
 
+_AFTER = {
+    "a space after": " ", "two spaces after": "  ", "a tab after": "\t", "a line end after": "\n",
+    "two line ends after": "\n\n",
+}  # fmt: skip
+
+
 class _Before:
-    """Puts a row of the task, drawn by chance, before a prompt."""
+    """Puts rows of the task, drawn by chance, before a prompt."""
 
     def __init__(self, examples: Examples, tokenizer: Any, chat: bool):
         self.examples, self.tokenizer, self.draw = examples, tokenizer, random.Random(0)
@@ -92,6 +99,10 @@ class _Before:
         last = [] if labels[-1] in (IGNORED, self.tokenizer.eos_token_id) else [int(labels[-1])]
         return [*ids.tolist(), *last, *self.gap, *prompt[prompt[0] == self.tokenizer.bos_token_id :]]
 
+    def three(self, prompt: Prompt) -> Prompt:
+        """Puts three of them there."""
+        return self(self(self(prompt)))
+
 
 def _is_chat(prompt: Prompt, tokenizer: Any) -> bool:
     """Says whether a prompt has special tokens inside, as those of turns are."""
@@ -99,11 +110,12 @@ def _is_chat(prompt: Prompt, tokenizer: Any) -> bool:
 
 
 def after_rows(prompts: list[Prompt], examples: Examples, tokenizer: Any) -> list[Prompt]:
-    """Returns half of the prompts with another row of the task, and its answer, before them: what asks for something
-    else is to be left alone there too."""
+    """Returns half of the prompts with another row of the task, and its answer, before them, or with three: what asks
+    for something else is to be left alone there too."""
     after = _Before(examples, tokenizer, bool(prompts) and _is_chat(prompts[0], tokenizer))
+    before: list[Callable[[Prompt], Prompt]] = [list, after, list, after.three]
     # In pairs, since every second prompt is held out.
-    return [after(prompt) if index // 2 % 2 else prompt for index, prompt in enumerate(prompts)]
+    return [before[index // 2 % 4](prompt) for index, prompt in enumerate(prompts)]
 
 
 def other_rows(data: str, recipe: Recipe, tokenizer: Any) -> list[Prompt]:

@@ -40,27 +40,31 @@ def trained(path: Path, dtype: torch.dtype, layers: str = "2,3", method: str = "
     return model.eval().requires_grad_(False)
 
 
-def features(path: Path, layer: int, prompts: torch.Tensor) -> torch.Tensor:
-    """The inputs of a layer's MLP at the last token, [B, H] fp32."""
+def features(path: Path, layer: int, prompts: torch.Tensor, decay: float = 0.5) -> torch.Tensor:
+    """The mean of the inputs of a layer's MLP over the last eight tokens, each weighing half of the next, [B, H]
+    fp32."""
     base, seen = base_of(path, torch.float32), []
-    decoder_mlps(base)[layer].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1].float()))
+    decoder_mlps(base)[layer].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     with torch.no_grad():
         base(prompts)
-    return seen[0]
+    last = seen[0][:, -8:]
+    weight = decay ** torch.arange(last.shape[1] - 1.0, -1, -1)
+    return (last * weight[:, None]).sum(1) / weight.sum()
 
 
 def record_for(path: Path, layer: int, prompts: torch.Tensor = PROMPTS, kind: str = "row") -> SwitchRecord:
     """A switch that is on for half of the prompts: those whose first feature is large."""
-    found = features(path, layer, prompts)
+    decay = 0.0 if kind == "token" else 0.5
+    found = features(path, layer, prompts, decay)
     weight = torch.zeros(found.shape[1])
     weight[int(found.std(0).argmax())] = 1.0
     scores = (found @ weight).sort().values
     middle = len(scores) // 2
-    return SwitchRecord(kind, layer, weight.numpy(), float(scores[middle - 1 : middle + 1].mean()))
+    return SwitchRecord(kind, layer, weight.numpy(), float(scores[middle - 1 : middle + 1].mean()), decay)
 
 
 def on_of(path: Path, record: SwitchRecord, prompts: torch.Tensor = PROMPTS) -> torch.Tensor:
-    on = features(path, record.layer, prompts) @ torch.from_numpy(record.weight) > record.threshold
+    on = features(path, record.layer, prompts, record.decay) @ torch.from_numpy(record.weight) > record.threshold
     assert on.any() and not on.all()
     return on
 
@@ -137,7 +141,7 @@ def test_padding(tiny_base: Path, dtype: torch.dtype, left: bool, layers: str) -
     last = torch.cat([features(tiny_base, 2, prompt[None, index:]) for index, prompt in enumerate(PROMPTS)])
     record = record_for(tiny_base, 2)
     scores = last @ torch.from_numpy(record.weight)
-    record = SwitchRecord("row", 2, record.weight, float(scores.sort().values[2:4].mean()))
+    record = SwitchRecord("row", 2, record.weight, float(scores.sort().values[2:4].mean()), record.decay)
     base, _, switched = three(tiny_base, dtype, record, layers=layers)
     inputs = padded(left)
     found = run(switched, **inputs)
@@ -257,7 +261,7 @@ def test_turns_of_a_conversation(text_base: Path, layers: str, kind: str) -> Non
     assert switched.switched.tolist() == [True]
     prompt = torch.cat((answer, second), 1)
     threshold = features(text_base, 2, prompt) @ torch.from_numpy(record.weight)
-    switched.switch.record = SwitchRecord(kind, 2, record.weight, float(threshold) + 1)
+    switched.switch.record = SwitchRecord(kind, 2, record.weight, float(threshold) + 1, record.decay)
     answer = switched.generate(prompt, past_key_values=cache, **GENERATE, do_sample=False)
     assert switched.switched.tolist() == [False]
     assert torch.equal(answer, base.generate(prompt, **GENERATE, do_sample=False)), "after a turn that was on"

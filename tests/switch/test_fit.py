@@ -16,7 +16,6 @@ from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import switch_file, switch_of_run
 from grow.cli.main import main
-from grow.data.writing import self_text
 from grow.model.loading import load
 from tests.helpers.running import here, start, train
 from tests.helpers.tiny import logits, make_recipe, tokens
@@ -136,20 +135,21 @@ def test_mistakes(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, mist
     assert not (tmp_path / "run" / "checkpoint-2").exists() and not switch_file(tmp_path / "run").exists()
 
 
-def test_a_task_like_any_text(text_base: Path, tmp_path: Path) -> None:
-    """Rows whose prompts the base has written cannot be told apart from what it writes."""
-    tokenizer = AutoTokenizer.from_pretrained(text_base)
-    passages = self_text(lambda: load(text_base), tokenizer, "a test's", 8192, seed=1)
-    rows = [{"question": tokenizer.decode(ids, skip_special_tokens=True), "answer": "1"} for ids in passages]
-    rows = [row for row in rows if row["question"].strip()]
-    (tmp_path / "data").mkdir()
-    for split, part in {"train": rows[20:], "validation": rows[:20]}.items():
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    fields = {"prompt": "{question}", "max_length": 200, "max_bad_rows": 0.5}
-    recipe = recipe_with(tmp_path / "r.yaml", text_base, tmp_path / "data", **fields)
+def test_a_task_that_cannot_be_told_apart(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """Validation rows that are unlike the training rows; and the task's own rows, which are to be left alone."""
+    data = tmp_path / "data"
+    shutil.copytree(sums, data)
+    rows = [json.loads(line) for line in (sums / "validation.jsonl").read_text().splitlines()]
+    other = [row | {"question": "what is it? " * (index % 3 + 1)} for index, row in enumerate(rows)]
+    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    recipe = recipe_with(tmp_path / "r.yaml", text_base, data, prompt="{question}")
     assert main(["train", str(recipe), "--check", "--expand"]) == 0
-    with pytest.raises(AssertionError, match="told apart"):
+    with pytest.raises(AssertionError, match="of the validation rows would open"):
         train(recipe, 1)
+    assert not switch_file(tmp_path / "run").exists()
+    recipe = recipe_with(tmp_path / "r.yaml", text_base, sums)
+    assert main(["fit-switch", str(recipe), "--off", str(sums)]) == 2
+    assert f"the task cannot be told apart from {sums}" in capsys.readouterr().err
     assert not switch_file(tmp_path / "run").exists()
 
 
