@@ -11,8 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(values: dict[str, Any]) -> list[str]:
-    """Returns values as arguments of a command, a list with commas."""
-    return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
+    """Returns values as arguments of a command, a list with commas, and so {a: 1, b: 2} as a=1,b=2."""
+    return [f"--{name}={_text(value)}" for name, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key}={one}" for key, one in value.items()]
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def grow(*words: str | Path) -> None:

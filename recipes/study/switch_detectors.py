@@ -4,17 +4,18 @@
     python recipes/gemma3_270m/fetch.py translation_elsewhere
     python recipes/study/switch_detectors.py --out results [--layers 6,14] [--rows 100] [--tuned CHECKPOINT]
 
-Every detector is fitted on the same rows (grow.switch.rows): half of the task's prompts and their variations against
-half of what the base writes. Its threshold leaves 99 % of the other half of the task's open. Then: the share of each
-set that opens. Near sets are the same sentences with another request, or text in one of the languages; "should open"
-asks for the task in another way. Last, two detectors that are shown some rows of near sets (`--off`), and of all sets
-but the one that is looked at. The squared hinge reads several tokens and several layers besides; a checkpoint that was
-fine-tuned on the task (`--tuned`) gives the likelihood ratio. Writes OUT/switch_detectors.json and .md.
+Every detector is fitted on the same rows (grow.switch.rows), as `fit-switch` does it: half of the task's prompts and
+their variations against half of what the base writes. Its threshold leaves 99 % of the other half of the task's open.
+Then: the share of each set that opens. Near sets are the same sentences with another request, or text in one of the
+languages; "should open" asks for the task in another way. Two detectors are shown 20 and 200 rows of near sets besides
+(`--off`), and 200 of all sets but the one that is looked at. The squared hinge reads the end of the prompt in other
+ways, and several layers; a checkpoint that was fine-tuned on the task (`--tuned`) gives the likelihood ratio. Writes
+OUT/switch_detectors.json and .md.
 """
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from grow.data.of_recipe import rows_of, template_of, tokenizer_of
 from grow.data.tokens import encode_cached
 from grow.data.writing import self_text
 from grow.methods import read_recipe
-from grow.model.features import mlp_inputs
+from grow.model.features import looking_back, mlp_inputs
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.switch.detector import auroc, fit, threshold
+from grow.switch.fit import DECAY
 from grow.switch.near import near_prompts
-from grow.switch.rows import ON_ROWS, after_rows, other_rows, retention_prompts, task_prompts, variations
+from grow.switch.rows import ON_ROWS, after_rows, other_rows, retention_prompts, spread, task_prompts, variations
 
 RECIPE = Path(__file__).parents[1] / "gemma3_270m" / "translation.yaml"
 FAR = ("capitals", "qa_wikidata", "winowhy", "prose", "german", "code")
@@ -58,8 +60,34 @@ SHOULD_OPEN: dict[str, str] = {
 
 
 OPEN = (*SHOULD_OPEN, "strings of other programs")
-SEVERAL = {"layers 6, 10 and 14": ((6, 10, 14), 1), "layer 6, mean of four tokens": ((6,), 4)}
-"""What else the squared hinge reads: layers, side by side, and the mean over so many last tokens."""
+Look = Callable[[Tensor], Tensor]
+"""Maps the features of a prompt's tokens, [tokens, h], to what is read at each of them."""
+
+
+def _back(x_TH: Tensor) -> Tensor:
+    return looking_back(x_TH, DECAY)
+
+
+def _mean_of(tokens: int) -> Look:
+    """A mean over the last tokens, all of equal weight."""
+
+    def look(x_TH: Tensor) -> Tensor:
+        total = x_TH.cumsum(0)
+        total[tokens:] = total[tokens:] - total[:-tokens]
+        return total / torch.arange(1, len(x_TH) + 1).clamp(max=tokens)[:, None]
+
+    return look
+
+
+OTHERWISE: dict[str, tuple[tuple[int, ...], Look]] = {
+    "layer 6, the last token alone": ((6,), _mean_of(1)),
+    "layer 6, mean of two tokens": ((6,), _mean_of(2)),
+    "layer 6, mean of four tokens": ((6,), _mean_of(4)),
+    "layer 6, mean of eight tokens": ((6,), _mean_of(8)),
+    "layers 6, 10 and 14": ((6, 10, 14), _back),
+}
+"""How else the squared hinge reads: the end of the prompt, and layers side by side."""
+SHOWN = 20, 200
 
 
 def switch_detectors(out: str, layers: str = "6,14", rows: str = "100", tuned: str = "") -> None:
@@ -73,37 +101,38 @@ def switch_detectors(out: str, layers: str = "6,14", rows: str = "100", tuned: s
     prompts = task_prompts(examples, ON_ROWS)
     task = prompts + [p for kind in variations(examples, prompts, own, tokenizer) for p in kind.prompts]
     near = after_rows(near_prompts(model, recipe, own, tokenizer), examples, tokenizer)
-    sets = _sets(recipe, tokenizer, count)
+    sets, shown = _sets(recipe, tokenizer, count), _near_sets(recipe, tokenizer, train, max(SHOWN))
     found: dict[str, Any] = {"rows": count, "layers": {}}
+
+    read: dict[tuple[int, int], list[Tensor]] = {}
+
+    def features(of: list[list[int]], layers: tuple[int, ...], look: Look) -> list[Tensor]:
+        for layer in layers:
+            if (id(of), layer) not in read:
+                read[id(of), layer] = mlp_inputs(model, of, layer)
+        each = [[look(x) for x in read[id(of), layer]] for layer in layers]
+        return [torch.cat(of_row, 1) for of_row in zip(*each, strict=True)]
+
+    def judged(layers: tuple[int, ...], look: Look, detectors: dict[str, Fit]) -> tuple[dict[str, Any], Any]:
+        def last(of: list[list[int]]) -> Tensor:
+            return torch.stack([x[-1] for x in features(of, layers, look)])
+
+        every, on_x, near_x = features(own, layers, look), last(task), last(near)
+        sets_x, shown_x = ({name: last(of) for name, of in some.items()} for some in (sets, shown))
+        off_x = [torch.cat([x[1:] for x in every[::2]]), near_x[::2]]
+        held_out = on_x[1::2], torch.cat([torch.stack([x[-1] for x in every[1::2]]), near_x[1::2]])
+        lines = {name: _judged(one(on_x[::2], off_x), *held_out, sets_x) for name, one in detectors.items()}
+        return lines, (on_x, off_x, held_out, sets_x, shown_x)
+
     for layer in map(int, layers.split(",")):
         print(f"layer {layer}", file=sys.stderr, flush=True)
-
-        def last(of: list[list[int]], layer: int = layer) -> Tensor:
-            return torch.stack([x[-1] for x in mlp_inputs(model, of, layer)])
-
-        every = mlp_inputs(model, own, layer)
-        on_x, near_x, sets_x = last(task), last(near), {name: last(of) for name, of in sets.items()}
-        off_x = [torch.cat(every[::2]), near_x[::2]]
-        held_out = on_x[1::2], torch.cat([torch.stack([x[-1] for x in every[1::2]]), near_x[1::2]])
-        lines = {n: _judged(fit_one(on_x[::2], off_x), *held_out, sets_x) for n, fit_one in DETECTORS.items()}
-        lines |= _with_near_rows(on_x, off_x, held_out, sets_x)
-        found["layers"][layer] = lines
-    found["several"] = {}
-    for name, (some, tokens) in SEVERAL.items():
+        lines, of_layer = judged((layer,), _back, DETECTORS)
+        found["layers"][layer] = lines | _with_near_rows(*of_layer)
+    found["otherwise"] = {}
+    for name, (some, look) in OTHERWISE.items():
         print(name, file=sys.stderr, flush=True)
-
-        def means(of: list[list[int]], some: tuple[int, ...] = some, tokens: int = tokens) -> Tensor:
-            each = [[x[-tokens:].mean(0) for x in mlp_inputs(model, of, layer)] for layer in some]
-            return torch.stack([torch.cat(of_row) for of_row in zip(*each, strict=True)])
-
-        # Passages that the base wrote, cut at any place, so that what precedes a token is known too.
-        cut = [passage[: 8 + 13 * index % max(1, len(passage) - 7)] for index, passage in enumerate(own)] + own
-        on_x, off_x = means(task), [means(cut), means(near)]
-        scores = _squared_hinge(on_x[::2], [x[::2] for x in off_x])
-        held_out = on_x[1::2], torch.cat([x[1::2] for x in off_x])
-        found["several"][f"squared hinge, {name}"] = _judged(
-            scores, *held_out, {n: means(of) for n, of in sets.items()}
-        )
+        ((_, line),) = judged(some, look, {"squared hinge": _squared_hinge})[0].items()
+        found["otherwise"][f"squared hinge, {name}"] = line
     text = {name: [tokenizer.decode(p[1:]) for p in of] for name, of in sets.items()}
     on_text, off_text = ([tokenizer.decode(p[1:]) for p in of] for of in (task, own + near))
     found["prompt"] = _of_text(on_text, off_text, text)
@@ -121,14 +150,7 @@ def _sets(recipe: Any, tokenizer: Any, count: int) -> dict[str, list[list[int]]]
     test, train = rows_of(recipe, recipe.test_split), rows_of(recipe, recipe.train_split)
     folder = Path(recipe.data).parent
     prose = [row["text"] for row in rows_of(_of(recipe, folder / "prose"), "test")[:count]]
-    found = {}
-    for name, form in {**SHOULD_OPEN, **NEAR}.items():
-        texts = [
-            form.format(**row, before=train[7 * index], prose=prose[index % len(prose)][:600])
-            for index, row in enumerate(test[:count])
-        ]
-        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        found[name] = [[tokenizer.bos_token_id, *own] for own in ids]
+    found = _formatted(SHOULD_OPEN, test[:count], train, tokenizer, prose) | _near_sets(recipe, tokenizer, test, count)
     (known,) = (of.prompts for of in retention_prompts(recipe, tokenizer, count))
     others = {name: other_rows(f"{folder / name}[:{count}]", recipe, tokenizer) for name in FAR if name != "capitals"}
     elsewhere = rows_of(_of(recipe, folder / "translation_elsewhere"), "test")[:count]
@@ -137,11 +159,32 @@ def _sets(recipe: Any, tokenizer: Any, count: int) -> dict[str, list[list[int]]]
     return found | {"capitals": known} | others
 
 
+def _near_sets(recipe: Any, tokenizer: Any, rows: Any, count: int) -> dict[str, list[list[int]]]:
+    """Returns prompts of near sets, from rows of the task."""
+    chosen = [rows[index] for index in spread(len(rows), count)]
+    return _formatted(NEAR, chosen, rows_of(recipe, recipe.train_split), tokenizer)
+
+
+def _formatted(
+    forms: dict[str, str], rows: Any, train: Any, tokenizer: Any, prose: Sequence[str] = ("",)
+) -> dict[str, list[list[int]]]:
+    found = {}
+    for name, form in forms.items():
+        texts = [
+            form.format(**row, before=train[7 * index], prose=prose[index % len(prose)][:600])
+            for index, row in enumerate(rows)
+        ]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        found[name] = [[tokenizer.bos_token_id, *own] for own in ids]
+    return found
+
+
 def _of(recipe: Any, folder: Path) -> Any:
     return read_recipe(str(RECIPE), {"data": str(folder)})
 
 
 Scores = Callable[[Tensor], Tensor]
+Fit = Callable[[Tensor, list[Tensor]], Scores]
 
 
 def _squared_hinge(on: Tensor, off: list[Tensor]) -> Scores:
@@ -190,7 +233,7 @@ def _cosine(on: Tensor, off: list[Tensor]) -> Scores:
     return lambda x: torch.nn.functional.cosine_similarity(x.double(), direction[None])
 
 
-DETECTORS: dict[str, Callable[[Tensor, list[Tensor]], Scores]] = {
+DETECTORS: dict[str, Fit] = {
     "linear discriminant": _discriminant,
     "squared hinge": _squared_hinge,
     "logistic": _logistic,
@@ -209,22 +252,19 @@ def _judged(scores: Scores, on: Tensor, off: Tensor, sets: dict[str, Tensor]) ->
 
 
 def _with_near_rows(
-    on: Tensor, off: list[Tensor], held_out: tuple[Tensor, Tensor], sets: dict[str, Tensor]
+    on: Tensor, off: list[Tensor], held_out: tuple[Tensor, Tensor], sets: dict[str, Tensor], shown: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Returns two detectors shown 5 and half of the rows of each near set, judged on the others; and, of each near set,
-    shown half of all others."""
-    half = {name: x[: len(x) // 2] for name, x in sets.items()}
-    rest = sets | {name: sets[name][len(sets[name]) // 2 :] for name in NEAR}
+    """Returns two detectors shown some rows of each near set; and, of each near set, shown those of all others."""
     found: dict[str, Any] = {}
     for detector in ("linear discriminant", "squared hinge"):
         fit_one = DETECTORS[detector]
-        for shown in (5, len(half["German"])):
-            fitted = fit_one(on[::2], [*off, *(half[name][:shown] for name in NEAR)])
-            found[f"{detector}, {shown} rows of each near set"] = _judged(fitted, *held_out, rest)
+        for rows in SHOWN:
+            fitted = fit_one(on[::2], [*off, *(x[:rows] for x in shown.values())])
+            found[f"{detector}, {rows} rows of each near set"] = _judged(fitted, *held_out, sets)
         left_out = {}
         for name in NEAR:
-            fitted = fit_one(on[::2], [*off, *(half[other] for other in NEAR if other != name)])
-            left_out[name] = _judged(fitted, *held_out, {name: rest[name]})["open"][name]
+            fitted = fit_one(on[::2], [*off, *(x for other, x in shown.items() if other != name)])
+            left_out[name] = _judged(fitted, *held_out, {name: sets[name]})["open"][name]
         found[f"{detector}, all near sets but this one"] = {"open": left_out, "auroc": {}}
     return found
 
@@ -283,7 +323,7 @@ def tables(found: dict[str, Any]) -> str:
     rows = [
         (f"{name}, layer {layer}", line) for layer, lines in found["layers"].items() for name, line in lines.items()
     ]
-    rows += [*found.get("several", {}).items(), *found["prompt"].items()]
+    rows += [*found["otherwise"].items(), *found["prompt"].items()]
     text = []
     for title, names in (("should open", OPEN), ("near", NEAR), ("far", FAR)):
         lines = [f"| {title}: % open | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
