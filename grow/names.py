@@ -16,12 +16,16 @@ LAYOUTS = (
 )
 """The matrices of the MLPs that can grow, by their names in the classes; the last maps back to the hidden size."""
 FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out")
+QUERIES = ("q_proj", "o_proj")
+"""Of attention: what makes query heads, and what maps these back to the hidden size. They grow as an MLP's hidden units
+do."""
 TRANSPOSED = ("gpt2",)
 """Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
 LAYERS = "(?:layers|h)"
 """What the list of decoder layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
+_GROWING = "(mlp|self_attn)"
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
@@ -33,7 +37,7 @@ _NOT_PLAIN = {
     ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
-_ADDED = re.compile(rf"\.mlp\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX})\.)")
+_ADDED = re.compile(rf"\.{_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX}|{'|'.join(QUERIES)})\.)")
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
 _OTHER_NAMES = {
     "h": "layers", "wte": "embed_tokens", "embed_in": "embed_tokens", "word_embeddings": "embed_tokens",
@@ -74,6 +78,11 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
     return prefixes
 
 
+def attention_prefix(mlp: str) -> str:
+    """Returns the prefix of a layer's attention, by that of its MLP."""
+    return f"{mlp.removesuffix('.mlp')}.self_attn"
+
+
 def check_matrices(field: str, wanted: Iterable[str], keys: Iterable[str]) -> None:
     """Raises UserError for the name of a matrix, such as gate_proj, that no decoder layer has; a recipe's `field` names
     it."""
@@ -87,34 +96,44 @@ def check_matrices(field: str, wanted: Iterable[str], keys: Iterable[str]) -> No
 def is_growth(key: str) -> bool:
     """Says whether a tensor of a grown checkpoint was added by growth: a copy, or an up-projection that g_train
     trained."""
-    return ".mlp.grown." in key or ".mlp.trained." in key
+    return is_copy(key) or is_trained_up(key)
+
+
+def is_copy(key: str) -> bool:
+    """Says whether a tensor is of an added copy."""
+    return ".mlp.grown." in key or ".self_attn.grown." in key
+
+
+def is_trained_up(key: str) -> bool:
+    """Says whether a tensor is of an up-projection that g_train trained beside the base's own."""
+    return ".mlp.trained." in key or ".self_attn.trained." in key
 
 
 def own_name(key: str) -> str:
     """Returns the name of the base's own tensor that an added one is a copy of."""
-    return _ADDED.sub(".mlp.", key)
+    return _ADDED.sub(r".\1.", key)
 
 
 def is_down(key: str) -> bool:
-    """Says whether a tensor is of the matrix that maps hidden units back to the hidden size."""
-    return key.split(".")[-2] in DOWN
+    """Says whether a tensor is of the matrix that maps hidden units, or heads, back to the hidden size."""
+    return key.split(".")[-2] in (*DOWN, QUERIES[-1])
 
 
 def skill_of(key: str) -> str:
     """Returns the skill that an added tensor belongs to, by its name `….mlp.grown.<skill>.gate_proj.weight`; "" where a
     single one has no name."""
     match = _ADDED.search(key)
-    return (match[2] or "") if match else ""
+    return (match[3] or "") if match else ""
 
 
 def of_skill(key: str, skill: str) -> str:
     """Returns the name of an added tensor as that of a skill; of "", without a name."""
-    return _ADDED.sub(lambda match: f".mlp.{match[1]}.{skill}." if skill else f".mlp.{match[1]}.", key)
+    return _ADDED.sub(lambda match: f".{match[1]}.{match[2]}." + f"{skill}." * bool(skill), key)
 
 
 def named_beside(key: str, own: str) -> str:
     """Returns the name of an added tensor beside the base's own tensor `own`, in the layout of its name."""
-    return own.replace(".mlp.", ".mlp.grown." if ".mlp.grown." in key else ".mlp.trained.")
+    return re.sub(rf"\.{_GROWING}\.", r".\1.grown." if is_copy(key) else r".\1.trained.", own)
 
 
 def canonical(key: str) -> str:

@@ -8,25 +8,26 @@ from typing import Any
 
 from grow.errors import UserError
 
-FORMAT_VERSION, SKILLS_VERSION = 1, 2
+FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION = 1, 2, 3
 _COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Says which MLPs of a model hold added copies.
+    """Says which MLPs of a model, and which layers' query heads, hold added copies.
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
     the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
     made by g_train, beside their own. `alphas` has the coefficient that each of these layers has at α = 1; if it is
-    empty, that is 1.
+    empty, that is 1. `attention` are the layers whose query heads have grown, ascending; there k is 2.
     """
 
     factor: int
     layers: tuple[int, ...]
     trained_up: bool = False
     alphas: tuple[float, ...] = ()
+    attention: tuple[int, ...] = ()
 
     def own_alpha(self, layer: int) -> float:
         """Returns the factor that α is multiplied by in a grown layer."""
@@ -44,24 +45,36 @@ class GrowthPlan:
                 f"it holds several skills ({', '.join(growth.get('skills', {}))}), which this does not work on; take "
                 "one out (grow growth SOURCE OUT --name SKILL), and attach it alone"
             )
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, ATTENTION_VERSION):
             raise UserError(
                 f"growth format version {version!r} is not known here "
-                f"(this is version {FORMAT_VERSION}): use the release that wrote the checkpoint"
+                f"(those up to {ATTENTION_VERSION} are): use the release that wrote the checkpoint"
             )
         try:
             factor, layers = parse_factor(growth["factor"]), growth["layers"]
-            sound = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
-            if not sound or not layers or layers != sorted(set(layers)):
+            attention: tuple[int, ...] = ()
+            if version == ATTENTION_VERSION:
+                attention = _ascending(growth["attention"]["layers"])
+                if growth["attention"]["kind"] != "queries" or not attention or factor != 2:
+                    raise ValueError
+            if not _ascending(layers) and not attention:
                 raise ValueError
             alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
             if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):
                 raise ValueError
-            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas)
+            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention)
         except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"
             ) from None
+
+
+def _ascending(layers: Any) -> tuple[int, ...]:
+    """Returns layers as a tuple. Raises ValueError unless they are a list of layers, each once, in order."""
+    sound = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+    if not sound or layers != sorted(set(layers)):
+        raise ValueError
+    return tuple(layers)
 
 
 def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
@@ -99,7 +112,7 @@ def parse_factor(factor: int | str) -> int:
     return k
 
 
-def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
+def parse_layers(layers: str, num_layers: int, option: str = "--layers") -> tuple[int, ...]:
     """Reads "all"; or "upper", those above a third of the depth; or indices and ranges such as "0,3,7-9" (both ends
     included); or the best n of a ranking's file,
     "top:6:ranking.json", which holds {"layers": [best, second, …]}, or its last n, "bottom:6:ranking.json". A
@@ -114,7 +127,7 @@ def parse_layers(layers: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(-(-num_layers // 3), num_layers))
     chosen = _ranked(text) if text.startswith(("top:", "bottom:")) else _listed(text)
     if max(chosen) >= num_layers:
-        raise UserError(f"--layers {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
+        raise UserError(f"{option} {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
     return tuple(sorted(chosen))
 
 

@@ -37,11 +37,13 @@ def grown_card(growth: dict[str, Any]) -> str:
     base = growth["base"]
     if "skills" in growth:
         return _card(base, "With several skills", _skills(growth))
-    layers = growth["layers"]
-    text = (
-        f"Grown from `{base['name']}`: the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} "
-        "times as wide. The base's weights are in it, bit for bit (`grow base` takes them out again). "
-    )
+    layers, heads = growth["layers"], growth.get("attention", {}).get("layers", [])
+    parts = []
+    if layers:
+        parts.append(f"the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} times as wide")
+    parts += [f"the attention of {len(heads)} layers ({ranges(heads)}) has twice as many query heads"] if heads else []
+    text = f"Grown from `{base['name']}`: {', and '.join(parts)}. "
+    text += "The base's weights are in it, bit for bit (`grow base` takes them out again). "
     elsewhere = growth.get("copies_from")
     if elsewhere:
         text += f"Its copies are of the MLPs of `{elsewhere}`: α = 0 is the base. "
@@ -79,10 +81,12 @@ def stock_card(
         names = ", ".join(f"`{name}` (α = {own['alpha']:g})" for name, own in growth["skills"].items())
         text = f"Made from `{base['name']}` with the skills {names}, all on, joined to one plain MLP a layer. "
     elif growth:
-        layers = growth["layers"]
+        layers, heads = growth["layers"], growth.get("attention", {}).get("layers", [])
+        parts = [f"its MLPs (layers {ranges(layers)}, {growth['factor']} times as wide)"] if layers else []
+        parts += [f"its query heads (layers {ranges(heads)}, twice as many)"] if heads else []
         text = (
-            f"Made from `{base['name']}` by growing its MLPs (layers {ranges(layers)}, {growth['factor']} times as "
-            "wide) and training the added copies, then joined to one plain MLP a layer. "
+            f"Made from `{base['name']}` by growing {' and '.join(parts)} and training the added copies, then joined "
+            "to one plain model. "
         ) + _own_alphas(growth)
     else:
         text = f"Made from `{base['name']}`, with its own shape. "

@@ -3,6 +3,7 @@
 The base's shards are linked, not copied; only the added copies are computed and written, a block of rows at a time.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,28 @@ from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_inde
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError, one_line
-from grow.names import DOWN, FUSED, LAYOUTS, TRANSPOSED, canonical, is_down, is_growth, mlp_prefixes
-from grow.plan import FORMAT_VERSION, GrowthPlan, growing_layers, mlp_widths, parse_factor, setting, text_config
+from grow.names import (
+    FUSED,
+    LAYOUTS,
+    QUERIES,
+    TRANSPOSED,
+    attention_prefix,
+    canonical,
+    is_down,
+    is_growth,
+    mlp_prefixes,
+)
+from grow.plan import (
+    ATTENTION_VERSION,
+    FORMAT_VERSION,
+    GrowthPlan,
+    growing_layers,
+    mlp_widths,
+    parse_factor,
+    parse_layers,
+    setting,
+    text_config,
+)
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
 _PARTS = ("weight", "bias")
@@ -31,13 +52,17 @@ _NOT_ALONE = {
     "openai-gpt": "its class fixes the width of the MLPs",
 }
 """Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
+ATTENTION_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Kinds of model (model_type) whose query heads can grow."""
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
 
-def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> tuple[GrowthPlan, dict[int, str]]:
-    """Returns the plan for a base, and the key prefix of each layer's MLP. Raises UserError if the base cannot be
-    grown."""
+def make_plan(
+    base: Checkpoint, factor: int | str = 2, layers: str = "all", attention: str = "", attention_layers: str = ""
+) -> tuple[GrowthPlan, dict[int, str]]:
+    """Returns the plan for a base, and the key prefix of each layer's MLP. `layers` may be "none" where `attention`
+    grows: "queries", in `attention_layers`. Raises UserError if the base cannot be grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
@@ -45,16 +70,52 @@ def make_plan(base: Checkpoint, factor: int | str = 2, layers: str = "all") -> t
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
-    return GrowthPlan(parse_factor(factor), growing_layers(layers, len(prefixes), base.config)), prefixes
+    plan = GrowthPlan(parse_factor(factor), ())
+    if attention_layers and not attention:
+        raise UserError("--attention-layers: for --attention queries")
+    if attention:
+        plan = dataclasses.replace(
+            plan, attention=_attention(base, plan, prefixes, attention, attention_layers or "all")
+        )
+    if not (attention and str(layers).strip() == "none"):
+        plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
+    return plan, prefixes
 
 
-def check_grown(base: str, out: str, factor: int | str, layers: str, copies_from: str = "") -> dict[str, Any]:
+def _attention(
+    base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str], attention: str, layers: str
+) -> tuple[int, ...]:
+    """Returns the layers whose query heads grow. Raises UserError where they cannot."""
+    if attention != "queries":
+        raise UserError(f"--attention {attention}: there is queries")
+    if plan.factor != 2:
+        raise UserError(f"--attention queries: grows by a factor of 2 alone, not of {plan.factor}")
+    text = text_config(base.config)
+    if text.get("model_type") not in ATTENTION_TYPES:
+        raise UserError(
+            f"--attention queries: {base.path}: attention of the kind {text.get('model_type')} is not known here; of "
+            f"{', '.join(ATTENTION_TYPES)} it is"
+        )
+    chosen = parse_layers(layers, len(prefixes), "--attention-layers")
+    for layer in chosen:
+        query, output = (f"{attention_prefix(prefixes[layer])}.{name}.weight" for name in QUERIES)
+        shapes = [base.tensors[name].shape if name in base.tensors else () for name in (query, output)]
+        if len(shapes[0]) != 2 or shapes[0] != shapes[1][::-1]:
+            raise UserError(f"{base.path}: {query} and {output} are {shapes[0]} and {shapes[1]}, which do not fit")
+    return chosen
+
+
+def check_grown(
+    base: str, out: str, factor: int | str, layers: str, copies_from: str = "", attention: str = "",
+    attention_layers: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor, or
     from other copies."""
-    wanted, _ = make_plan(Checkpoint(base), factor, layers)
+    wanted, _ = make_plan(Checkpoint(base), factor, layers, attention, attention_layers)
     there = GrowthPlan.from_config(Checkpoint(out).config)
-    if there is None or (there.factor, there.layers) != (wanted.factor, wanted.layers):
-        asked = f"layers {', '.join(map(str, wanted.layers))} by {wanted.factor}"
+    if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
+        asked = f"layers {', '.join(map(str, wanted.layers)) or 'none'} by {wanted.factor}"
+        asked += f", and the query heads of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
     from_there = Checkpoint(out).config["growth"].get("copies_from", "")
     wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
@@ -129,8 +190,10 @@ def is_transposed(config: dict[str, Any]) -> bool:
 
 
 def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
-    """Returns the names of the matrices of an MLP."""
-    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
+    """Returns the names of the matrices of an MLP, or of an attention's query heads."""
+    return next(
+        names for names in (*LAYOUTS, QUERIES) if all(f"{prefix}.{name}.weight" in base.tensors for name in names)
+    )
 
 
 def added_tensors(
@@ -140,19 +203,22 @@ def added_tensors(
     it; in gate_up_proj copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
-    divided by k; in a GPT-2 all of them transposed. Biases, where the base has them: [(k−1)·p] copied; the
-    down-projection's [h] once, times (k−1)/k. With `copies` they are of that checkpoint's MLPs in place of the base's.
+    divided by k; in a GPT-2 all of them transposed. Query heads likewise, by q_proj and o_proj. Biases, where the base
+    has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k. With `copies` they are of that
+    checkpoint's MLPs in place of the base's.
     """
     k = plan.factor
     others = {canonical(name): name for name in copies.tensors} if copies else {}
     transposed = is_transposed(base.config)
     added = {}
-    for layer in plan.layers:
+    for layer in (*plan.layers, *plan.attention):
         if layer not in prefixes:
             raise UserError(f"layer {layer} has no MLP to grow; layers that have one: {sorted(prefixes)}")
-        for projection in layout_of(base, prefixes[layer]):
+    heads = [attention_prefix(prefixes[layer]) for layer in plan.attention]
+    for prefix in [*(prefixes[layer] for layer in plan.layers), *heads]:
+        for projection in layout_of(base, prefix):
             for part in _PARTS:
-                name = f"{prefixes[layer]}.{projection}.{part}"
+                name = f"{prefix}.{projection}.{part}"
                 if name not in base.tensors:
                     continue
                 own = base.lazy(name)
@@ -161,13 +227,13 @@ def added_tensors(
                 if projection == FUSED:
                     gate, up = own.halves()
                     made = concat_rows(*[gate] * (k - 1), *[up] * (k - 1))
-                elif projection not in DOWN:
+                elif not is_down(name):
                     made = (concat_columns if transposed and part == "weight" else concat_rows)(*[own] * (k - 1))
                 elif part == "bias":
                     made = own.scaled((k - 1) / k)
                 else:
                     made = _divided(own, k, name, transposed)
-                added[f"{prefixes[layer]}.grown.{projection}.{part}"] = made
+                added[f"{prefix}.grown.{projection}.{part}"] = made
     return added
 
 
@@ -259,6 +325,8 @@ def expand(
     max_shard_size: str = GROWTH_SHARD_SIZE,
     progress: Progress = no_progress,
     copies_from: str = "",
+    attention: str = "",
+    attention_layers: str = "",
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
 
@@ -269,14 +337,17 @@ def expand(
     """
     refuse_existing(Path(out))
     base = Checkpoint(base_path)
-    plan, prefixes = make_plan(base, factor, layers)
+    plan, prefixes = make_plan(base, factor, layers, attention, attention_layers)
     check_start(base)
     copies = Checkpoint(copies_from) if copies_from else None
+    if copies is not None and plan.attention:
+        raise UserError("--copies-from: copies MLPs; leave --attention out")
     if copies is not None:
         _check_copies(base, copies, plan, prefixes)
     added = added_tensors(base, plan, prefixes, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
+    request |= {"attention": plan.attention} if plan.attention else {}
     request |= {"copies": copies.identity()} if copies is not None else {}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         identity = hasher.submit(base_identity, base)
@@ -284,9 +355,10 @@ def expand(
         checksums = folder.write_shards(shards, progress)
         files, base_tensors = identity.result()
         growth = {
-            "format_version": FORMAT_VERSION,
+            "format_version": ATTENTION_VERSION if plan.attention else FORMAT_VERSION,
             "factor": plan.factor,
             "layers": list(plan.layers),
+            **({"attention": {"kind": attention, "layers": list(plan.attention)}} if plan.attention else {}),
             "trained": None,
             "base": {**base_facts(base), "files": files},
         }
@@ -341,6 +413,7 @@ def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTen
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
+        **({"attention_layers": list(plan.attention)} if plan.attention else {}),
         "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
         "trained_parameters": {"g_freeze": count, "g_train": count + up},

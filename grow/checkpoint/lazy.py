@@ -58,11 +58,16 @@ class LazyTensor:
 
     def halves(self) -> tuple["LazyTensor", "LazyTensor"]:
         """Returns the upper and the lower half of the rows."""
-        half = self.length // 2
-        shape = (half, *self.shape[1:])
-        return LazyTensor(shape, self.dtype, self.rows), LazyTensor(
-            shape, self.dtype, lambda begin, end: self.rows(half + begin, half + end)
-        )
+        return self.part(0, 0, 2), self.part(0, 1, 2)
+
+    def part(self, axis: int, index: int, count: int) -> "LazyTensor":
+        """Returns one of `count` equal parts, of the rows (axis 0) or of the columns (1)."""
+        size = self.shape[axis] // count
+        shape = (*self.shape[:axis], size, *self.shape[axis + 1 :])
+        first = index * size
+        if axis:
+            return LazyTensor(shape, self.dtype, lambda begin, end: self.rows(begin, end)[:, first : first + size])
+        return LazyTensor(shape, self.dtype, lambda begin, end: self.rows(first + begin, first + end))
 
     def map(self, function: Callable[[Rows], Rows], dtype: str | None = None) -> "LazyTensor":
         """Returns the tensor with a function applied to each block of rows; `dtype` if the function changes it."""

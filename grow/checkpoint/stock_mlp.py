@@ -9,6 +9,9 @@
 Where gate and up are one matrix, all gates stand above all ups.
 
 A biased down-projection's bias is the sum of the blocks'.
+
+Query heads are blocks as well, q_proj as up and o_proj as down. Heads that share keys and values stand together: of
+each group the base's own come first, then their copies.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,8 +19,10 @@ from dataclasses import dataclass
 
 from grow.checkpoint.dtypes import widest
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
-from grow.names import DOWN, FUSED
+from grow.names import DOWN as MLP_DOWN
+from grow.names import FUSED, QUERIES
 
+DOWN = (*MLP_DOWN, QUERIES[-1])
 _HALVES = ("gate_proj.weight", "up_proj.weight")
 Tensors = Mapping[str, LazyTensor]
 """Tensors of an MLP by the ends of their names, such as gate_proj.weight."""
@@ -62,6 +67,35 @@ def stock_mlp(parts: Blocks, width: int, target: str, transposed: bool) -> dict[
         name: _joined(name, [(tensors[name], factor) for tensors, factor in parts], width, target, transposed)
         for name in parts[0][0]
     }
+
+
+def grouped(parts: Blocks, groups: int, width: int) -> Blocks:
+    """Returns blocks of query heads cut into the groups that share keys and values, group after group; each group is
+    filled with heads of zeros, which add nothing, up to its share of `width`."""
+    found: Blocks = []
+    for group in range(groups):
+        cut: Blocks = []
+        for tensors, factor in parts:
+            cut.append(({name: _group(name, own, group, groups) for name, own in tensors.items()}, factor))
+        room = width // groups - hidden_units(cut, False)
+        if room:
+            cut.append(({name: _emptied(name, own, room) for name, own in parts[0][0].items()}, 1.0))
+        found += cut
+    return found
+
+
+def _group(name: str, tensor: LazyTensor, group: int, groups: int) -> LazyTensor:
+    if _is(name, DOWN, "bias"):  # adds up over all blocks
+        return tensor if group == 0 else zeros(tensor.shape, tensor.dtype)
+    return tensor.part(1 if _is(name, DOWN, "weight") else 0, group, groups)
+
+
+def _emptied(name: str, tensor: LazyTensor, units: int) -> LazyTensor:
+    if _is(name, DOWN, "bias"):
+        return zeros(tensor.shape, tensor.dtype)
+    shape = list(tensor.shape)
+    shape[1 if _is(name, DOWN, "weight") else 0] = units
+    return zeros(tuple(shape), tensor.dtype)
 
 
 def _joined(

@@ -25,7 +25,7 @@ from grow.checkpoint.switch_record import SwitchRecord, switch_of_run
 from grow.checkpoint.writer import equal, file_checksums
 from grow.checkpoint.zero import ZeroCheckpoint, is_deepspeed
 from grow.errors import UserError
-from grow.names import canonical, is_growth
+from grow.names import canonical, is_growth, is_trained_up, named_beside, own_name
 from grow.plan import GrowthPlan
 
 
@@ -59,7 +59,7 @@ class TrainedWeights:
     def growth_facts(self) -> dict[str, Any]:
         """Returns the metadata of the growth as it is now (config.json's "growth")."""
         before = self.start.config["growth"]
-        trained_up = any(".mlp.trained." in name for name in self.growth())
+        trained_up = any(is_trained_up(name) for name in self.growth())
         facts = before | {"trained": self.facts or before["trained"], "trained_up": trained_up}
         facts |= {"switch": self.run_switch.values()} if self.run_switch else {}
         return facts | ({"scores": self.scores} if self.scores else {})
@@ -253,10 +253,10 @@ def match_to_base(start: Checkpoint, export: Export, origin: Any) -> TrainedWeig
         key = on_disk.get(canonical(name))
         if key is None and name.endswith("lm_head.weight"):
             continue  # tied: the embedding's second name, which DeepSpeed's universal checkpoints keep
-        if key is None and ".mlp.trained." in name:
+        if key is None and is_trained_up(name):
             # A g_train run starts without it: it has the name and the shape of the base's own.
             own = on_disk.get(canonical(_own(name)), "")
-            key = own.replace(".mlp.", ".mlp.trained.") or None
+            key = named_beside(name, own) or None
         if key is None and export.config is not None:
             found[name] = tensor
             continue
@@ -280,7 +280,7 @@ def match_to_base(start: Checkpoint, export: Export, origin: Any) -> TrainedWeig
 def _own(name: str) -> str:
     """Returns the name of the base's tensor that a trained up-projection replaces, of the same shape and dtype; else
     `name`."""
-    return name.replace(".mlp.trained.", ".mlp.")
+    return own_name(name) if is_trained_up(name) else name
 
 
 def _differs(start: Checkpoint, key: str, tensor: LazyTensor) -> bool:

@@ -11,8 +11,8 @@ from grow.errors import UserError
 
 
 def plan(
-    source: str, factor: str = "2", layers: str = "all", world_size: str = "1", gpu: str = "", json: bool = False,
-    **fields: str,
+    source: str, factor: str = "2", layers: str = "", attention: str = "", attention_layers: str = "",
+    world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
@@ -26,14 +26,16 @@ def plan(
             cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
-            top:6:ranking.json or top:6:DIR (learn-alphas).
+            top:6:ranking.json or top:6:DIR (learn-alphas); "all" if nothing is said of attention.
+        attention: "queries": the query heads of attention are copied as well, or alone where --layers is not given.
+        attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         world_size: For a recipe: how many GPUs.
         gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
     """
     if source.endswith((".yaml", ".yml")):
-        if (factor, layers) != ("2", "all"):
+        if (factor, layers, attention, attention_layers) != ("2", "", "", ""):
             raise UserError("plan: --factor and --layers are for a checkpoint; a recipe's are those of its `grown`")
         from grow.checkpoint.writer import parse_size
         from grow.methods import read_recipe
@@ -53,29 +55,33 @@ def plan(
     from grow.checkpoint.shards import Checkpoint
 
     checkpoint = Checkpoint(source)
-    grown, prefixes = make_plan(checkpoint, factor, layers)
+    layers = layers or ("none" if attention else "all")
+    grown, prefixes = make_plan(checkpoint, factor, layers, attention, attention_layers)
     return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
 
 
 def expand(
-    base: str, out: str, factor: str = "2", layers: str = "all", max_shard_size: str = "1GB", keep: bool = False,
-    copies_from: str = "", json: bool = False,
+    base: str, out: str, factor: str = "2", layers: str = "", max_shard_size: str = "1GB", keep: bool = False,
+    copies_from: str = "", attention: str = "", attention_layers: str = "", json: bool = False,
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
     Example: grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
     Example: grow expand ~/models/gemma-3-1b-pt grown --copies-from ~/models/gemma-3-1b-it
+    Example: grow expand ~/models/gemma-3-1b-pt grown --attention queries
 
     Args:
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
-            top:6:ranking.json or top:6:DIR (learn-alphas).
+            top:6:ranking.json or top:6:DIR (learn-alphas); "none" where only attention grows, as it is without this.
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         copies_from: A checkpoint of the same shape, whose MLPs are copied in place of the base's; the start is then the
             mean of both, and the base at α = 0 alone.
+        attention: "queries": the query heads of attention are copied as well, or alone where --layers is not given.
+        attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         json: Print one JSON object.
     """
     # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
@@ -84,10 +90,12 @@ def expand(
     from grow.checkpoint.expand import check_grown
     from grow.checkpoint.expand import expand as run
 
+    layers = layers or ("none" if attention else "all")
     if keep and os.path.isdir(out):
-        return say(check_grown(base, out, factor, layers, copies_from), lambda r: f"is there already: {r['out']}", json)
+        there = check_grown(base, out, factor, layers, copies_from, attention, attention_layers)
+        return say(there, lambda r: f"is there already: {r['out']}", json)
     with Bar("expanding") as bar:
-        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from)
+        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from, attention, attention_layers)
     return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
 

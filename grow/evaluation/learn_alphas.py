@@ -37,7 +37,10 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
     not a grown checkpoint, if there are no such rows, or if OUT is there.
     """
     refuse_existing(Path(out))
-    if GrowthPlan.from_config(Checkpoint(path).config) is None:
+    plan = GrowthPlan.from_config(Checkpoint(path).config)
+    if plan is not None and plan.attention:
+        raise UserError(f"{path}: its query heads have grown, and only layers of MLPs have an α of their own so far")
+    if plan is None:
         raise UserError(f"{path}: was not grown, so its layers have no interpolation coefficient")
     tokenizer = load_tokenizer(path)
     general = general_text(text, recipe.max_length, tokenizer, recipe.seed)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from grow.checkpoint.package import extract_growth
 from grow.methods.kl import KlRegularized
+from grow.names import is_copy
 
 
 @dataclass
@@ -19,7 +20,7 @@ class GFreeze(KlRegularized):
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter belongs to the added copies."""
-        return ".mlp.grown." in name
+        return is_copy(name)
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes the growth package, which `grow attach` puts on the base again."""

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from grow.methods.g_freeze import GFreeze
+from grow.model.attention_heads import grown_parts
 from grow.model.gather import gathered
 from grow.model.layouts import up_layers
-from grow.model.mlp import grown_mlps
-from grow.names import is_down, is_growth, own_name
+from grow.names import is_copy, is_down, is_growth, own_name
 
 
 @dataclass
@@ -19,13 +19,13 @@ class GTrain(GFreeze):
 
     def add_parameters(self, model: Any) -> None:
         """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
-        for mlp in grown_mlps(model):
-            if mlp.trained is None:
-                _copy_up(mlp)
+        for part in grown_parts(model):
+            if part.trained is None:
+                _copy_up(part)
 
     def added_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a gate and an up for each grown layer."""
-        copies = [name for name in shapes if ".mlp.grown." in name and not is_down(name)]
+        copies = [name for name in shapes if is_copy(name) and not is_down(name)]
         return {name.replace(".grown.", ".trained."): shapes[own_name(name)] for name in copies}
 
     def trains(self, name: str) -> bool:

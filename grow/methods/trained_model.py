@@ -14,6 +14,7 @@ from grow.model import loading
 from grow.model.alpha import set_alpha
 from grow.model.bottleneck import CONFIG as ADAPTER_CONFIG
 from grow.model.in_memory import fill
+from grow.names import is_trained_up
 
 
 def load_model(
@@ -33,7 +34,7 @@ def load_model(
     if source.config is not None or (alpha != 1 and source.plan is None):
         raise UserError(f"{folder}: consolidate it first: grow consolidate {folder} OUT --alpha {alpha:g}")
     model = loading.load(source.start.path, dtype)
-    if any(".mlp.trained." in name for name in source.trained):
+    if any(is_trained_up(name) for name in source.trained):
         METHODS["g_train"]().add_parameters(model)
     fill(model, source.trained)
     if source.plan is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from grow.errors import UserError
 from grow.model.bottleneck import AdaptedMLP
-from grow.model.layouts import decoder_mlps
+from grow.model.layouts import decoder_attentions, decoder_mlps
 from grow.model.mlp import GrownMLP
 from grow.model.skills import SkilledMLP
 
@@ -38,7 +38,8 @@ def _has_loras(model: nn.Module) -> bool:
 
 
 def _with_alpha(model: nn.Module) -> Iterator[Any]:
-    return (mlp for mlp in decoder_mlps(model).values() if isinstance(mlp, (GrownMLP, AdaptedMLP, SkilledMLP)))
+    parts = [*decoder_mlps(model).values(), *decoder_attentions(model).values()]
+    return (part for part in parts if isinstance(part, (GrownMLP, AdaptedMLP, SkilledMLP)))
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS
+from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, QUERIES
 
-_MLP_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
+_MLP_MODULE, _ATTENTION_MODULE = (re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.{part}$") for part in ("mlp", "self_attn"))
 
 
 def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
@@ -25,6 +25,16 @@ def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
     for name, module in model.named_modules():
         match = _MLP_MODULE.search(name)
         if match and not OTHER_TOWERS.search(name) and layout_of(module):
+            found[int(match[1])] = module
+    return found
+
+
+def decoder_attentions(model: nn.Module) -> dict[int, nn.Module]:
+    """Returns the attentions of the decoder layers, by layer, that have query heads of their own."""
+    found = {}
+    for name, module in model.named_modules():
+        match = _ATTENTION_MODULE.search(name)
+        if match and not OTHER_TOWERS.search(name) and all(hasattr(module, part) for part in QUERIES):
             found[int(match[1])] = module
     return found
 

@@ -95,12 +95,12 @@ class GrownMLP:
 
 def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
     """Returns what an MLP makes of x, […, h], with gate and up in the place of its own (G-Train)."""
-    result: Tensor = stock_class(mlp).forward(_Between(mlp, trained, alpha), x)
+    result: Tensor = stock_class(mlp).forward(Between(mlp, trained, alpha), x)
     return result
 
 
-class _Between:
-    """Stands for an MLP whose gate and up lie between its own and trained ones."""
+class Between:
+    """Stands for an MLP whose gate and up, or an attention whose queries, lie between its own and trained ones."""
 
     def __init__(self, mlp: Any, trained: Any, alpha: float | Tensor):
         self._mlp, self._trained, self._alpha = mlp, trained, alpha

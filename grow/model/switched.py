@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
+from grow.model.attention_heads import grown_attentions
 from grow.model.features import opens
 from grow.model.layouts import decoder_mlps, hidden_size
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
@@ -111,6 +112,8 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
 
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
+    if any(True for _ in grown_attentions(model)):
+        raise UserError("a switch reads below all that has grown, which it cannot yet where query heads have")
     mlps, loras = decoder_mlps(model), lora_layers(model)
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
     unchanged = min([*changed, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from grow.model.attention_heads import grown_parts
 from grow.model.layouts import sizes, up_layers
-from grow.model.mlp import grown_mlps
 from grow.names import canonical, of_language_model
 
 # Dense bf16 FLOP/s of the makers' data sheets, by what torch calls the device.
@@ -45,7 +45,7 @@ class StepFlops:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.per_token = self.per_label = 0
         # A trained up-projection takes the place of the base's own, which is not computed then (grow.model.mlp).
-        idle = {own for mlp in grown_mlps(model) if mlp.trained is not None for own in up_layers(mlp)}
+        idle = {own for mlp in grown_parts(model) if mlp.trained is not None for own in up_layers(mlp)}
         reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in canonical(name))
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)

@@ -1,0 +1,158 @@
+"""Query heads that have grown: exact at step 0, with a KV cache too; trained and resumed; their stock form."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.checkpoint.package import attach_growth, extract_base, extract_growth
+from grow.checkpoint.verify import verify
+from grow.errors import UserError
+from grow.model.alpha import base_inside, set_alpha
+from grow.model.attention_heads import grown_attentions
+from grow.model.loading import load
+from tests.checkpoint.test_architectures import make
+from tests.helpers.running import consolidate as consolidate_run
+from tests.helpers.running import here, train_and_resume
+from tests.helpers.tiny import folder_checksums, logits, make_base, make_recipe, tokens
+
+KINDS = ["text", "multimodal", "gemma2", "llama", "mistral", "qwen2", "qwen3"]
+
+
+def base_of(folder: Path, text_base: Path, kind: str) -> Path:
+    """Gemma 3's has one head of keys, the others two, each for two query heads."""
+    if kind == "text":
+        return text_base
+    if kind == "multimodal":
+        return make_base(folder / "base", kind)
+    return make(folder / "base", kind, num_attention_heads=4, num_key_value_heads=2)
+
+
+def move(grown: Path) -> None:
+    """Moves all that was added far."""
+    (file,) = grown.glob("growth-*.safetensors")
+    generator, tensors = torch.Generator().manual_seed(0), load_file(file)
+    for name, tensor in tensors.items():
+        noise = 0.5 * tensor.float().std() * torch.randn(tensor.shape, generator=generator)
+        tensors[name] = tensor + noise.to(tensor.dtype)
+    file.unlink()
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """All logits are equal: in a pass, in packed rows, token by token with a KV cache; and once moved, at α = 0."""
+    base = base_of(tmp_path, text_base, kind)
+    expand(str(base), str(tmp_path / "grown"), layers="none", attention="queries")
+    assert verify(str(tmp_path / "grown"), str(base))["problems"] == []
+    models = [load(path, dtype).requires_grad_(False) for path in (base, tmp_path / "grown")]
+    assert len(list(grown_attentions(models[1]))) == models[1].config.get_text_config().num_hidden_layers
+    packed = {"input_ids": tokens(24), "position_ids": torch.cat((torch.arange(10), torch.arange(14)))[None]}
+    for inputs in ({"input_ids": tokens(20)}, packed | {"use_cache": False}):
+        assert torch.equal(*(model(**inputs).logits for model in models))
+    how: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    scores = [torch.stack(model.generate(tokens(9), **how).scores) for model in models]
+    assert torch.equal(*scores)
+    for part in grown_attentions(models[1]):
+        part.grown.o_proj.weight.data.mul_(2)
+    assert not torch.equal(*(model(tokens(20)).logits for model in models))
+    with base_inside(models[1]):
+        assert torch.equal(*(model(tokens(20)).logits for model in models))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str) -> None:
+    """Of some layers, padded; at α = 0.5 too; with a cache and without, as the grown model computes."""
+    base = base_of(tmp_path, text_base, kind)
+    expand(str(base), str(tmp_path / "start"), layers="0", attention="queries", attention_layers="1-2")
+    move(tmp_path / "start")
+    model = load(tmp_path / "start", torch.float32)
+    for alpha in (1.0, 0.5):
+        out = tmp_path / f"stock-{alpha}"
+        with pytest.raises(UserError, match="--uniform"):
+            consolidate(str(tmp_path / "start"), str(out), alpha=alpha)
+        consolidate(str(tmp_path / "start"), str(out), alpha=alpha, uniform=True, dtype="float32")
+        stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        heads = [one.config.get_text_config().num_attention_heads for one in (stock, load(base))]
+        assert heads[0] == 2 * heads[1]
+        set_alpha(model, alpha)
+        assert torch.allclose(logits(stock), logits(model), atol=1e-4)
+        ids = [one.generate(tokens(9), max_new_tokens=6, do_sample=False) for one in (stock, model)]
+        assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
+def test_it_trains(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture, method: str) -> None:
+    """A run resumes in the same bits; its growth, on the base again, computes the same; the base comes out of it."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="none", attention="queries")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, method=method)
+    weights = train_and_resume(recipe, 1)
+    names = {"self_attn.grown.q_proj", "self_attn.grown.o_proj"}
+    names |= {"self_attn.trained.q_proj"} if method == "g_train" else set()
+    assert {name.split(".", 3)[3].removesuffix(".weight") for name in weights} == names
+    run = tmp_path / "run"
+    consolidate_run(str(run), str(tmp_path / "still"), "grown")
+    assert verify(str(tmp_path / "still"), str(text_base))["problems"] == []
+    extract_growth(str(tmp_path / "still"), str(tmp_path / "package"))
+    attach_growth(str(text_base), str(tmp_path / "package"), str(tmp_path / "again"))
+    expected = logits(load(tmp_path / "still", torch.float32))
+    assert torch.equal(logits(load(tmp_path / "again", torch.float32)), expected)
+    assert not torch.equal(expected, logits(load(text_base, torch.float32)))
+    consolidate_run(str(run), str(tmp_path / "stock"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    assert torch.allclose(logits(stock), expected, atol=1e-3)
+    extract_base(str(tmp_path / "still"), str(tmp_path / "base"))
+    assert folder_checksums(tmp_path / "base") == folder_checksums(text_base)
+    assert "query heads" in here(capsys, "plan", text_base, "--attention", "queries")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 2), (2, 3)])
+def test_it_trains_on_two_ranks(text_base: Path, sums: Path, tmp_path: Path, ranks: int, stage: int) -> None:
+    """With MLPs of one layer grown beside."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="1", attention="queries", attention_layers="0,3")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, method="g_train")
+    weights = train_and_resume(recipe, ranks)
+    assert len(weights) == 2 * 3 + 5
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no such part": ({"attention": "keys"}, "there is queries"),
+    "a factor": ({"attention": "queries", "factor": 4}, "a factor of 2 alone"),
+    "layers of nothing": ({"attention_layers": "1"}, "for --attention queries"),
+    "a layer that is not there": ({"attention": "queries", "attention_layers": "9"}, "--attention-layers 9: layer 9"),
+    "copies of others": ({"attention": "queries", "copies_from": "."}, "leave --attention out"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(text_base: Path, tmp_path: Path, mistake: str) -> None:
+    how, expected = MISTAKES[mistake]
+    if "copies_from" in how:
+        how = how | {"copies_from": str(text_base)}
+    with pytest.raises(UserError, match=expected):
+        expand(str(text_base), str(tmp_path / "grown"), **how)
+    assert not (tmp_path / "grown").exists()
+
+
+def test_where_it_cannot_be(text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    phi = make(tmp_path / "phi", "phi")
+    said = here(capsys, "expand", phi, tmp_path / "no", "--attention", "queries", code=2)
+    assert "attention of the kind phi is not known here" in said
+    here(capsys, "expand", text_base, tmp_path / "grown", "--attention", "queries")
+    here(capsys, "growth", tmp_path / "grown", tmp_path / "package")
+    said = here(
+        capsys, "attach", text_base, f"a={tmp_path / 'package'}", f"b={tmp_path / 'package'}", tmp_path / "x", code=2
+    )
+    assert "query heads have grown in it" in said
