@@ -102,10 +102,13 @@ class Study:
         """Returns the checkpoint that the cell's training starts from: the base, or the base grown."""
         if not cell.layers:
             return Path(self.base)
-        grown = self.work / f"grown-{cell.layers.replace('/', '_')}-{cell.factor}"
+        grown = self.work / "-".join(
+            ["grown", cell.layers.replace("/", "_"), str(cell.factor), *cell.attention.split()]
+        )
         with self.lock(grown.name):
             if not grown.exists():
-                grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}")
+                attention = ("--attention", cell.attention) if cell.attention else ()
+                grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}", *attention)
         return grown
 
     def run(self, cell: Cell) -> None:
