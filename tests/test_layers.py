@@ -1,6 +1,7 @@
 """Imports run one way, and none of them in a circle (grow/README.md has the picture)."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +86,14 @@ def _loaded(path: Path) -> Iterator[ast.AST]:
             continue
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             waiting += list(ast.iter_child_nodes(node))
+
+
+def test_what_is_promised_has_a_test() -> None:
+    """The table of grow/README.md names tests that there are."""
+    named = set(re.findall(r"`(\w+)::(test_\w+)`", (ROOT / "grow/README.md").read_text()))
+    there = {
+        (file.stem.removeprefix("test_"), name)
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 20 and named <= there, named - there
