@@ -16,9 +16,10 @@ LAYOUTS = (
 )
 """The matrices of the MLPs that can grow, by their names in the classes; the last maps back to the hidden size."""
 FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out")
-QUERIES = ("q_proj", "o_proj")
-"""Of attention: what makes query heads, and what maps these back to the hidden size. They grow as an MLP's hidden units
-do."""
+ATTENTION = {"queries": ("q_proj", "o_proj"), "heads": ("q_proj", "k_proj", "v_proj", "o_proj")}
+"""The matrices of attention that grow, by kind; as an MLP's, the last maps back to the hidden size. Query heads share
+the keys and values that are there, whole heads have their own."""
+QUERY, OUTPUT = "q_proj", "o_proj"
 TRANSPOSED = ("gpt2",)
 """Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
 LAYERS = "(?:layers|h)"
@@ -37,7 +38,9 @@ _NOT_PLAIN = {
     ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
-_ADDED = re.compile(rf"\.{_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX}|{'|'.join(QUERIES)})\.)")
+_ADDED = re.compile(
+    rf"\.{_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX}|{'|'.join(ATTENTION['heads'])})\.)"
+)
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
 _OTHER_NAMES = {
     "h": "layers", "wte": "embed_tokens", "embed_in": "embed_tokens", "word_embeddings": "embed_tokens",
@@ -116,7 +119,7 @@ def own_name(key: str) -> str:
 
 def is_down(key: str) -> bool:
     """Says whether a tensor is of the matrix that maps hidden units, or heads, back to the hidden size."""
-    return key.split(".")[-2] in (*DOWN, QUERIES[-1])
+    return key.split(".")[-2] in (*DOWN, OUTPUT)
 
 
 def skill_of(key: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grow.errors import UserError
+from grow.names import ATTENTION
 
 FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION = 1, 2, 3
 _COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
@@ -20,7 +21,8 @@ class GrowthPlan:
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
     the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
     made by g_train, beside their own. `alphas` has the coefficient that each of these layers has at α = 1; if it is
-    empty, that is 1. `attention` are the layers whose query heads have grown, ascending; there k is 2.
+    empty, that is 1. `attention` are the layers whose heads have grown, ascending, of the kind "queries" or "heads"
+    (grow.names.ATTENTION); there k is 2.
     """
 
     factor: int
@@ -28,6 +30,7 @@ class GrowthPlan:
     trained_up: bool = False
     alphas: tuple[float, ...] = ()
     attention: tuple[int, ...] = ()
+    attention_kind: str = ""
 
     def own_alpha(self, layer: int) -> float:
         """Returns the factor that α is multiplied by in a grown layer."""
@@ -53,16 +56,17 @@ class GrowthPlan:
         try:
             factor, layers = parse_factor(growth["factor"]), growth["layers"]
             attention: tuple[int, ...] = ()
+            kind = ""
             if version == ATTENTION_VERSION:
-                attention = _ascending(growth["attention"]["layers"])
-                if growth["attention"]["kind"] != "queries" or not attention or factor != 2:
+                attention, kind = _ascending(growth["attention"]["layers"]), growth["attention"]["kind"]
+                if kind not in ATTENTION or not attention or factor != 2:
                     raise ValueError
             if not _ascending(layers) and not attention:
                 raise ValueError
             alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
             if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):
                 raise ValueError
-            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention)
+            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention, kind)
         except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"

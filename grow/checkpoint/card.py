@@ -37,11 +37,11 @@ def grown_card(growth: dict[str, Any]) -> str:
     base = growth["base"]
     if "skills" in growth:
         return _card(base, "With several skills", _skills(growth))
-    layers, heads = growth["layers"], growth.get("attention", {}).get("layers", [])
+    layers, kind, heads = growth["layers"], *_heads(growth)
     parts = []
     if layers:
         parts.append(f"the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} times as wide")
-    parts += [f"the attention of {len(heads)} layers ({ranges(heads)}) has twice as many query heads"] if heads else []
+    parts += [f"the attention of {len(heads)} layers ({ranges(heads)}) has twice as many {kind}"] if heads else []
     text = f"Grown from `{base['name']}`: {', and '.join(parts)}. "
     text += "The base's weights are in it, bit for bit (`grow base` takes them out again). "
     elsewhere = growth.get("copies_from")
@@ -81,9 +81,9 @@ def stock_card(
         names = ", ".join(f"`{name}` (α = {own['alpha']:g})" for name, own in growth["skills"].items())
         text = f"Made from `{base['name']}` with the skills {names}, all on, joined to one plain MLP a layer. "
     elif growth:
-        layers, heads = growth["layers"], growth.get("attention", {}).get("layers", [])
+        layers, kind, heads = growth["layers"], *_heads(growth)
         parts = [f"its MLPs (layers {ranges(layers)}, {growth['factor']} times as wide)"] if layers else []
-        parts += [f"its query heads (layers {ranges(heads)}, twice as many)"] if heads else []
+        parts += [f"its {kind} (layers {ranges(heads)}, twice as many)"] if heads else []
         text = (
             f"Made from `{base['name']}` by growing {' and '.join(parts)} and training the added copies, then joined "
             "to one plain model. "
@@ -93,6 +93,12 @@ def stock_card(
     if alpha != 1:
         text += f"α = {alpha:g}: between the base (0) and the trained model (1). "
     return _card(base, "Trained", text + _training(about) + _scores(scores))
+
+
+def _heads(growth: dict[str, Any]) -> tuple[str, list[int]]:
+    """Returns which heads of attention have grown, in words, and in which layers."""
+    attention = growth.get("attention", {"kind": "heads", "layers": []})
+    return {"queries": "query heads", "heads": "heads"}[attention["kind"]], attention["layers"]
 
 
 def _own_alphas(growth: dict[str, Any]) -> str:

@@ -18,11 +18,11 @@ from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, read_json
-from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_mlp
+from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_heads, stock_mlp
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import QUERIES, attention_prefix, is_growth, mlp_prefixes, of_skill
+from grow.names import ATTENTION, QUERY, attention_prefix, is_growth, mlp_prefixes, of_skill
 from grow.plan import GrowthPlan, mlp_widths, setting, text_config, width_key
 
 FORMATS = ("stock", "grown")
@@ -142,25 +142,27 @@ def _heads(
     alpha: float,
     dtype: str | None,
 ) -> dict[str, LazyTensor]:
-    """Returns the stock form of query heads that have grown."""
+    """Returns the stock form of heads that have grown."""
     heads = {name: dataclasses.replace(plan, layers=plan.attention, alphas=()) for name, plan in plans.items()}
-    if not any(plan.layers for plan in heads.values()):
+    kind = next((plan.attention_kind for plan in heads.values() if plan.attention), "")
+    if not kind:
         return {}
-    groups = text_config(source.start.config)["num_key_value_heads"]
+    # Copies of queries stand beside those with which they share keys; whole heads in any order.
+    groups = text_config(source.start.config)["num_key_value_heads"] if kind == "queries" else 1
     names = {layer: attention_prefix(prefix) for layer, prefix in prefixes.items()}
-    made = {layer: _blocks(source, heads, layer, prefix, alpha, dtype) for layer, prefix in names.items()}
+    made = {layer: _blocks(source, heads, layer, own, alpha, dtype, ATTENTION[kind]) for layer, own in names.items()}
     units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
     width = max(units.values())
     narrow = [layer for layer, count in units.items() if count < width]
     if narrow and not uniform:
         raise UserError(
-            f"the attention of layers {narrow} has fewer query heads than others, and stock models have one number: "
+            f"the attention of layers {narrow} has fewer heads than others, and stock models have one number: "
             "add --uniform to pad it with heads of zeros"
         )
     found: dict[str, LazyTensor] = {}
     for layer, parts in made.items():
         own_type = dtype or next(iter(parts[0][0].values())).dtype
-        joined = stock_mlp(grouped(parts, groups, width), width, own_type, transposed=False)
+        joined = stock_heads(grouped(parts, groups, width), own_type)
         found |= {f"{names[layer]}.{end}": tensor for end, tensor in joined.items()}
     return found
 
@@ -178,11 +180,17 @@ def _widths(config: dict[str, Any], units: dict[int, int]) -> dict[int, int]:
 
 
 def _blocks(
-    source: TrainedWeights, plans: Mapping[str, GrowthPlan], layer: int, prefix: str, alpha: float, dtype: str | None
+    source: TrainedWeights,
+    plans: Mapping[str, GrowthPlan],
+    layer: int,
+    prefix: str,
+    alpha: float,
+    dtype: str | None,
+    layout: tuple[str, ...] = (),
 ) -> Blocks:
-    """Returns the blocks of a layer's MLP."""
+    """Returns the blocks of a layer's MLP; or of what has the matrices of another layout."""
     start = source.start
-    ends = [f"{name}.{part}" for name in layout_of(start, prefix) for part in ("weight", "bias")]
+    ends = [f"{name}.{part}" for name in layout or layout_of(start, prefix) for part in ("weight", "bias")]
     own = {end: start.lazy(f"{prefix}.{end}") for end in ends if f"{prefix}.{end}" in start.tensors}
     skills = [
         Grown(
@@ -261,11 +269,13 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     before, size = mlp_widths(start.config, len(widths)), setting(text, "intermediate_size")
     one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
     text[width_key(text)] = widths if isinstance(size, list) else one_for_all
-    query = f"{attention_prefix(next(iter(prefixes)))}.{QUERIES[0]}.weight"
+    query = f"{attention_prefix(next(iter(prefixes)))}.{QUERY}.weight"
     if query in tensors and tensors[query].shape != start.tensors[query].shape:
         before = text["num_attention_heads"]
         text["head_dim"] = start.tensors[query].shape[0] // before
         text["num_attention_heads"] = tensors[query].shape[0] // text["head_dim"]
+        keys = tensors[query.replace(QUERY, "k_proj")]
+        text["num_key_value_heads"] = keys.shape[0] // text["head_dim"]
     return {**config, "text_config": text} if "text_config" in config else text
 
 

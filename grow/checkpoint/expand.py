@@ -22,9 +22,9 @@ from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError, one_line
 from grow.names import (
+    ATTENTION,
     FUSED,
     LAYOUTS,
-    QUERIES,
     TRANSPOSED,
     attention_prefix,
     canonical,
@@ -62,7 +62,7 @@ def make_plan(
     base: Checkpoint, factor: int | str = 2, layers: str = "all", attention: str = "", attention_layers: str = ""
 ) -> tuple[GrowthPlan, dict[int, str]]:
     """Returns the plan for a base, and the key prefix of each layer's MLP. `layers` may be "none" where `attention`
-    grows: "queries", in `attention_layers`. Raises UserError if the base cannot be grown."""
+    grows: "queries" or "heads", in `attention_layers`. Raises UserError if the base cannot be grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
@@ -72,11 +72,10 @@ def make_plan(
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
     plan = GrowthPlan(parse_factor(factor), ())
     if attention_layers and not attention:
-        raise UserError("--attention-layers: for --attention queries")
+        raise UserError("--attention-layers: says where, with --attention queries or heads")
     if attention:
-        plan = dataclasses.replace(
-            plan, attention=_attention(base, plan, prefixes, attention, attention_layers or "all")
-        )
+        chosen = _attention(base, plan, prefixes, attention, attention_layers or "all")
+        plan = dataclasses.replace(plan, attention=chosen, attention_kind=attention)
     if not (attention and str(layers).strip() == "none"):
         plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
     return plan, prefixes
@@ -85,23 +84,24 @@ def make_plan(
 def _attention(
     base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str], attention: str, layers: str
 ) -> tuple[int, ...]:
-    """Returns the layers whose query heads grow. Raises UserError where they cannot."""
-    if attention != "queries":
-        raise UserError(f"--attention {attention}: there is queries")
+    """Returns the layers whose heads grow. Raises UserError where they cannot."""
+    if attention not in ATTENTION:
+        raise UserError(f"--attention {attention}: there are {' and '.join(ATTENTION)}")
     if plan.factor != 2:
-        raise UserError(f"--attention queries: grows by a factor of 2 alone, not of {plan.factor}")
+        raise UserError(f"--attention {attention}: grows by a factor of 2 alone, not of {plan.factor}")
     text = text_config(base.config)
     if text.get("model_type") not in ATTENTION_TYPES:
         raise UserError(
-            f"--attention queries: {base.path}: attention of the kind {text.get('model_type')} is not known here; of "
-            f"{', '.join(ATTENTION_TYPES)} it is"
+            f"--attention {attention}: {base.path}: the attention of {text.get('model_type')} is not known here; that "
+            f"of {', '.join(ATTENTION_TYPES)} is"
         )
     chosen = parse_layers(layers, len(prefixes), "--attention-layers")
     for layer in chosen:
-        query, output = (f"{attention_prefix(prefixes[layer])}.{name}.weight" for name in QUERIES)
-        shapes = [base.tensors[name].shape if name in base.tensors else () for name in (query, output)]
-        if len(shapes[0]) != 2 or shapes[0] != shapes[1][::-1]:
-            raise UserError(f"{base.path}: {query} and {output} are {shapes[0]} and {shapes[1]}, which do not fit")
+        names = [f"{attention_prefix(prefixes[layer])}.{name}.weight" for name in ATTENTION["heads"]]
+        shapes = [base.tensors[name].shape if name in base.tensors else () for name in names]
+        widths = {shape[1] for shape in (*shapes[:-1], shapes[-1][::-1]) if len(shape) == 2}
+        if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or shapes[1] != shapes[2]:
+            raise UserError(f"{base.path}: {names[0]}, k_proj, v_proj and o_proj are {shapes}, which do not fit")
     return chosen
 
 
@@ -115,7 +115,7 @@ def check_grown(
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
         asked = f"layers {', '.join(map(str, wanted.layers)) or 'none'} by {wanted.factor}"
-        asked += f", and the query heads of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
+        asked += f", and the {attention} of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
     from_there = Checkpoint(out).config["growth"].get("copies_from", "")
     wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
@@ -190,10 +190,8 @@ def is_transposed(config: dict[str, Any]) -> bool:
 
 
 def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
-    """Returns the names of the matrices of an MLP, or of an attention's query heads."""
-    return next(
-        names for names in (*LAYOUTS, QUERIES) if all(f"{prefix}.{name}.weight" in base.tensors for name in names)
-    )
+    """Returns the names of the matrices of an MLP."""
+    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
 
 
 def added_tensors(
@@ -203,7 +201,7 @@ def added_tensors(
     it; in gate_up_proj copies of gate stand above those of up), in the base's dtype.
 
     gate and up: [(k−1)·p, h], copies concatenated by rows. down: [h, (k−1)·p], copies concatenated by columns, each
-    divided by k; in a GPT-2 all of them transposed. Query heads likewise, by q_proj and o_proj. Biases, where the base
+    divided by k; in a GPT-2 all of them transposed. Heads of attention likewise, o_proj as down. Biases, where the base
     has them: [(k−1)·p] copied; the down-projection's [h] once, times (k−1)/k. With `copies` they are of that
     checkpoint's MLPs in place of the base's.
     """
@@ -214,9 +212,10 @@ def added_tensors(
     for layer in (*plan.layers, *plan.attention):
         if layer not in prefixes:
             raise UserError(f"layer {layer} has no MLP to grow; layers that have one: {sorted(prefixes)}")
-    heads = [attention_prefix(prefixes[layer]) for layer in plan.attention]
-    for prefix in [*(prefixes[layer] for layer in plan.layers), *heads]:
-        for projection in layout_of(base, prefix):
+    parts = {prefixes[layer]: layout_of(base, prefixes[layer]) for layer in plan.layers}
+    parts |= {attention_prefix(prefixes[layer]): ATTENTION[plan.attention_kind] for layer in plan.attention}
+    for prefix, layout in parts.items():
+        for projection in layout:
             for part in _PARTS:
                 name = f"{prefix}.{projection}.{part}"
                 if name not in base.tensors:
@@ -347,7 +346,7 @@ def expand(
     added = added_tensors(base, plan, prefixes, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
-    request |= {"attention": plan.attention} if plan.attention else {}
+    request |= {"attention": [plan.attention_kind, plan.attention]} if plan.attention else {}
     request |= {"copies": copies.identity()} if copies is not None else {}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         identity = hasher.submit(base_identity, base)
@@ -413,7 +412,7 @@ def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTen
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
-        **({"attention_layers": list(plan.attention)} if plan.attention else {}),
+        **({"attention": plan.attention_kind, "attention_layers": list(plan.attention)} if plan.attention else {}),
         "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
         "trained_parameters": {"g_freeze": count, "g_train": count + up},

@@ -81,7 +81,7 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
             raise UserError(f"attach: {name} and {twice} are the same growth; attach it once")
         if "attention" in facts:
             raise UserError(
-                f"attach: {package}: query heads have grown in it; attach it alone, as several it cannot be"
+                f"attach: {package}: heads of attention have grown in it; attach it alone, as several it cannot be"
             )
         sums_of[name] = facts["tensors"]
         known |= {key: facts[key] for key in ("base", "base_tensors")} | check_same_base(own, facts)

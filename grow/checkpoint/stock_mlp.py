@@ -10,8 +10,8 @@ Where gate and up are one matrix, all gates stand above all ups.
 
 A biased down-projection's bias is the sum of the blocks'.
 
-Query heads are blocks as well, q_proj as up and o_proj as down. Heads that share keys and values stand together: of
-each group the base's own come first, then their copies.
+Heads of attention are blocks as well, o_proj being their down-projection. Query heads that share keys and values stand
+together: of each group the base's own come first, then their copies.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from grow.checkpoint.dtypes import widest
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
 from grow.names import DOWN as MLP_DOWN
-from grow.names import FUSED, QUERIES
+from grow.names import FUSED, OUTPUT
 
-DOWN = (*MLP_DOWN, QUERIES[-1])
+DOWN = (*MLP_DOWN, OUTPUT)
 _HALVES = ("gate_proj.weight", "up_proj.weight")
 Tensors = Mapping[str, LazyTensor]
 """Tensors of an MLP by the ends of their names, such as gate_proj.weight."""
@@ -69,8 +69,19 @@ def stock_mlp(parts: Blocks, width: int, target: str, transposed: bool) -> dict[
     }
 
 
+def stock_heads(parts: Blocks, target: str) -> dict[str, LazyTensor]:
+    """Returns the tensors of an attention with the heads of all blocks, by the ends of their names, in the float type
+    `target`."""
+    found = {}
+    for name in parts[0][0]:
+        own = [(tensors[name], factor) for tensors, factor in parts]
+        axis = 1 if _is(name, DOWN, "weight") else 0
+        found[name] = _joined(name, own, sum(tensor.shape[axis] for tensor, _ in own), target)
+    return found
+
+
 def grouped(parts: Blocks, groups: int, width: int) -> Blocks:
-    """Returns blocks of query heads cut into the groups that share keys and values, group after group; each group is
+    """Returns blocks of heads cut into the groups that share keys and values, group after group; each group is
     filled with heads of zeros, which add nothing, up to its share of `width`."""
     found: Blocks = []
     for group in range(groups):
@@ -79,7 +90,8 @@ def grouped(parts: Blocks, groups: int, width: int) -> Blocks:
             cut.append(({name: _group(name, own, group, groups) for name, own in tensors.items()}, factor))
         room = width // groups - hidden_units(cut, False)
         if room:
-            cut.append(({name: _emptied(name, own, room) for name, own in parts[0][0].items()}, 1.0))
+            share = room / hidden_units(parts[:1], False)
+            cut.append(({name: _emptied(name, own, share) for name, own in parts[0][0].items()}, 1.0))
         found += cut
     return found
 
@@ -90,11 +102,13 @@ def _group(name: str, tensor: LazyTensor, group: int, groups: int) -> LazyTensor
     return tensor.part(1 if _is(name, DOWN, "weight") else 0, group, groups)
 
 
-def _emptied(name: str, tensor: LazyTensor, units: int) -> LazyTensor:
+def _emptied(name: str, tensor: LazyTensor, share: float) -> LazyTensor:
+    """Returns zeros like a tensor, of a share of its heads."""
     if _is(name, DOWN, "bias"):
         return zeros(tensor.shape, tensor.dtype)
     shape = list(tensor.shape)
-    shape[1 if _is(name, DOWN, "weight") else 0] = units
+    axis = 1 if _is(name, DOWN, "weight") else 0
+    shape[axis] = round(shape[axis] * share)
     return zeros(tuple(shape), tensor.dtype)
 
 

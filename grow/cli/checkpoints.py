@@ -27,7 +27,8 @@ def plan(
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
             top:6:ranking.json or top:6:DIR (learn-alphas); "all" if nothing is said of attention.
-        attention: "queries": the query heads of attention are copied as well, or alone where --layers is not given.
+        attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
+            values of their own) are copied as well, or alone where --layers is not given.
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         world_size: For a recipe: how many GPUs.
         gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
@@ -80,7 +81,8 @@ def expand(
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         copies_from: A checkpoint of the same shape, whose MLPs are copied in place of the base's; the start is then the
             mean of both, and the base at α = 0 alone.
-        attention: "queries": the query heads of attention are copied as well, or alone where --layers is not given.
+        attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
+            values of their own) are copied as well, or alone where --layers is not given.
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         json: Print one JSON object.
     """

@@ -11,9 +11,9 @@ def plan_text(r: dict[str, Any]) -> str:
     """Returns the text of `plan` and `expand`."""
     added, base = r["added_parameters"], r["base_parameters"]
     trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
-    layers, heads = r["layers"], r.get("attention_layers", [])
+    layers, heads, kind = r["layers"], r.get("attention_layers", []), r.get("attention", "")
     grown = f"{len(layers)} layers ({ranges(layers)})" if layers else ""
-    grown += (" and " * bool(grown) + f"the query heads of {len(heads)} ({ranges(heads)})") if heads else ""
+    grown += (" and " * bool(grown) + f"the {kind} of {len(heads)} ({ranges(heads)})") if heads else ""
     return (
         f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
         f"grown by a factor of {r['factor']}: {grown}\n"

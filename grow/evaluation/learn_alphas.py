@@ -39,7 +39,9 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
     refuse_existing(Path(out))
     plan = GrowthPlan.from_config(Checkpoint(path).config)
     if plan is not None and plan.attention:
-        raise UserError(f"{path}: its query heads have grown, and only layers of MLPs have an α of their own so far")
+        raise UserError(
+            f"{path}: heads of its attention have grown, and only layers of MLPs have an α of their own so far"
+        )
     if plan is None:
         raise UserError(f"{path}: was not grown, so its layers have no interpolation coefficient")
     tokenizer = load_tokenizer(path)

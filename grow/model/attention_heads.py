@@ -1,21 +1,24 @@
-"""Query heads that have grown: an attention whose heads are copied as an MLP's hidden units are (grow.model.mlp).
+"""Heads of attention that have grown: they are copied as an MLP's hidden units are (grow.model.mlp).
 
-    y = (1 − α/2) · O a(Q x, K x, V x) + α · O' a(Q' x, K x, V x)
+    y = (1 − α/2) · O a(Q x, K x, V x) + α · O' a(Q' x, K x, V x)        kind "queries"
+    y = (1 − α/2) · O a(Q x, K x, V x) + α · O' a(Q' x, K' x, V' x)      kind "heads"
 
-Q' begins as Q and O' as O/2. Keys and values are the base's own, and so is what a KV cache holds. At step 0 the copies'
-part is exactly half of the base's, and the sum of two halves the base's bits.
+The copies begin as what they are copies of, O' as O/2. Query heads use the base's own keys and values, and so does a KV
+cache; whole heads have their own, which a KV cache holds beside the base's. At step 0 the copies' part is exactly half
+of the base's, and the sum of two halves the base's bits.
 """
 
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
 from grow.model.layouts import decoder_attentions, mix_in, stock_class, width
 from grow.model.mlp import Between, GrownBranch, GrownMLP, grown_mlps, with_growth
-from grow.names import QUERIES
+from grow.names import ATTENTION
 from grow.plan import GrowthPlan
 
 
@@ -28,7 +31,10 @@ class GrownAttention(GrownMLP):
         if self.alpha == 0:
             return attend(self, hidden_states, *args, **kwargs)
         if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"] = _SameKeys(kwargs["past_key_values"])
+            cache = _SameKeys(kwargs["past_key_values"])
+            if "k_proj" in self.grown.layout:
+                cache.beside = _keys(attend, self.grown, hidden_states, args, kwargs)
+            kwargs["past_key_values"] = cache
         own = self if self.trained is None else Between(self, self.trained, self.alpha)
         base, *others = attend(own, hidden_states, *args, **kwargs)
         copies = attend(self.grown, hidden_states, *args, **kwargs)[0]
@@ -36,31 +42,60 @@ class GrownAttention(GrownMLP):
 
 
 class _SameKeys:
-    """Stands for a KV cache that two branches share: it takes the keys and values once, and gives both the same."""
+    """Stands for a KV cache that two branches share. The first that comes has its keys and values put in, with those of
+    the other `beside` them as further heads, if that has its own. Each is given what there is of its own."""
 
     def __init__(self, cache: Any):
-        self._cache, self._seen = cache, None
+        self._cache = cache
+        self._seen: Any = None
+        self.beside: tuple[Tensor, Tensor] | None = None
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns all keys and values that there are now."""
-        if self._seen is None:
-            self._seen = self._cache.update(*args, **kwargs)
-        return self._seen
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Returns all keys and values that there are now, [batch, heads, tokens, features] each."""
+        heads, seen = keys.shape[1], self._seen
+        if seen is not None:
+            return seen if self.beside is None else tuple(both[:, heads:] for both in seen)
+        if self.beside is not None:
+            keys, values = torch.cat((keys, self.beside[0]), 1), torch.cat((values, self.beside[1]), 1)
+        seen = self._seen = self._cache.update(keys, values, *args, **kwargs)
+        return seen if self.beside is None else tuple(both[:, :heads] for both in seen)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def add_queries(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives the attention of a plan's layers copies of its query heads, uninitialised, in place. Raises UserError where
-    the model has no such attention."""
+class _Keys:
+    """Stands for a KV cache that is only told of keys and values."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+        """Ends the pass that made them."""
+        raise _Made((keys, values))
+
+
+class _Made(Exception):
+    """Carries keys and values."""
+
+
+def _keys(attend: Any, branch: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns the keys and values that a branch makes of x; its code knows how."""
+    try:
+        attend(branch, x, *args, **kwargs | {"past_key_values": _Keys()})
+    except _Made as made:
+        found: tuple[Tensor, Tensor] = made.args[0]
+        return found
+    raise AssertionError("an attention that asks no KV cache")
+
+
+def add_heads(model: nn.Module, plan: GrowthPlan) -> None:
+    """Gives the attention of a plan's layers copies of its heads, uninitialised, in place. Raises UserError where the
+    model has no such attention."""
     there = decoder_attentions(model) if plan.attention else {}
     missing = sorted(set(plan.attention) - set(there))
     if missing:
         raise UserError(f"growth of the attention of layers {missing} does not fit the model")
     for layer in plan.attention:
         attention: Any = there[layer]
-        attention.__dict__["layout"] = QUERIES
+        attention.__dict__["layout"] = ATTENTION[plan.attention_kind]
         mix_in(attention, GrownAttention, "Grown")
         attention.factor, attention.alpha, attention.trained = plan.factor, 1.0, None
         attention.grown = GrownBranch(attention, width(attention))
@@ -69,7 +104,7 @@ def add_queries(model: nn.Module, plan: GrowthPlan) -> None:
 
 
 def grown_attentions(model: nn.Module) -> Iterator[Any]:
-    """Returns the attentions of a model whose query heads have grown, lowest layer first."""
+    """Returns the attentions of a model whose heads have grown, lowest layer first."""
     return (part for _, part in sorted(decoder_attentions(model).items()) if isinstance(part, GrownAttention))
 
 

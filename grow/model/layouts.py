@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, QUERIES
+from grow.names import ATTENTION, FUSED, LAYERS, LAYOUTS, OTHER_TOWERS
 
 _MLP_MODULE, _ATTENTION_MODULE = (re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.{part}$") for part in ("mlp", "self_attn"))
 
@@ -30,11 +30,11 @@ def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def decoder_attentions(model: nn.Module) -> dict[int, nn.Module]:
-    """Returns the attentions of the decoder layers, by layer, that have query heads of their own."""
+    """Returns the attentions of the decoder layers, by layer, that have q_proj, k_proj, v_proj and o_proj."""
     found = {}
     for name, module in model.named_modules():
         match = _ATTENTION_MODULE.search(name)
-        if match and not OTHER_TOWERS.search(name) and all(hasattr(module, part) for part in QUERIES):
+        if match and not OTHER_TOWERS.search(name) and all(hasattr(module, part) for part in ATTENTION["heads"]):
             found[int(match[1])] = module
     return found
 

@@ -16,7 +16,7 @@ from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
-from grow.model.attention_heads import add_queries
+from grow.model.attention_heads import add_heads
 from grow.model.layouts import decoder_mlps
 from grow.model.lora import add_gates
 from grow.model.mlp import add_growth
@@ -45,7 +45,7 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         plan = GrowthPlan.from_config({"growth": config.growth})
         assert plan is not None
         add_growth(self, plan)
-        add_queries(self, plan)
+        add_heads(self, plan)
 
     members = {"__init__": __init__, "__module__": cls.__module__, "stock_class": cls}
     # Under the stock class's name, which transformers writes to config.json and compares with those that it knows.

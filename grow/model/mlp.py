@@ -26,11 +26,11 @@ from grow.model.layouts import (
     decoder_mlps,
     down_layer,
     down_name,
-    halves,
     hidden_size,
     layer_like,
     layout_of,
     mix_in,
+    sizes,
     stock_class,
     up_names,
     width,
@@ -146,7 +146,9 @@ def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
     """Gives a module gate and up of so many hidden units, in the layout of an MLP, uninitialised."""
     module.__dict__["layout"] = layout_of(mlp)
     for name in up_names(mlp):
-        module.add_module(name, layer_like(getattr(mlp, name), hidden_size(mlp), units * halves(mlp), **kind))
+        own = getattr(mlp, name)
+        # Keys and values have fewer heads than queries, gate and up in one matrix are twice the units.
+        module.add_module(name, layer_like(own, hidden_size(mlp), units * sizes(own)[1] // width(mlp), **kind))
 
 
 def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:

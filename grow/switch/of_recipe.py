@@ -81,7 +81,9 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config)
     if plan is not None and plan.attention:
-        raise UserError(f"switch: {start.path}: its query heads have grown, below which a switch cannot read yet")
+        raise UserError(
+            f"switch: {start.path}: heads of its attention have grown, below which a switch cannot read yet"
+        )
     layers = plan.layers if plan else growing_layers(recipe.layers, len(mlp_prefixes(start.tensors)), start.config)
     return layers[0]
 

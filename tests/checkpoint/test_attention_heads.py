@@ -1,4 +1,4 @@
-"""Query heads that have grown: exact at step 0, with a KV cache too; trained and resumed; their stock form."""
+"""Heads of attention that have grown: exact at step 0, with a KV cache too; trained and resumed; their stock form."""
 
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ def move(grown: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", ["queries", "heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, heads: str, dtype: torch.dtype) -> None:
     """All logits are equal: in a pass, in packed rows, token by token with a KV cache; and once moved, at α = 0."""
     base = base_of(tmp_path, text_base, kind)
-    expand(str(base), str(tmp_path / "grown"), layers="none", attention="queries")
+    expand(str(base), str(tmp_path / "grown"), layers="none", attention=heads)
     assert verify(str(tmp_path / "grown"), str(base))["problems"] == []
     models = [load(path, dtype).requires_grad_(False) for path in (base, tmp_path / "grown")]
     assert len(list(grown_attentions(models[1]))) == models[1].config.get_text_config().num_hidden_layers
@@ -71,11 +72,12 @@ def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, dtype
         assert torch.equal(*(model(tokens(20)).logits for model in models))
 
 
+@pytest.mark.parametrize("heads", ["queries", "heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str) -> None:
+def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str, heads: str) -> None:
     """Of some layers, padded; at α = 0.5 too; with a cache and without, as the grown model computes."""
     base = base_of(tmp_path, text_base, kind)
-    expand(str(base), str(tmp_path / "start"), layers="0", attention="queries", attention_layers="1-2")
+    expand(str(base), str(tmp_path / "start"), layers="0", attention=heads, attention_layers="1-2")
     move(tmp_path / "start")
     model = load(tmp_path / "start", torch.float32)
     for alpha in (1.0, 0.5):
@@ -84,22 +86,26 @@ def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str) -> None:
             consolidate(str(tmp_path / "start"), str(out), alpha=alpha)
         consolidate(str(tmp_path / "start"), str(out), alpha=alpha, uniform=True, dtype="float32")
         stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        heads = [one.config.get_text_config().num_attention_heads for one in (stock, load(base))]
-        assert heads[0] == 2 * heads[1]
+        after, before = (one.config.get_text_config() for one in (stock, load(base)))
+        assert after.num_attention_heads == 2 * before.num_attention_heads
+        assert after.num_key_value_heads == (2 if heads == "heads" else 1) * before.num_key_value_heads
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock), logits(model), atol=1e-4)
         ids = [one.generate(tokens(9), max_new_tokens=6, do_sample=False) for one in (stock, model)]
         assert torch.equal(*ids)
 
 
-@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
-def test_it_trains(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture, method: str) -> None:
+@pytest.mark.parametrize(("method", "heads"), [("g_freeze", "queries"), ("g_train", "queries"), ("g_train", "heads")])
+def test_it_trains(
+    text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture, method: str, heads: str
+) -> None:
     """A run resumes in the same bits; its growth, on the base again, computes the same; the base comes out of it."""
-    expand(str(text_base), str(tmp_path / "grown"), layers="none", attention="queries")
+    expand(str(text_base), str(tmp_path / "grown"), layers="none", attention=heads)
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, method=method)
     weights = train_and_resume(recipe, 1)
-    names = {"self_attn.grown.q_proj", "self_attn.grown.o_proj"}
-    names |= {"self_attn.trained.q_proj"} if method == "g_train" else set()
+    up = ["q_proj"] if heads == "queries" else ["q_proj", "k_proj", "v_proj"]
+    names = {f"self_attn.grown.{name}" for name in (*up, "o_proj")}
+    names |= {f"self_attn.trained.{name}" for name in up} if method == "g_train" else set()
     assert {name.split(".", 3)[3].removesuffix(".weight") for name in weights} == names
     run = tmp_path / "run"
     consolidate_run(str(run), str(tmp_path / "still"), "grown")
@@ -114,23 +120,23 @@ def test_it_trains(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.C
     assert torch.allclose(logits(stock), expected, atol=1e-3)
     extract_base(str(tmp_path / "still"), str(tmp_path / "base"))
     assert folder_checksums(tmp_path / "base") == folder_checksums(text_base)
-    assert "query heads" in here(capsys, "plan", text_base, "--attention", "queries")
+    assert f"the {heads} of 4" in here(capsys, "plan", text_base, "--attention", heads)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 2), (2, 3)])
-def test_it_trains_on_two_ranks(text_base: Path, sums: Path, tmp_path: Path, ranks: int, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "heads"), [(1, "queries"), (2, "heads"), (3, "queries"), (3, "heads")])
+def test_it_trains_on_two_ranks(text_base: Path, sums: Path, tmp_path: Path, stage: int, heads: str) -> None:
     """With MLPs of one layer grown beside."""
-    expand(str(text_base), str(tmp_path / "grown"), layers="1", attention="queries", attention_layers="0,3")
+    expand(str(text_base), str(tmp_path / "grown"), layers="1", attention=heads, attention_layers="0,3")
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, method="g_train")
-    weights = train_and_resume(recipe, ranks)
-    assert len(weights) == 2 * 3 + 5
+    weights = train_and_resume(recipe, 2)
+    assert len(weights) == 2 * (3 if heads == "queries" else 7) + 5
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no such part": ({"attention": "keys"}, "there is queries"),
+    "no such part": ({"attention": "keys"}, "there are queries and heads"),
     "a factor": ({"attention": "queries", "factor": 4}, "a factor of 2 alone"),
-    "layers of nothing": ({"attention_layers": "1"}, "for --attention queries"),
+    "layers of nothing": ({"attention_layers": "1"}, "with --attention queries or heads"),
     "a layer that is not there": ({"attention": "queries", "attention_layers": "9"}, "--attention-layers 9: layer 9"),
     "copies of others": ({"attention": "queries", "copies_from": "."}, "leave --attention out"),
 }
@@ -149,10 +155,10 @@ def test_mistakes(text_base: Path, tmp_path: Path, mistake: str) -> None:
 def test_where_it_cannot_be(text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     phi = make(tmp_path / "phi", "phi")
     said = here(capsys, "expand", phi, tmp_path / "no", "--attention", "queries", code=2)
-    assert "attention of the kind phi is not known here" in said
+    assert "the attention of phi is not known here" in said
     here(capsys, "expand", text_base, tmp_path / "grown", "--attention", "queries")
     here(capsys, "growth", tmp_path / "grown", tmp_path / "package")
     said = here(
         capsys, "attach", text_base, f"a={tmp_path / 'package'}", f"b={tmp_path / 'package'}", tmp_path / "x", code=2
     )
-    assert "query heads have grown in it" in said
+    assert "heads of attention have grown in it" in said
