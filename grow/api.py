@@ -5,6 +5,7 @@ packages that `grow growth` or a run wrote.
 """
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,35 +32,33 @@ from grow.methods.g_freeze import GFreeze
 from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
+from grow.model.attention_heads import add_heads, grown_attentions, grown_parts
 from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.layouts import up_layers
 from grow.model.mlp import add_growth, grown_mlps
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
-from grow.plan import FORMAT_VERSION, GrowthPlan
+from grow.plan import GrowthPlan
 
 __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable"]
 
 
-def grow_model(model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2) -> PreTrainedModel:
+def grow_model(
+    model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2, attention: str = ""
+) -> PreTrainedModel:
     """Grows a loaded model's MLPs in place, and returns it: with factor 2 its outputs stay exactly the same.
 
     Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
-    of these MLPs becomes `factor` times as wide. Raises UserError for a model that cannot be grown.
+    of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" the heads of all layers are
+    copied too; `layers` may be "none" then. Raises UserError for a model that cannot be grown.
     """
     base = InMemoryCheckpoint(model)
     text = layers if isinstance(layers, str) else ",".join(map(str, layers))
-    plan, prefixes = make_plan(base, factor, text)
+    plan, prefixes = make_plan(base, factor, text, attention)
     _add(model, plan)
     fill(model, added_tensors(base, plan, prefixes))
-    model.config.growth = {
-        "format_version": FORMAT_VERSION,
-        "factor": plan.factor,
-        "layers": list(plan.layers),
-        "trained": None,
-        "base": {"name": str(base.path), "files": {}},
-    }
+    model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
     return model
 
 
@@ -74,7 +73,7 @@ def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Param
         raise UserError(f"trainable: {method}: there are g_freeze and g_train; other methods train by a recipe")
     _plan_of(model)
     cls().prepare(model)
-    model.config.growth["trained_up"] = any(mlp.trained is not None for mlp in grown_mlps(model))
+    model.config.growth["trained_up"] = any(part.trained is not None for part in grown_parts(model))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -150,10 +149,12 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     plan = _plan_of(model)
     if isinstance(model, SwitchedModel) and not without_switch:
         raise UserError(f"{out}: the model has a switch, and a stock checkpoint cannot: pass without_switch=True")
-    alphas = tuple(float(mlp.alpha) for mlp in grown_mlps(model))
+    # One α is of all attentions; MLPs may each have their own beside it.
+    common = next((float(part.alpha) for part in grown_attentions(model)), 1.0)
+    alphas = tuple(float(mlp.alpha) / common if common else 0.0 for mlp in grown_mlps(model))
     source = TrainedWeights(InMemoryCheckpoint(model))
-    plan = GrowthPlan(plan.factor, plan.layers, plan.trained_up, alphas)
-    tensors = stock_tensors(source, {"": plan}, uniform, 1.0, None)
+    plan = dataclasses.replace(plan, alphas=alphas)
+    tensors = stock_tensors(source, {"": plan}, uniform, common, None)
     config = type(model.config).from_dict(stock_config(source, tensors))
     with torch.device("meta"):
         stock = getattr(type(model), "stock_class", type(model))(config)
@@ -172,19 +173,19 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
 
 
 def _plan_of(model: PreTrainedModel) -> GrowthPlan:
-    mlps = list(grown_mlps(model))
     plan = GrowthPlan.from_config({"growth": getattr(model.config, "growth", None)})
-    if plan is None or not mlps:
+    if plan is None or not any(True for _ in grown_parts(model)):
         raise UserError(f"{type(model).__name__}: has not grown; call grow.grow_model(model), or load a grown one")
     return plan
 
 
 def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
-    """Adds the modules of a plan, where the MLPs are and in their dtype."""
+    """Adds the modules of a plan, where the base's own are and in their dtype."""
     add_growth(model, plan)
-    for mlp in grown_mlps(model):
-        own = up_layers(mlp)[0].weight
-        for added in filter(None, (mlp.grown, mlp.trained)):
+    add_heads(model, plan)
+    for part in grown_parts(model):
+        own = up_layers(part)[0].weight
+        for added in filter(None, (part.grown, part.trained)):
             added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
 
 

@@ -36,6 +36,14 @@ class GrowthPlan:
         """Returns the factor that α is multiplied by in a grown layer."""
         return self.alphas[self.layers.index(layer)] if self.alphas else 1.0
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what the "growth" object of a checkpoint's config says of it before training."""
+        facts: dict[str, Any] = {"format_version": FORMAT_VERSION, "factor": self.factor, "layers": list(self.layers)}
+        if self.attention:
+            facts["format_version"] = ATTENTION_VERSION
+            facts["attention"] = {"kind": self.attention_kind, "layers": list(self.attention)}
+        return facts
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":
         """Reads the "growth" object of a checkpoint's config; None if the checkpoint is not grown."""

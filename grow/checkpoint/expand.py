@@ -33,8 +33,6 @@ from grow.names import (
     mlp_prefixes,
 )
 from grow.plan import (
-    ATTENTION_VERSION,
-    FORMAT_VERSION,
     GrowthPlan,
     growing_layers,
     mlp_widths,
@@ -353,14 +351,7 @@ def expand(
         link_base(folder, base)
         checksums = folder.write_shards(shards, progress)
         files, base_tensors = identity.result()
-        growth = {
-            "format_version": ATTENTION_VERSION if plan.attention else FORMAT_VERSION,
-            "factor": plan.factor,
-            "layers": list(plan.layers),
-            **({"attention": {"kind": attention, "layers": list(plan.attention)}} if plan.attention else {}),
-            "trained": None,
-            "base": {**base_facts(base), "files": files},
-        }
+        growth = plan.facts() | {"trained": None, "base": {**base_facts(base), "files": files}}
         growth |= {"copies_from": base_facts(copies)["name"]} if copies is not None else {}
         weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
         weight_map |= files_of(shards)

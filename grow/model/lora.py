@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grow.model.where_on import where_on
-from grow.names import LAYERS
+from grow.names import LAYERS, is_copy
 
 _LAYER = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.(\w+)")
 
@@ -33,11 +33,7 @@ class SwitchedLora:
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Returns PEFT's linear layers outside of grown MLPs, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and ".mlp.grown." not in name
-    }
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and not is_copy(name)}
 
 
 def highest_unchanged(names: list[str]) -> int:

@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import grow
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
+from grow.methods import read_recipe
 from grow.model.alpha import base_inside, set_alpha
 from grow.model.attention_heads import grown_attentions
 from grow.model.loading import load
+from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume
@@ -162,3 +165,39 @@ def test_where_it_cannot_be(text_base: Path, tmp_path: Path, capsys: pytest.Capt
         capsys, "attach", text_base, f"a={tmp_path / 'package'}", f"b={tmp_path / 'package'}", tmp_path / "x", code=2
     )
     assert "heads of attention have grown in it" in said
+
+
+@pytest.mark.parametrize("heads", ["queries", "heads"])
+def test_in_memory(text_base: Path, tmp_path: Path, heads: str) -> None:
+    """Grown and trained in a loop of one's own; the package on a loaded base; a stock checkpoint, at α = 0.5 too."""
+    model: Any = AutoModelForCausalLM.from_pretrained(text_base, dtype=torch.float32)
+    before = logits(model)
+    grow.grow_model(model, layers="1,2", attention=heads)
+    assert torch.equal(logits(model), before)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in grow.trainable(model, "g_train"):
+        parameter.data += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    grow.save_growth(model, tmp_path / "package")
+    other = grow.attach(AutoModelForCausalLM.from_pretrained(text_base, dtype=torch.float32), tmp_path / "package")
+    assert torch.equal(logits(other), logits(model)) and not torch.equal(logits(model), before)
+    for alpha in (1.0, 0.5, 0.0):
+        grow.set_alpha(model, alpha)
+        grow.to_stock(model, tmp_path / f"stock-{alpha}", uniform=True)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / f"stock-{alpha}", dtype=torch.float32)
+        assert torch.allclose(logits(stock), logits(model), atol=1e-4)
+    assert torch.equal(logits(model), before)
+
+
+def test_g_lora(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """A low-rank update of the copied heads."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="none", attention="queries")
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, method="g_lora", lora_rank=2)
+    weights = train_and_resume(recipe, 1)
+    assert len(weights) == 4 * 2 * 2 and all(".self_attn.grown." in name for name in weights)
+    consolidate_run(str(tmp_path / "run"), str(tmp_path / "still"), "grown")
+    assert verify(str(tmp_path / "still"), str(text_base))["problems"] == []
+    recipe = make_recipe(
+        tmp_path / "s.yaml", text_base, tmp_path / "grown", sums, 1, method="g_lora", lora_targets=["gate_proj"]
+    )
+    with pytest.raises(UserError, match="gate_proj"):
+        check_run(read_recipe(str(recipe)))
