@@ -44,22 +44,30 @@ __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "set_swit
 
 
 def grow_model(
-    model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2, attention: str = ""
+    model: PreTrainedModel,
+    layers: str | Iterable[int] = "all",
+    factor: int = 2,
+    attention: str = "",
+    attention_layers: str | Iterable[int] = "",
 ) -> PreTrainedModel:
-    """Grows a loaded model's MLPs in place, and returns it: with factor 2 its outputs stay exactly the same.
+    """Grows a loaded model's MLPs, or heads of its attention, in place, and returns it: with factor 2 its outputs stay
+    exactly the same.
 
     Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
-    of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" the heads of all layers are
-    copied too; `layers` may be "none" then. Raises UserError for a model that cannot be grown.
+    of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" those are copied too, in
+    `attention_layers` or all; `layers` may be "none", or empty, then. Raises UserError for a model that cannot grow.
     """
     base = InMemoryCheckpoint(model)
-    text = layers if isinstance(layers, str) else ",".join(map(str, layers))
-    plan, prefixes = make_plan(base, factor, text, attention)
+    plan, prefixes = make_plan(base, factor, _listed(layers) or "none", attention, _listed(attention_layers))
     _add(model, plan)
     fill(model, added_tensors(base, plan, prefixes))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
     return model
+
+
+def _listed(layers: str | Iterable[int]) -> str:
+    return layers if isinstance(layers, str) else ",".join(map(str, layers))
 
 
 def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Parameter]:

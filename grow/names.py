@@ -108,7 +108,7 @@ def is_copy(key: str) -> bool:
 
 
 def is_trained_up(key: str) -> bool:
-    """Says whether a tensor is of an up-projection that g_train trained beside the base's own."""
+    """Says whether a tensor is of what g_train trained beside the base's own: gate and up, or q, k and v."""
     return ".mlp.trained." in key or ".self_attn.trained." in key
 
 

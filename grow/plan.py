@@ -16,7 +16,7 @@ MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Says which MLPs of a model, and which layers' query heads, hold added copies.
+    """Says which MLPs of a model, and in which layers heads of attention, have added copies.
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
     the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
@@ -137,7 +137,7 @@ def parse_layers(layers: str, num_layers: int, option: str = "--layers") -> tupl
         return tuple(range(num_layers))
     if text == "upper":
         return tuple(range(-(-num_layers // 3), num_layers))
-    chosen = _ranked(text) if text.startswith(("top:", "bottom:")) else _listed(text)
+    chosen = _ranked(text, option) if text.startswith(("top:", "bottom:")) else _listed(text, option)
     if max(chosen) >= num_layers:
         raise UserError(f"{option} {text}: layer {max(chosen)} does not exist; the model has layers 0-{num_layers - 1}")
     return tuple(sorted(chosen))
@@ -183,37 +183,37 @@ def mlp_widths(config: dict[str, Any], num_layers: int) -> list[int] | None:
     return [width * (2 if layer >= num_layers - shared else 1) for layer, width in enumerate(widths)]
 
 
-def _listed(text: str) -> set[int]:
+def _listed(text: str, option: str) -> set[int]:
     chosen: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part, re.ASCII)
         if match is None:
             raise UserError(
-                f"--layers {text}: {part!r} is neither a layer nor a range; write all, upper, 0,3,7-9 or "
+                f"{option} {text}: {part!r} is neither a layer nor a range; write all, upper, 0,3,7-9 or "
                 "top:6:ranking.json"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"--layers {text}: the range {part!r} runs backwards")
+            raise UserError(f"{option} {text}: the range {part!r} runs backwards")
         chosen.update(range(first, last + 1))
     return chosen
 
 
-def _ranked(text: str) -> set[int]:
+def _ranked(text: str, option: str) -> set[int]:
     match = re.fullmatch(r"(top|bottom):(\d{1,6}):(.+)", text, re.ASCII)
     if match is None or not int(match[2]):
-        raise UserError(f"--layers {text}: write top:N:FILE, such as top:6:ranking.json")
+        raise UserError(f"{option} {text}: write top:N:FILE, such as top:6:ranking.json")
     end, count, file = match[1], int(match[2]), match[3]
     try:
         ranked = _by_alpha(Path(file)) if Path(file).is_dir() else _read(Path(file))["layers"]
         chosen = ranked[:count] if end == "top" else ranked[-count:]
         layers = {layer for layer in chosen if type(layer) is int and layer >= 0}
     except OSError as error:
-        raise UserError(f"--layers {text}: {file} cannot be read ({error.strerror})") from None
+        raise UserError(f"{option} {text}: {file} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f'--layers {text}: {file} is not a ranking, {{"layers": [best, second, …]}}') from None
+        raise UserError(f'{option} {text}: {file} is not a ranking, {{"layers": [best, second, …]}}') from None
     if len(layers) < count:
-        raise UserError(f"--layers {text}: {file} ranks only {len(layers)} layers")
+        raise UserError(f"{option} {text}: {file} ranks only {len(layers)} layers")
     return layers
 
 

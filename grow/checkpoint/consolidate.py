@@ -12,7 +12,7 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
-from grow.checkpoint.expand import is_transposed, layout_of, link_again
+from grow.checkpoint.expand import head_counts, is_transposed, layout_of, link_again
 from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
@@ -147,8 +147,6 @@ def _heads(
     kind = next((plan.attention_kind for plan in heads.values() if plan.attention), "")
     if not kind:
         return {}
-    # Copies of queries stand beside those with which they share keys; whole heads in any order.
-    groups = text_config(source.start.config)["num_key_value_heads"] if kind == "queries" else 1
     names = {layer: attention_prefix(prefix) for layer, prefix in prefixes.items()}
     made = {layer: _blocks(source, heads, layer, own, alpha, dtype, ATTENTION[kind]) for layer, own in names.items()}
     units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
@@ -161,6 +159,8 @@ def _heads(
         )
     found: dict[str, LazyTensor] = {}
     for layer, parts in made.items():
+        # Copies of queries stand beside those with which they share keys; whole heads in any order.
+        groups = head_counts(source.start, names[layer])[1] if kind == "queries" else 1
         own_type = dtype or next(iter(parts[0][0].values())).dtype
         joined = stock_heads(grouped(parts, groups, width), own_type)
         found |= {f"{names[layer]}.{end}": tensor for end, tensor in joined.items()}
@@ -271,8 +271,7 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     text[width_key(text)] = widths if isinstance(size, list) else one_for_all
     query = f"{attention_prefix(next(iter(prefixes)))}.{QUERY}.weight"
     if query in tensors and tensors[query].shape != start.tensors[query].shape:
-        before = text["num_attention_heads"]
-        text["head_dim"] = start.tensors[query].shape[0] // before
+        text["head_dim"] = head_counts(start, attention_prefix(next(iter(prefixes))))[2]
         text["num_attention_heads"] = tensors[query].shape[0] // text["head_dim"]
         keys = tensors[query.replace(QUERY, "k_proj")]
         text["num_key_value_heads"] = keys.shape[0] // text["head_dim"]

@@ -51,7 +51,7 @@ _NOT_ALONE = {
 }
 """Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
 ATTENTION_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-"""Kinds of model (model_type) whose query heads can grow."""
+"""Kinds of model (model_type) whose heads of attention can grow."""
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
@@ -100,7 +100,20 @@ def _attention(
         widths = {shape[1] for shape in (*shapes[:-1], shapes[-1][::-1]) if len(shape) == 2}
         if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or shapes[1] != shapes[2]:
             raise UserError(f"{base.path}: {names[0]}, k_proj, v_proj and o_proj are {shapes}, which do not fit")
+        head_counts(base, attention_prefix(prefixes[layer]))
     return chosen
+
+
+def head_counts(checkpoint: Checkpoint, prefix: str) -> tuple[int, int, int]:
+    """Returns how many query heads an attention has, how many of keys, and the features of each, from its tensors:
+    configs on the hub may leave out what is their class's default. Raises UserError where they do not tell."""
+    text, norm = text_config(checkpoint.config), checkpoint.tensors.get(f"{prefix}.q_norm.weight")
+    queries, keys = (checkpoint.tensors[f"{prefix}.{name}.weight"].shape[0] for name in ATTENTION["heads"][:2])
+    heads = text.get("num_attention_heads")
+    size = norm.shape[0] if norm else text.get("head_dim") or (heads and queries // heads)
+    if not size or queries % size or keys % size:
+        raise UserError(f"{checkpoint.path}: its config has no head_dim and num_attention_heads that fit {prefix}")
+    return queries // size, keys // size, size
 
 
 def check_grown(

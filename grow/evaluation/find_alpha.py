@@ -16,7 +16,7 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.layouts import decoder_mlps
+from grow.model.layouts import decoder_attentions, decoder_mlps
 from grow.model.loss import labelled_logits, likelihood_and_kl
 from grow.model.mlp import GrownMLP
 
@@ -130,8 +130,14 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
 
 
 def _next(interpolation: Interpolation, path: str, start: str) -> str:
-    grown = [isinstance(mlp, GrownMLP) for mlp in decoder_mlps(interpolation.model).values()]
-    if not start and not any(grown):
+    model = interpolation.model
+    kinds = [
+        [isinstance(part, GrownMLP) for part in parts.values()]
+        for parts in (decoder_mlps(model), decoder_attentions(model))
+    ]
+    if not start and not any(map(any, kinds)):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
-    options = (" --uniform" if any(grown) and not all(grown) else "") + (f" --start {start}" if start else "")
+    options = (" --uniform" if any(any(grown) and not all(grown) for grown in kinds) else "") + (
+        f" --start {start}" if start else ""
+    )
     return f"consolidate {path} OUT{options}"

@@ -27,14 +27,16 @@ class GrownAttention(GrownMLP):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Maps […, h] to […, h], and what else the class returns, of the base's own heads."""
-        attend = stock_class(self).forward
+        attend, whole = stock_class(self).forward, "k_proj" in self.grown.layout
+        if whole and kwargs.get("cache") is not None:
+            raise UserError("generate_batch keeps keys of one branch alone, and heads have grown: use generate")
+        if kwargs.get("past_key_values") is not None:
+            cache = kwargs["past_key_values"] = _SameKeys(kwargs["past_key_values"])
+            if whole:  # whatever α is, since it may change between uses of a cache
+                beside = kwargs | {"past_key_values": _Keys()}
+                cache.beside = _keys(attend, self.grown, hidden_states, args, beside)
         if self.alpha == 0:
             return attend(self, hidden_states, *args, **kwargs)
-        if kwargs.get("past_key_values") is not None:
-            cache = _SameKeys(kwargs["past_key_values"])
-            if "k_proj" in self.grown.layout:
-                cache.beside = _keys(attend, self.grown, hidden_states, args, kwargs)
-            kwargs["past_key_values"] = cache
         own = self if self.trained is None else Between(self, self.trained, self.alpha)
         base, *others = attend(own, hidden_states, *args, **kwargs)
         copies = attend(self.grown, hidden_states, *args, **kwargs)[0]
@@ -77,9 +79,9 @@ class _Made(Exception):
 
 
 def _keys(attend: Any, branch: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Returns the keys and values that a branch makes of x; its code knows how."""
+    """Returns the keys and values that a branch makes of x, by its own code, which is given _Keys for a cache."""
     try:
-        attend(branch, x, *args, **kwargs | {"past_key_values": _Keys()})
+        attend(branch, x, *args, **kwargs)
     except _Made as made:
         found: tuple[Tensor, Tensor] = made.args[0]
         return found
@@ -98,7 +100,7 @@ def add_heads(model: nn.Module, plan: GrowthPlan) -> None:
         attention.__dict__["layout"] = ATTENTION[plan.attention_kind]
         mix_in(attention, GrownAttention, "Grown")
         attention.factor, attention.alpha, attention.trained = plan.factor, 1.0, None
-        attention.grown = GrownBranch(attention, width(attention))
+        attention.grown = GrownBranch(attention, width(attention)).train(attention.training)
         if plan.trained_up:
             attention.add_trained()
 

@@ -100,7 +100,8 @@ def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Te
 
 
 class Between:
-    """Stands for an MLP whose gate and up, or an attention whose queries, lie between its own and trained ones."""
+    """Stands for an MLP whose gate and up lie between its own and trained ones; or for such an attention, whose
+    queries, keys and values do."""
 
     def __init__(self, mlp: Any, trained: Any, alpha: float | Tensor):
         self._mlp, self._trained, self._alpha = mlp, trained, alpha
@@ -131,7 +132,7 @@ def grow_mlp(mlp: Any, factor: int) -> None:
     """
     mix_in(mlp, GrownMLP, "Grown")
     mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
-    mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp))
+    mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp)).train(mlp.training)
 
 
 def up_projection(mlp: Any, **kind: Any) -> nn.Module:

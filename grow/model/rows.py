@@ -70,9 +70,7 @@ def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None 
     mask, positions, labels = (inputs.get(name) for name in ("attention_mask", "position_ids", "labels"))
     if labels is not None:  # transformers' own: labels[b, t] is token t
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    there_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        there_BL = mask[:, -length:].bool()
+    there_BL = _no_padding(mask, past, ids_BL)
     columns_L = torch.arange(length, device=ids_BL.device)
     if positions is not None and not past and prompt_length is None and length > 1 and positions.shape[0] == count:
         # Padding before a row may have position 0 as well, or any.
@@ -95,6 +93,21 @@ def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None 
         last_R = last_R.minimum(first_R)
     row_BL = sequence_R[:, None].expand(count, length)
     return Rows(row_BL, sequence_R, last_R.clamp(0) + past, past, there_BL=no_padding_BL)
+
+
+def _no_padding(mask: Any, past: int, ids_BL: Tensor) -> Tensor:
+    """Returns which tokens are no padding, bool [B, L], from an attention mask: of tokens, [B, past + L]; or of pairs,
+    [B, 1, L, keys], as it is for a static cache, for each kind of attention where there are several. Of pairs the last
+    token's are read, which sees all before it, or in a sliding window the last of them."""
+    length = ids_BL.shape[1]
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -length:].bool()
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask[:, 0, -1, past : past + length]
+        return (seen if seen.dtype == torch.bool else seen == 0).expand_as(ids_BL)
+    return torch.ones_like(ids_BL, dtype=torch.bool)
 
 
 def on_tokens(rows: Rows, start_R: Tensor) -> Tensor:

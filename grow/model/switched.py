@@ -113,7 +113,7 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
     if any(True for _ in grown_attentions(model)):
-        raise UserError("a switch reads below all that has grown, which it cannot yet where heads of attention have")
+        raise UserError("heads of attention have grown, which no switch can turn off yet")
     mlps, loras = decoder_mlps(model), lora_layers(model)
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
     unchanged = min([*changed, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))

@@ -41,14 +41,8 @@ def make_switch(
 
     `layer` is "auto" or a number; `on` and `off` name data sets (grow.switch.fit.fit_switch).
     """
+    read, lowest, count = layer_to_read(recipe, start, layer)
     if recipe.fits_switch:
-        count, lowest = len(mlp_prefixes(start.tensors)), lowest_layer(recipe, start)
-        read = reading_layer(layer, lowest, count)
-        if recipe.switch == "token" and read > lowest:
-            raise UserError(
-                f"switch: token: layer {read} is read, and growth begins in layer {lowest}; --layers upper leaves the "
-                "lowest third as it is, or decide by row"
-            )
         tokenizer = tokenizer_of(recipe)
         more = [[Prompts(name, other_rows(name, recipe, tokenizer)) for name in names] for names in (on, off)]
         model = load(recipe.base_name, compute_dtype()).to(compute_device())
@@ -58,6 +52,19 @@ def make_switch(
         record = _called(recipe)
     write_json(switch_file(Path(recipe.output_dir)), record.values())
     return record
+
+
+def layer_to_read(recipe: Recipe, start: Checkpoint, layer: str = "auto") -> tuple[int, int, int]:
+    """Returns the layer that a recipe's switch reads, the lowest that grows, and the number of layers. Raises UserError
+    where there can be no such switch."""
+    count, lowest = len(mlp_prefixes(start.tensors)), lowest_layer(recipe, start)
+    read = reading_layer(layer, lowest, count)
+    if recipe.switch == "token" and read > lowest:
+        raise UserError(
+            f"switch: token: layer {read} is read, and growth begins in layer {lowest}; --layers upper leaves the "
+            "lowest third as it is, or decide by row"
+        )
+    return read, lowest, count
 
 
 def refit(recipe: Recipe, kind: str, layer: str, on: Sequence[str], off: Sequence[str]) -> SwitchRecord:
@@ -81,9 +88,7 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config)
     if plan is not None and plan.attention:
-        raise UserError(
-            f"switch: {start.path}: heads of its attention have grown, below which a switch cannot read yet"
-        )
+        raise UserError(f"switch: {start.path}: heads of its attention have grown, which no switch can turn off yet")
     layers = plan.layers if plan else growing_layers(recipe.layers, len(mlp_prefixes(start.tensors)), start.config)
     return layers[0]
 

@@ -1,4 +1,4 @@
-"""The rows on which a switch is fitted, as tokens of prompts: the last token of each is the one that decides.
+"""The rows on which a switch is fitted, as tokens of prompts: the end of each is what decides.
 
 On: the task's prompts, as they were tokenised, and with harmless variations of them. Off: text that the base writes,
 and near text (grow.switch.near). Nothing comes from outside, unless the user names rows.

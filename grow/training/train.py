@@ -59,7 +59,7 @@ from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
 from grow.recipe import Recipe
-from grow.switch.of_recipe import switch_of
+from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
     check_arguments,
     check_output,
@@ -249,6 +249,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
             f"{start.path}: has matrices that lie transposed (Conv1D), which {recipe.method} does not adapt; take sft, "
             "or grow it (g_freeze, g_train)"
         )
+    if recipe.switch:
+        layer_to_read(recipe, start)
     check_same_run(run, recipe)
     with quiet():
         check_loads(start)

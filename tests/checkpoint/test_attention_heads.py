@@ -1,12 +1,14 @@
 """Heads of attention that have grown: exact at step 0, with a KV cache too; trained and resumed; their stock form."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import grow
 from grow.checkpoint.consolidate import consolidate
@@ -14,6 +16,7 @@ from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
+from grow.evaluation.find_alpha import _next
 from grow.methods import read_recipe
 from grow.model.alpha import base_inside, set_alpha
 from grow.model.attention_heads import grown_attentions
@@ -22,9 +25,22 @@ from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume
-from tests.helpers.tiny import folder_checksums, logits, make_base, make_recipe, tokens
+from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, logits, make_base, make_recipe, tokens
 
 KINDS = ["text", "multimodal", "gemma2", "llama", "mistral", "qwen2", "qwen3"]
+
+
+GENERATE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+WRITING: list[dict[str, Any]] = [
+    {}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"use_cache": False},
+]  # fmt: skip
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Two prompts, one of them padded on the left; with what follows longer than a sliding window."""
+    ids, mask = tokens(11).repeat(2, 1), torch.ones(2, 11, dtype=torch.int64)
+    ids[0, :4], mask[0, :4] = 256, 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def base_of(folder: Path, text_base: Path, kind: str) -> Path:
@@ -94,8 +110,9 @@ def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str, heads: str) 
         assert after.num_key_value_heads == (2 if heads == "heads" else 1) * before.num_key_value_heads
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock), logits(model), atol=1e-4)
-        ids = [one.generate(tokens(9), max_new_tokens=6, do_sample=False) for one in (stock, model)]
-        assert torch.equal(*ids)
+        for how in WRITING:
+            ids = [one.generate(**padded(), **GENERATE, **how) for one in (stock, model)]
+            assert torch.equal(*ids), how
 
 
 @pytest.mark.parametrize(("method", "heads"), [("g_freeze", "queries"), ("g_train", "queries"), ("g_train", "heads")])
@@ -140,6 +157,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no such part": ({"attention": "keys"}, "there are queries and heads"),
     "a factor": ({"attention": "queries", "factor": 4}, "a factor of 2 alone"),
     "layers of nothing": ({"attention_layers": "1"}, "with --attention queries or heads"),
+    "layers that are no layers": ({"attention": "queries", "attention_layers": "x"}, "--attention-layers x: 'x' is"),
     "a layer that is not there": ({"attention": "queries", "attention_layers": "9"}, "--attention-layers 9: layer 9"),
     "copies of others": ({"attention": "queries", "copies_from": "."}, "leave --attention out"),
 }
@@ -201,3 +219,57 @@ def test_g_lora(text_base: Path, sums: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="gate_proj"):
         check_run(read_recipe(str(recipe)))
+
+
+def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
+    """As the 4B's on the hub, whose class has these numbers of heads by itself."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    base, model = tmp_path / "base", Gemma3ForCausalLM(Gemma3TextConfig(**TEXT_CONFIG | heads))
+    model.to(torch.bfloat16).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in heads}))
+    for kind in ("queries", "heads"):
+        grown, stock = tmp_path / kind, tmp_path / f"{kind}-stock"
+        expand(str(base), str(grown), layers="none", attention=kind)
+        move(grown)
+        consolidate(str(grown), str(stock), dtype="float32")
+        assert torch.allclose(logits(load(stock)), logits(load(grown, torch.float32)), atol=1e-4)
+    gemma2 = make(tmp_path / "gemma2", "gemma2")  # nothing else tells
+    config = json.loads((gemma2 / "config.json").read_text())
+    (gemma2 / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in heads}))
+    with pytest.raises(UserError, match="no head_dim and num_attention_heads"):
+        expand(str(gemma2), str(tmp_path / "no"), layers="none", attention="queries")
+
+
+def test_dropout_sleeps_with_the_model(tmp_path: Path) -> None:
+    """Heads that are added to a model in eval mode are in it too."""
+    model = load(make(tmp_path / "base", "llama", attention_dropout=0.5))
+    before = logits(model)
+    assert torch.equal(logits(grow.grow_model(model, [], attention="heads", attention_layers=[0, 2])), before)
+    assert len(list(grown_attentions(model))) == 2
+
+
+def test_alpha_may_change_while_a_cache_is_kept(text_base: Path, tmp_path: Path) -> None:
+    """A KV cache holds both branches' keys, whatever α is; what goes round it is refused."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="none", attention="heads")
+    move(tmp_path / "grown")
+    model: Any = load(tmp_path / "grown", torch.float32).requires_grad_(False)
+    expected = model(tokens(12), use_cache=False).logits[:, 8:]
+    set_alpha(model, 0)
+    cache = model(tokens(12)[:, :8]).past_key_values
+    set_alpha(model, 1)
+    assert model(tokens(12)[:, 8:], past_key_values=cache).logits.shape == expected.shape
+    with pytest.raises(UserError, match="use generate"):
+        model.model.layers[0].self_attn(torch.zeros(1, 2, 32), cache=object())
+
+
+def test_what_goes_with_it(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A switch is refused at --check; find-alpha names the command that comes next."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="all", attention="queries", attention_layers="1")
+    for switch in ("row", "call:="):
+        fields = {"method": "g_freeze", "switch": switch}
+        recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
+        with pytest.raises(UserError, match="no switch can turn off"):
+            check_run(read_recipe(str(recipe)))
+    model = load(tmp_path / "grown")
+    assert "--uniform" in _next(SimpleNamespace(model=model), "run", "")  # type: ignore[arg-type]

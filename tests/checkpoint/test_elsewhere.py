@@ -43,7 +43,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     model = LLM(model=sys.argv[1], enforce_eager=True, max_model_len=256, dtype="float32")
     found = model.generate(sys.argv[3:], SamplingParams(temperature=0, max_tokens=int(sys.argv[2])))
-    print("\\n" + json.dumps([one.outputs[0].text for one in found]))
+    print("\\nwritten: " + json.dumps([one.outputs[0].text for one in found]), flush=True)
 """
 
 
@@ -133,4 +133,5 @@ def test_vllm(stock: Path, expected: Any, tmp_path_factory: pytest.TempPathFacto
         said(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
         (folder / "write.py").write_text(_VLLM)
     printed = said(python, folder / "write.py", stock, str(TOKENS), *PROMPTS, VLLM_CPU_KVCACHE_SPACE="1")
-    check(json.loads(printed.strip().splitlines()[-1]), expected)
+    (written,) = re.findall("^written: (.*)$", printed, re.MULTILINE)
+    check(json.loads(written), expected)

@@ -184,6 +184,7 @@ def test_packed_rows(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
 
 GENERATIONS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
+    "static": {"do_sample": False, "cache_implementation": "static"},
     "without a cache": {"do_sample": False, "use_cache": False},
     "beams": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "top_k": 0},
