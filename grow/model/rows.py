@@ -97,17 +97,25 @@ def rows_of_inputs(inputs: dict[str, Any], past: int, prompt_length: int | None 
 
 def _no_padding(mask: Any, past: int, ids_BL: Tensor) -> Tensor:
     """Returns which tokens are no padding, bool [B, L], from an attention mask: of tokens, [B, past + L]; or of pairs,
-    [B, 1, L, keys], as it is for a static cache, for each kind of attention where there are several. Of pairs the last
-    token's are read, which sees all before it, or in a sliding window the last of them."""
+    [B, 1, L, keys], as it is made for a static cache, for each kind of attention where there are several: there padding
+    does not even see itself."""
     length = ids_BL.shape[1]
     if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        mask = next(iter(mask.values()), None)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask[:, -length:].bool()
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        seen = mask[:, 0, -1, past : past + length]
-        return (seen if seen.dtype == torch.bool else seen == 0).expand_as(ids_BL)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and not past:
+        itself_BL = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
+        return (itself_BL if itself_BL.dtype == torch.bool else itself_BL == 0).expand_as(ids_BL)
     return torch.ones_like(ids_BL, dtype=torch.bool)
+
+
+def without_room(mask: Any, length: int) -> Any:
+    """Returns an attention mask for `length` tokens without a KV cache; one made for a static cache has more columns,
+    for what comes after them."""
+    if isinstance(mask, dict):
+        return {kind: without_room(own, length) for kind, own in mask.items()}
+    return mask[..., :length] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
 
 
 def on_tokens(rows: Rows, start_R: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
 from grow.model.alpha import base_inside
 from grow.model.kept_cache import empty, note, noted
-from grow.model.rows import EACH, NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs
+from grow.model.rows import EACH, NEVER, Rows, called_columns, on_tokens, packed_rows, rows_of_inputs, without_room
 
 
 class Switch:
@@ -195,7 +195,9 @@ class Switch:
     def _ask(self, model: Any, inputs: dict[str, Any]) -> None:
         """Runs the base up to the layer that is read, over a prompt without a KV cache, and decides."""
         left_out = ("past_key_values", "labels", "use_cache", "cache_position", "logits_to_keep")
-        inputs = {name: value for name, value in inputs.items() if name not in left_out}
+        length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
+        mask = without_room(inputs.get("attention_mask"), length)
+        inputs = {name: value for name, value in inputs.items() if name not in left_out} | {"attention_mask": mask}
         # Under ZeRO-3 no pass may end early: every rank gathers the parameters of every layer.
         self._asking, self._partitioned, self.on = True, hasattr(next(model.parameters()), "ds_id"), False
         model.deciding = True
