@@ -50,6 +50,11 @@ class Cell:
         return self.method != "disel"
 
     @property
+    def is_ranked(self) -> bool:
+        """Says whether its layers are ranked, by how far their MLPs moved."""
+        return self.merges and self.layers != "none"
+
+    @property
     def name(self) -> str:
         """Returns the name of the cell, as `--only` takes it."""
         return f"{self.label} {self.learning_rate:g} seed {self.seed}"

@@ -126,7 +126,7 @@ class Study:
             "train", self.recipe, *fields, f"--method={cell.method}", f"--seed={cell.seed}",
             f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
-        if cell.merges:
+        if cell.is_ranked:
             grow("rank", run, "--out", f"{run}-ranking")
         if self.ranked(cell):
             grow("effective-rank", run, "--out", f"{run}-ranks")
@@ -166,7 +166,7 @@ class Study:
     def line(self, cell: Cell, run: Path, scored: Path, base: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         """Returns a cell's line in the results."""
         facts = read_json(run / "run.json")
-        ranking = read_json(Path(f"{run}-ranking", "ranking.json"))["figures"] if cell.merges else []
+        ranking = read_json(Path(f"{run}-ranking", "ranking.json"))["figures"] if cell.is_ranked else []
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
         # Keyed by step: a run that resumes validates again at the step that it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
