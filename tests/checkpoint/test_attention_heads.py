@@ -27,7 +27,10 @@ from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume
 from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, logits, make_base, make_recipe, tokens
 
-KINDS = ["text", "multimodal", "gemma2", "llama", "mistral", "qwen2", "qwen3"]
+KINDS = [
+    "text", "multimodal", "llama", "qwen3",
+    *(pytest.param(kind, marks=pytest.mark.full) for kind in ("gemma2", "mistral", "qwen2")),
+]  # fmt: skip
 
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
