@@ -113,11 +113,9 @@ def stock_tensors(
     units = {layer: hidden_units(parts, transposed) for layer, parts in made.items()}
     widths = _widths(start.config, units)
     narrow = [layer for layer, count in units.items() if count < widths[layer]]
-    if narrow and not uniform:
-        raise UserError(
-            f"layers {narrow} are not grown as wide as others, and stock models have one width: add --uniform to pad "
-            "them with zeros"
-        )
+    _check_padded(
+        narrow, uniform, "layers {} are not grown as wide as others, and stock models have one width", "them with zeros"
+    )
     mlps: dict[str, LazyTensor] = {}
     for layer, prefix in prefixes.items():
         own = made[layer][0][0]
@@ -152,11 +150,12 @@ def _heads(
     units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
     width = max(units.values())
     narrow = [layer for layer, count in units.items() if count < width]
-    if narrow and not uniform:
-        raise UserError(
-            f"the attention of layers {narrow} has fewer heads than others, and stock models have one number: "
-            "add --uniform to pad it with heads of zeros"
-        )
+    _check_padded(
+        narrow,
+        uniform,
+        "the attention of layers {} has fewer heads than others, and stock models have one number",
+        "it with heads of zeros",
+    )
     found: dict[str, LazyTensor] = {}
     for layer, parts in made.items():
         # Copies of queries stand beside those with which they share keys; whole heads in any order.
@@ -165,6 +164,12 @@ def _heads(
         joined = stock_heads(grouped(parts, groups, width), own_type)
         found |= {f"{names[layer]}.{end}": tensor for end, tensor in joined.items()}
     return found
+
+
+def _check_padded(narrow: list[int], uniform: bool, problem: str, padding: str) -> None:
+    """Raises UserError where layers are narrower than the stock model has them and `uniform` does not pad them."""
+    if narrow and not uniform:
+        raise UserError(f"{problem.format(narrow)}: add --uniform to pad {padding}")
 
 
 def _widths(config: dict[str, Any], units: dict[int, int]) -> dict[int, int]:

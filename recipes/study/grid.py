@@ -24,11 +24,10 @@ from grow.methods import METHODS
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Describes one training run of a grid. `layers` is empty for methods that do not grow, "none"
-    where `attention` grows alone; `fields` are the recipe's;
-    `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
-    if each layer gets an α of its own; `switches` are kinds of switch, and `two_models` is the cell that decides
-    between whole models."""
+    """Describes one training run of a grid. `layers` is empty for methods that do not grow, "none" where `attention`
+    grows alone; `fields` are the recipe's; `average` is how many of the last checkpoints are scored as one;
+    `learn_alphas` has the arguments of that command, if each layer gets an α of its own; `switches` are kinds of
+    switch, and `two_models` is the cell that decides between whole models."""
 
     label: str
     method: str

@@ -104,7 +104,6 @@ def test_llama_cpp(
     expected: Any,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By its own converter, in f16."""
     if shutil.which("npm") is None:
