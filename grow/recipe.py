@@ -50,14 +50,17 @@ class Recipe:
     base_revision: str | None = None
     method: str = "g_freeze"
     # Growth methods start from `grown`, an expanded checkpoint. Where none is named, launch/train.sh makes one in the
-    # run's folder, of these layers (as for `expand --layers`) and by this factor.
+    # run's folder, of these layers (as for `expand --layers`) and by this factor. `attention` grows heads, "queries" or
+    # "heads", in `attention_layers` (all unless given); then MLPs do in the layers that are given alone.
     grown: str = ""
     layers: str = "all"
     factor: int = 2
+    attention: str = ""
+    attention_layers: str = ""
 
     # When what was trained acts (grow.model.switch): always unless given; "row", in rows that are like the task's, and
     # elsewhere the model is its base; "answer", in their answers alone; "token", decided for each token; "call:TEXT",
-    # from TEXT in the prompt on. The layers that grow are then "upper" unless given, those above a third of the depth.
+    # from TEXT in the prompt on. The MLPs that grow are then "upper" unless given, those above a third of the depth.
     switch: str = ""
 
     # Rows to learn from: a folder of JSONL, Parquet or CSV files, or a hub name, with its revision, the folder inside
@@ -160,8 +163,13 @@ class Recipe:
 
     @property
     def plans_growth(self) -> bool:
-        """Says whether layers or factor are other than their defaults."""
-        return (self.layers, self.factor) != (Recipe.layers, Recipe.factor)
+        """Says whether anything of `growth` is other than its default."""
+        return any(value != getattr(Recipe, name) for name, value in self.growth.items())
+
+    @property
+    def growth(self) -> dict[str, Any]:
+        """Returns what a run's own grown checkpoint is to be, as grow.checkpoint.expand takes it."""
+        return {name: getattr(self, name) for name in ("factor", "layers", "attention", "attention_layers")}
 
     @property
     def start(self) -> str:
@@ -237,8 +245,8 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
     for spec in dataclasses.fields(Recipe):
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
-    if values.get("switch") and not values.get("grown"):
-        values = {"layers": "upper", "lora_layers": "upper"} | values
+    upper = {"layers": "upper", "lora_layers": "upper"} if values.get("switch") and not values.get("grown") else {}
+    values = upper | ({"layers": "none"} if values.get("attention") else {}) | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:
@@ -307,7 +315,9 @@ def own_grown(output_dir: str) -> str:
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     output_dir = recipe.output_dir.replace("{method}", recipe.method)
     if recipe.grown and recipe.grown != own_grown(output_dir) and recipe.plans_growth:
-        raise UserError(f"{path}: layers and factor are for a run that makes its own grown checkpoint; take out grown")
+        raise UserError(
+            f"{path}: {', '.join(recipe.growth)} are for a run that makes its own grown checkpoint; take out grown"
+        )
     if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
     rate = recipe.learning_rate

@@ -7,7 +7,7 @@
 #
 # Variables:
 #   FACTOR   how many times as wide a grown MLP becomes (default: the recipe's, 2)
-#   LAYERS   which layers grow (default: the recipe's, all)
+#   LAYERS   the layers whose MLPs grow (default: the recipe's)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -16,13 +16,15 @@ help_if_asked "$@"
 check_numbers FACTOR
 enter "$@"
 install "$ROOT/requirements.txt"
-shown=$(grow show "$1" grows base grown factor layers "${@:2}")
-{ read -r grows && read -r base && read -r grown && read -r factor && read -r layers; } <<<"$shown"
+shown=$(grow show "$1" grows base grown factor layers attention attention_layers "${@:2}")
+mapfile -t shown <<<"$shown"
+grows=${shown[0]} base=${shown[1]} grown=${shown[2]} factor=${shown[3]} layers=${shown[4]}
 [[ $grows == True ]] || exit 0
 [[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.
 exec 9>"$grown.lock"
 flock 9 2>/dev/null || say "$grown.lock: this file system has no locks; see that no other job expands"
-grow expand "$base" "$grown" --keep --factor "${FACTOR:-$factor}" --layers "${LAYERS:-$layers}"
+grow expand "$base" "$grown" --keep --factor "${FACTOR:-$factor}" --layers "${LAYERS:-$layers}" \
+    --attention "${shown[5]:-}" --attention-layers "${shown[6]:-}"
 rm -f "$grown.lock"

@@ -59,7 +59,7 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
     assert (config["growth"]["layers"], config["growth"]["factor"]) == ([1, 2], 3)
     assert json.loads(here(capsys, "plan", recipe, "--json")) == planned
     here(capsys, "train", recipe, "--check", "--expand")
-    assert "has grown in other layers" in here(capsys, "train", recipe, "--check", "--layers=1", code=2)
+    assert "otherwise than factor 3, layers 1" in here(capsys, "train", recipe, "--check", "--layers=1", code=2)
     assert "take out grown" in here(capsys, "show", recipe, "base", "--grown", tmp_path / "other", code=2)
     assert "does not exist" in here(
         capsys, "train", recipe, "--check", f"--output_dir={tmp_path}/b", "--layers=9", code=2

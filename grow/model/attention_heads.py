@@ -6,6 +6,9 @@
 The copies begin as what they are copies of, O' as O/2. Query heads use the base's own keys and values, and so does a KV
 cache; whole heads have their own, which a KV cache holds beside the base's. At step 0 the copies' part is exactly half
 of the base's, and the sum of two halves the base's bits.
+
+Where a switch (grow.model.switch) is off for a token, its own output is the base's heads', and so are its keys and
+values: those of whole heads that were copied are read by tokens for which it is on.
 """
 
 import itertools
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
-from grow.model.layouts import decoder_attentions, mix_in, stock_class, width
+from grow.model.layouts import decoder_attentions, down_layer, mix_in, stock_class, width
 from grow.model.mlp import Between, GrownBranch, GrownMLP, grown_mlps, with_growth
 from grow.names import ATTENTION
 from grow.plan import GrowthPlan
@@ -35,12 +38,18 @@ class GrownAttention(GrownMLP):
             if whole:  # whatever α is, since it may change between uses of a cache
                 beside = kwargs | {"past_key_values": _Keys()}
                 cache.beside = _keys(attend, self.grown, hidden_states, args, beside)
-        if self.alpha == 0:
+        on = True if self.switch is None else self.switch.acts(self.training)
+        # Under ZeRO-3 ranks gather parameters together, so each computes the same whether its own rows are on or off.
+        every_rank = self.switch is not None and hasattr(down_layer(self.grown).weight, "ds_id")
+        if self.alpha == 0 or (on is False and not every_rank):
             return attend(self, hidden_states, *args, **kwargs)
-        own = self if self.trained is None else Between(self, self.trained, self.alpha)
+        if on is not True or every_rank:
+            on = torch.as_tensor(on, device=hidden_states.device).expand(hidden_states.shape[:-1])[..., None]
+        own = self if self.trained is None else Between(self, self.trained, self.alpha, on)
         base, *others = attend(own, hidden_states, *args, **kwargs)
         copies = attend(self.grown, hidden_states, *args, **kwargs)[0]
-        return with_growth(copies, base, self.factor, self.alpha), *others
+        y = with_growth(copies, base, self.factor, self.alpha)
+        return y if on is True else torch.where(on, y, base), *others
 
 
 class _SameKeys:

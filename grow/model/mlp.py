@@ -14,8 +14,8 @@ At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in bi
 two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +101,10 @@ def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Te
 
 class Between:
     """Stands for an MLP whose gate and up lie between its own and trained ones; or for such an attention, whose
-    queries, keys and values do."""
+    queries, keys and values do. Where it is not `on`, bool [..., 1], they are its own."""
 
-    def __init__(self, mlp: Any, trained: Any, alpha: float | Tensor):
-        self._mlp, self._trained, self._alpha = mlp, trained, alpha
+    def __init__(self, mlp: Any, trained: Any, alpha: float | Tensor, on: Tensor | Literal[True] = True):
+        self._mlp, self._trained, self._alpha, self._on = mlp, trained, alpha, on
 
     def __getattr__(self, name: str) -> Any:
         own, alpha = getattr(self._mlp, name), self._alpha
@@ -112,7 +112,13 @@ class Between:
             return own
         after = getattr(self._trained, name)
         # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
-        return after if isinstance(alpha, float | int) and alpha == 1 else lambda x: torch.lerp(own(x), after(x), alpha)
+        if not (isinstance(alpha, float | int) and alpha == 1):
+            after = _between(own, after, alpha)
+        return after if self._on is True else lambda x: torch.where(self._on, after(x), own(x))
+
+
+def _between(own: Any, after: Any, alpha: float | Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.lerp(own(x), after(x), alpha)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
-from grow.model.attention_heads import grown_attentions
+from grow.model.attention_heads import GrownAttention, grown_parts
 from grow.model.features import opens
-from grow.model.layouts import decoder_mlps, hidden_size
+from grow.model.layouts import decoder_attentions, decoder_mlps, hidden_size
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
 from grow.model.mlp import GrownMLP
 from grow.model.skills import SkilledMLP
@@ -94,9 +94,8 @@ def put_switch(model: Any, record: SwitchRecord) -> None:
     """Gives a grown model, or one with LoRAs, a switch, in place. Raises UserError if it does not fit."""
     switch = _prepared(model, record)
     _mix_in(model, switch)
-    for mlp in decoder_mlps(model).values():
-        if isinstance(mlp, GrownMLP):
-            mlp.switch = switch
+    for part in grown_parts(model):
+        part.switch = switch
     for lora in lora_layers(model).values():
         switch_lora(lora, switch)
 
@@ -112,11 +111,10 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
 
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
-    if any(True for _ in grown_attentions(model)):
-        raise UserError("heads of attention have grown, which no switch can turn off yet")
     mlps, loras = decoder_mlps(model), lora_layers(model)
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
-    unchanged = min([*changed, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
+    below = [layer - 1 for layer, part in decoder_attentions(model).items() if isinstance(part, GrownAttention)]
+    unchanged = min([*changed, *below, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
     first_pass = record.layer > unchanged
     check_fits(record, mlps, first_pass)
     switch = Switch(record, first_pass)

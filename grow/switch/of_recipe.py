@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grow.checkpoint.expand import make_plan
 from grow.checkpoint.files import write_json
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import SwitchRecord, switch_file, switch_of_run
@@ -15,7 +16,7 @@ from grow.errors import UserError, unknown
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.lora import highest_unchanged
 from grow.names import mlp_prefixes
-from grow.plan import GrowthPlan, growing_layers
+from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.recipe_values import FITTED
 from grow.switch.fit import OWN, fit_switch
@@ -55,14 +56,14 @@ def make_switch(
 
 
 def layer_to_read(recipe: Recipe, start: Checkpoint, layer: str = "auto") -> tuple[int, int, int]:
-    """Returns the layer that a recipe's switch reads, the lowest that grows, and the number of layers. Raises UserError
-    where there can be no such switch."""
+    """Returns the layer that a recipe's switch reads, the highest that it can read in the same pass, and the number of
+    layers. Raises UserError where there can be no such switch."""
     count, lowest = len(mlp_prefixes(start.tensors)), lowest_layer(recipe, start)
     read = reading_layer(layer, lowest, count)
     if recipe.switch == "token" and read > lowest:
         raise UserError(
-            f"switch: token: layer {read} is read, and growth begins in layer {lowest}; --layers upper leaves the "
-            "lowest third as it is, or decide by row"
+            f"switch: token: layer {read} is read, to which training changes what comes; decide by row, or leave the "
+            "lowest third as it is (expand --layers upper)"
         )
     return read, lowest, count
 
@@ -81,16 +82,13 @@ def refit(recipe: Recipe, kind: str, layer: str, on: Sequence[str], off: Sequenc
 
 
 def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
-    """Returns the highest layer that can be read in the pass for which it decides: the lowest that grows, or the one
-    below the lowest with a LoRA; −1 if there is none."""
+    """Returns the highest layer that can be read in the pass for which it decides: the lowest whose MLP grows, or the
+    one below the lowest with a LoRA or heads that grow; −1 if there is none."""
     method = recipe.make_method()
     if not method.grows:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
-    plan = GrowthPlan.from_config(start.config)
-    if plan is not None and plan.attention:
-        raise UserError(f"switch: {start.path}: heads of its attention have grown, which no switch can turn off yet")
-    layers = plan.layers if plan else growing_layers(recipe.layers, len(mlp_prefixes(start.tensors)), start.config)
-    return layers[0]
+    plan = GrowthPlan.from_config(start.config) or make_plan(start, **recipe.growth)[0]
+    return min([*plan.layers, *(layer - 1 for layer in plan.attention)])
 
 
 def reading_layer(layer: str, lowest: int, count: int) -> int:

@@ -49,7 +49,7 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
     if recipe.makes_grown and "growth" not in start.config:
-        plan, prefixes = make_plan(start, recipe.factor, recipe.layers)
+        plan, prefixes = make_plan(start, **recipe.growth)
         shapes |= {name: tensor.shape for name, tensor in added_tensors(start, plan, prefixes).items()}
     shapes |= method.added_shapes(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}

@@ -11,8 +11,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
-from grow.names import is_growth, mlp_prefixes
-from grow.plan import GrowthPlan, growing_layers
+from grow.names import is_growth
+from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.recipe_values import begun_with
 
@@ -25,7 +25,8 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
         _base(recipe)
         how = f"grow expand {recipe.base_name} {recipe.grown}"
         if recipe.makes_grown:
-            how = f"launch/train.sh does, or: {how} --layers {recipe.layers} --factor {recipe.factor}"
+            options = (f"--{name.replace('_', '-')} {value}" for name, value in recipe.growth.items() if value)
+            how = f"launch/train.sh does, or: {how} {' '.join(options)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):
@@ -50,7 +51,7 @@ def planned_start(recipe: Recipe) -> Checkpoint:
         _check_plan(recipe, grown)
         return grown
     base = Checkpoint(_base(recipe))
-    make_plan(base, recipe.factor, recipe.layers)
+    make_plan(base, **recipe.growth)
     check_start(base)
     return base
 
@@ -58,24 +59,24 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     """Raises UserError if a run's own grown checkpoint is not the one that its recipe asks for.
 
-    A recipe that leaves layers and factor to their defaults takes what is there: LAYERS and FACTOR may have told
+    A recipe that leaves all of its growth to the defaults takes what is there: LAYERS and FACTOR may have told
     launch/expand.sh others, as slurm/pipeline.sh --pilot does.
     """
     if not recipe.plans_growth:
         return
     there = GrowthPlan.from_config(grown.config)
-    wanted = (recipe.factor, growing_layers(recipe.layers, len(mlp_prefixes(grown.tensors)), grown.config))
-    if there is None or (there.factor, there.layers) != wanted:
+    wanted, _ = make_plan(Checkpoint(_base(recipe)), **recipe.growth)
+    if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
+        asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         raise UserError(
-            f"{recipe.grown}: has grown in other layers, or by another factor, than layers {recipe.layers} and factor "
-            f"{recipe.factor}; put them back, or give another --output_dir"
+            f"{recipe.grown}: has grown otherwise than {asked}; put these fields back, or give another --output_dir"
         )
 
 
 def expand_start(recipe: Recipe, progress: Progress = no_progress) -> None:
     """Makes the grown checkpoint of a run that is to start from its own, unless it is there."""
     if recipe.makes_grown and not Path(recipe.grown).is_dir():
-        expand(recipe.base_name, recipe.grown, recipe.factor, recipe.layers, progress=progress)
+        expand(recipe.base_name, recipe.grown, progress=progress, **recipe.growth)
 
 
 def with_learning_rate(recipe: Recipe) -> Recipe:

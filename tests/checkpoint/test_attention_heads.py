@@ -266,13 +266,8 @@ def test_alpha_may_change_while_a_cache_is_kept(text_base: Path, tmp_path: Path)
         model.model.layers[0].self_attn(torch.zeros(1, 2, 32), cache=object())
 
 
-def test_what_goes_with_it(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A switch is refused at --check; find-alpha names the command that comes next."""
+def test_the_command_that_comes_next(text_base: Path, tmp_path: Path) -> None:
+    """As find-alpha names it."""
     expand(str(text_base), str(tmp_path / "grown"), layers="all", attention="queries", attention_layers="1")
-    for switch in ("row", "call:="):
-        fields = {"method": "g_freeze", "switch": switch}
-        recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
-        with pytest.raises(UserError, match="no switch can turn off"):
-            check_run(read_recipe(str(recipe)))
     model = load(tmp_path / "grown")
     assert "--uniform" in _next(SimpleNamespace(model=model), "run", "")  # type: ignore[arg-type]

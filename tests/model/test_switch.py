@@ -22,6 +22,7 @@ from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+GROWN = ["2,3", "all", "queries all", "heads all"]
 PROMPTS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(3))
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 256, "eos_token_id": None}
 
@@ -32,8 +33,10 @@ def base_of(path: Path, dtype: torch.dtype) -> Any:
 
 
 def trained(path: Path, dtype: torch.dtype, layers: str = "2,3", method: str = "g_freeze") -> Any:
-    """A grown model whose growth has moved far."""
-    model = grow.grow_model(base_of(path, dtype), layers=layers)
+    """A grown model whose growth has moved far. Of "queries 1,2" and the like heads of attention have grown."""
+    kind, _, where = layers.rpartition(" ")
+    how = {"layers": "none", "attention": kind, "attention_layers": where} if kind else {"layers": layers}
+    model = grow.grow_model(base_of(path, dtype), **how)
     generator = torch.Generator().manual_seed(0)
     for parameter in grow.trainable(model, method):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(dtype)
@@ -83,7 +86,7 @@ def run(model: Any, **inputs: Any) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("method", ["g_freeze", "g_train"])
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", [*GROWN, "heads 3"])
 def test_rows_that_are_off_are_the_base(tiny_base: Path, dtype: torch.dtype, method: str, layers: str) -> None:
     """In one batch with rows that are on; with all layers grown a first pass of the base decides."""
     record = record_for(tiny_base, 2)
@@ -135,7 +138,7 @@ def padded(left: bool) -> dict[str, torch.Tensor]:
 
 @BOTH
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", GROWN)
 def test_padding(tiny_base: Path, dtype: torch.dtype, left: bool, layers: str) -> None:
     """The last token that is not padding decides."""
     last = torch.cat([features(tiny_base, 2, prompt[None, index:]) for index, prompt in enumerate(PROMPTS)])
@@ -153,7 +156,7 @@ def test_padding(tiny_base: Path, dtype: torch.dtype, left: bool, layers: str) -
 
 
 @BOTH
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", GROWN)
 def test_packed_rows(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
     """Each row of a packed sequence is decided by itself, before its first label, or at its last token without."""
     record = record_for(tiny_base, 2)
@@ -194,7 +197,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 @BOTH
 @pytest.mark.parametrize("how", GENERATIONS)
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", GROWN)
 def test_generate(tiny_base: Path, dtype: torch.dtype, how: str, layers: str) -> None:
     """What is decided at the prompt holds to the answer's end, left padding included."""
     record = record_for(tiny_base, 2)
@@ -221,7 +224,7 @@ def test_generate(tiny_base: Path, dtype: torch.dtype, how: str, layers: str) ->
     assert not torch.equal(base_ids, grown_ids)
 
 
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", GROWN)
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}, {"min_new_tokens": 6}])
 def test_guesses_and_chunks(tiny_base: Path, layers: str, how: dict[str, Any]) -> None:
     """The prompt's last token decides, also where guesses follow it in the first pass, or where that is one part."""
@@ -249,7 +252,7 @@ def test_generate_of_one_kind(tiny_base: Path) -> None:
         assert torch.equal(*said)
 
 
-@pytest.mark.parametrize("layers", ["2,3", "all"])
+@pytest.mark.parametrize("layers", GROWN)
 @pytest.mark.parametrize("kind", ["row", "answer"])
 def test_turns_of_a_conversation(text_base: Path, layers: str, kind: str) -> None:
     """Each prompt decides anew; where that changes, a cache that was kept is filled again."""
@@ -278,22 +281,31 @@ def test_turns_of_a_conversation(text_base: Path, layers: str, kind: str) -> Non
         assert third.shape[1] - kept in passes, "the cache was kept"
 
 
+SOME = pytest.mark.parametrize("layers", ["2,3", "queries 3", "heads 3"])
+
+
 @BOTH
-def test_answer(tiny_base: Path, dtype: torch.dtype) -> None:
+@SOME
+@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
+def test_answer(tiny_base: Path, dtype: torch.dtype, layers: str, method: str) -> None:
     """On from the last token of the prompt: all tokens before it are the base's."""
     record = record_for(tiny_base, 2, kind="answer")
     on = on_of(tiny_base, record)
-    base, _, switched = three(tiny_base, dtype, record)
+    base, _, switched = three(tiny_base, dtype, record, layers=layers, method=method)
     found, expected = (run(model, input_ids=PROMPTS) for model in (switched, base))
     assert torch.equal(found[~on], expected[~on]) and torch.equal(found[:, :-1], expected[:, :-1])
     assert not torch.equal(found[on, -1], expected[on, -1])
+    cached = switched.generate(PROMPTS, **GENERATE, do_sample=False)
+    if dtype == torch.float32:
+        assert torch.equal(cached, switched.generate(PROMPTS, **GENERATE, do_sample=False, use_cache=False))
 
 
 @BOTH
-def test_each_token(tiny_base: Path, dtype: torch.dtype) -> None:
+@SOME
+def test_each_token(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
     """A token is the base's as long as no earlier one of its sequence was on."""
     record = record_for(tiny_base, 2, kind="token")
-    base, _, switched = three(tiny_base, dtype, record)
+    base, _, switched = three(tiny_base, dtype, record, layers=layers)
     found, expected = (run(model, input_ids=PROMPTS) for model in (switched, base))
     on = switched.switched
     assert on.shape == PROMPTS.shape and on.any() and not on.all()
@@ -307,14 +319,15 @@ CALL = (3, 4)
 
 
 @BOTH
-def test_call(tiny_base: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layers", ["all", "queries all", "heads all"])
+def test_call(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
     """On from the last place where the call stands in the prompt; also while the model trains."""
     record = SwitchRecord("call", tokens=CALL)
     prompts = PROMPTS.clone()
     prompts[:, 5:7] = torch.tensor(CALL)
     prompts[3:, 5] = 5
     prompts[0, 1:3] = torch.tensor(CALL)  # an earlier one
-    base, _, switched = three(tiny_base, dtype, record, layers="all")
+    base, _, switched = three(tiny_base, dtype, record, layers=layers, method="g_train")
     expected = run(base, input_ids=prompts)
     for mode in (switched.eval, switched.train):
         found = run(mode(), input_ids=prompts)
@@ -577,7 +590,7 @@ def test_it_must_fit(text_base: Path) -> None:
 
 @pytest.mark.full
 @BOTH
-@pytest.mark.parametrize("layers", ["upper", "all"])
+@pytest.mark.parametrize("layers", ["upper", "all", "queries all", "heads upper"])
 def test_on_the_real_270m(real_base: Path, dtype: torch.dtype, layers: str) -> None:
     """Forward, packed and generated, rows that are off are the base's, whatever else is in the batch."""
     record = record_for(real_base, 6)

@@ -173,11 +173,18 @@ def test_other_kinds(text_base: Path, sums: Path, tmp_path: Path, kind: str) -> 
     assert before.any() and torch.equal(found[:, before], logits(base, input_ids=far)[:, before])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks(text_base: Path, sums: Path, tmp_path: Path, stage: int) -> None:
+HEADS = {"attention": "heads", "attention_layers": "2,3", "method": "g_train"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "growth"), [(1, {}), (3, {}), pytest.param(3, HEADS, marks=pytest.mark.full)], ids=str
+)
+def test_two_ranks(text_base: Path, sums: Path, tmp_path: Path, stage: int, growth: dict[str, str]) -> None:
     """Under ZeRO-3 too, where every rank gathers the branches whether its rows are on or off."""
     probe = {"retention": str(sums), "retention_prompt": "{question}", "retention_completion": "{answer}"}
-    recipe = recipe_with(tmp_path / "r.yaml", text_base, sums, deepspeed=f"zero{stage}", probe_rows=6, **probe)
+    recipe = recipe_with(
+        tmp_path / "r.yaml", text_base, sums, deepspeed=f"zero{stage}", probe_rows=6, **probe, **growth
+    )
     assert main(["train", str(recipe), "--check", "--expand"]) == 0
     start(recipe, 2)
     history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
@@ -185,6 +192,26 @@ def test_two_ranks(text_base: Path, sums: Path, tmp_path: Path, stage: int) -> N
     assert measured and all(entry["retention_open"] == 0 == entry["kl_from_base"] for entry in measured)
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.1, "the validation rows are on"
+
+
+@pytest.mark.parametrize(("where", "read"), [("2,3", 1), ("all", 2)])
+def test_heads_of_attention(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, where: str, read: int) -> None:
+    """It reads the layer below those that grow, or in a first pass; off, the base's keys, values and outputs."""
+    recipe = recipe_with(tmp_path / "r.yaml", text_base, sums, **HEADS | {"attention_layers": where})
+    script("launch/expand.sh", recipe)
+    said = train(recipe, 1)
+    run = tmp_path / "run"
+    record = switch_of_run(run)
+    assert record is not None and record.layer == read and ("in the same pass" in said) == (where == "2,3")
+    here(capsys, "growth", run, tmp_path / "package")
+    here(capsys, "attach", text_base, tmp_path / "package", tmp_path / "attached")
+    here(capsys, "verify", tmp_path / "attached", "--base", text_base)
+    base, model, far = load(text_base), load(tmp_path / "attached").requires_grad_(False), tokens(40)
+    assert torch.equal(logits(model, input_ids=far), logits(base, input_ids=far)) and not model.switched.any()
+    grow.set_switch(model, "on")
+    assert not torch.equal(logits(model, input_ids=far), logits(base, input_ids=far))
+    if where == "all":
+        assert "decide by row" in here(capsys, "fit-switch", recipe, "--kind", "token", code=2)
 
 
 def test_a_lora_that_is_not_merged(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
