@@ -55,8 +55,11 @@ def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool =
     """Returns the layers, the best first: means over the samples (runs, or batches), each with its standard deviation.
 
     `layers` is how many the model has. `cost` divides a norm by what training that layer costs (COST). Raises UserError
-    if the samples are of different layers, or if a layer's MLP did not train.
+    if the samples are of different layers, or if no MLP trained. Layers of which attention alone trained are left out.
     """
+    samples = [{layer: own for layer, own in norms.items() if any(map(_is_mlp, own))} for norms in samples]
+    if not all(samples):
+        raise UserError("ranking: no matrix of an MLP has trained, and layers are ranked by their MLPs")
     if any(norms.keys() != samples[0].keys() for norms in samples):
         raise UserError("ranking: the runs trained different layers; name runs of the same ones")
     mlps = [{layer: _of_mlp(matrices) for layer, matrices in norms.items()} for norms in samples]
@@ -74,11 +77,13 @@ def rank(samples: Sequence[Norms], layers: int, by: str = "update", cost: bool =
     return sorted(found, key=lambda row: -row["score"]["mean"])
 
 
+def _is_mlp(matrix: str) -> bool:
+    return matrix.startswith("mlp.")
+
+
 def _of_mlp(matrices: dict[str, tuple[float, float]]) -> tuple[float, float]:
     """Returns the norms of an MLP's matrices taken together."""
-    own = [sizes for matrix, sizes in matrices.items() if matrix.startswith("mlp.")]
-    if not own:
-        raise UserError("ranking: an MLP has no matrix that trained, and layers are ranked by their MLPs")
+    own = [sizes for matrix, sizes in matrices.items() if _is_mlp(matrix)]
     return hypot(*(size for size, _ in own)), hypot(*(weight for _, weight in own))
 
 
@@ -110,9 +115,7 @@ def write_ranking(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = sorted(
-        {matrix for row in rows for matrix in row["matrices"]}, key=lambda m: (not m.startswith("mlp."), m)
-    )
+    columns = sorted({matrix for row in rows for matrix in row["matrices"]}, key=lambda m: (not _is_mlp(m), m))
     header = ["place", "layer", "score", "MLP", "MLP, relative", *(matrix.split(".", 1)[-1] for matrix in columns)]
     lines = []
     for place, row in enumerate(rows, 1):

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 def put(study: "Study", cell: Cell, run: Path, kind: str) -> None:
     """Puts a switch of a kind into the folder of a cell's run, fitted if no cell has needed it yet."""
     where = cell.layers or cell.fields.get("lora_layers", "upper")
-    fitted = study.folder(f"switch {kind} {cell.method if not cell.layers else 'growth'} {where}".replace("/", "_"))
+    names = ["switch", kind, "growth" if cell.layers else cell.method, where, *cell.attention.split()]
+    fitted = study.folder(" ".join(names).replace("/", "_"))
     with study.lock(fitted.name):
         if not switch_file(fitted).exists():
-            layers = {"layers": where} if cell.layers else {"lora_layers": where}
-            options = study.fields(**cell.fields | layers)
+            growth = {"layers": where, "attention": cell.attention} if cell.layers else {"lora_layers": where}
+            options = study.fields(**cell.fields | growth)
             grow(
                 "fit-switch", study.recipe, *options, f"--method={cell.method}", f"--kind={kind}",
                 f"--output_dir={fitted}", "--grown=",

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grow.analysis import ranking
 from grow.analysis.effective_rank import rounding_norm, singular_values, spectrum
 from grow.checkpoint.expand import expand
 from grow.checkpoint.lazy import from_tensor
 from grow.data.of_recipe import rows_of, template_of
+from grow.errors import UserError
 from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
 from tests.cli.test_command_line import mistake
@@ -44,6 +46,13 @@ def matrix(norm: float, rank: int, seed: int, shape: tuple[int, int]) -> torch.T
 
 def name(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.mlp.{projection}_proj.weight"
+
+
+def test_layers_where_attention_alone_moved_have_no_place() -> None:
+    norms = {2: {"mlp.up_proj": (1.0, 2.0), "self_attn.q_proj": (1.0, 2.0)}, 0: {"self_attn.q_proj": (3.0, 2.0)}}
+    assert [row["layer"] for row in ranking.rank([norms], 3)] == [2]
+    with pytest.raises(UserError, match="no matrix of an MLP"):
+        ranking.rank([{0: norms[0]}], 3)
 
 
 def test_layers_by_the_size_of_their_update(tmp_path: Path) -> None:
