@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, int, tuple[float, ...]]] = {
     "growth, k = 4": ("g_freeze", 4, (2e-3,)),
     "G-Train, k = 2": ("g_train", 2, (2e-3,)),
 }
-_BATCH, _OWN = 2048, 32_768
+_BATCH, _OWN = 512, 32_768
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ of a method that grows; `fields` of the recipe; `average`, how many of the last 
 `learn_alphas`, the arguments of that command; `switches`, the kinds of switch with which it is scored besides, the
 first while it trains; `two_models`, a cell with a switch, whose decisions choose between this row's whole model and the
 base; `write`, the seeds for which what the model writes is scored, which takes longest ([] for none; all, unless it is
-given). A cell is a row at one rate with one seed. Results are identified by its name alone, so a row that is changed
-needs another label.
+given). `shots` has written answers to the retention questions scored (written.py). A cell is a row at one rate with one
+seed. Results are identified by its name alone, so a row that is changed needs another label.
 """
 
 import sys
@@ -87,7 +87,7 @@ def read_grid(path: Path) -> dict[str, Any]:
         if not isinstance(grid, dict) or key not in grid:
             raise UserError(f"{path}: is not a grid: it does not say {key}")
     for key in grid:
-        if key not in (*_NEEDED, "general_text", "effective_rank"):
+        if key not in (*_NEEDED, "general_text", "effective_rank", "shots"):
             raise UserError(f"{path}: {unknown(key, _NEEDED, 'part of a grid')}")
     for label, row in grid["methods"].items():
         if "layer_dial" in row:

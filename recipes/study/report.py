@@ -99,8 +99,8 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     grids: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read_lines(path):
         grids[line["grid"]].append(line)
-    for grid in [grid for grid, lines in grids.items() if any(line.get("switched") for line in lines)]:
-        del grids[grid]  # switch_report.py's
+    for grid in [grid for grid, lines in grids.items() if any(map(_on_another_page, lines))]:
+        del grids[grid]
     folder = Path(out)
     parts: list[str] = []
     all_points: list[str] = []
@@ -132,6 +132,11 @@ def study_report(path: Path, out: str) -> dict[str, Any]:
     text = "\n".join(parts)
     write_text(folder / "study.md", text)
     return {"table": str(folder / "study.md"), "points": all_points, "plots": list(map(str, plots)), "text": text}
+
+
+def _on_another_page(line: dict[str, Any]) -> bool:
+    """Says whether a line's grid is switch_report.py's or written.py's."""
+    return bool(line.get("switched")) or any("generation" in known for known in line["base"]["retention"].values())
 
 
 def _runs(lines: list[dict[str, Any]]) -> str:

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import switched
+import written
 from commands import arguments, grow
 from filelock import FileLock, Timeout
 from grid import Cell, cells, read_grid
 from xxhash import xxh3_64_hexdigest
 
-from grow.checkpoint.files import write_text
+from grow.checkpoint.files import write_json, write_text
 from grow.checkpoint.run_folder import last_checkpoint
 from grow.checkpoint.shards import read_json
 from grow.cli.arguments import number, run_script
@@ -80,7 +81,8 @@ class Study:
 
     def base_scores(self) -> Path:
         """Returns the file of the base's scores, made once for each choice of what is scored."""
-        scored = json.dumps([self.grid[key] for key in ("recipe", "fields", "limit", "retention_limit")])
+        asked = [self.grid[key] for key in ("recipe", "fields", "limit", "retention_limit")]
+        scored = json.dumps([*asked, *([self.grid["shots"]] if "shots" in self.grid else [])])
         out = self.work / f"base-{xxh3_64_hexdigest(scored.encode())}.json"
         with self.lock("base"):
             if not out.exists():
@@ -93,10 +95,17 @@ class Study:
         if out.exists():
             return
         quick = {} if write or self.grid["fields"].get("metric") != "chrf" else {"metric": "loss"}
-        grow(
-            "eval", checkpoint, "--recipe", self.recipe, "--out", out, f"--limit={self.grid['limit']}",
-            f"--retention-limit={self.grid['retention_limit']}", *self.fields(**quick), *more,
-        )  # fmt: skip
+        shots = self.grid.get("shots", [])
+        parts = {count: out.with_name(f"{out.name}-{count}-shots") for count in shots}
+        for count, part in parts.items() or [(0, out)]:
+            answers = [f"--generate={written.TOKENS}", f"--shots={count}"] if shots else []
+            if not part.exists():
+                grow(
+                    "eval", checkpoint, "--recipe", self.recipe, "--out", part, f"--limit={self.grid['limit']}",
+                    f"--retention-limit={self.grid['retention_limit']}", *self.fields(**quick), *more, *answers,
+                )  # fmt: skip
+        if parts:
+            write_json(out, written.together({count: read_json(part) for count, part in parts.items()}))
 
     def start(self, cell: Cell) -> Path:
         """Returns the checkpoint that the cell's training starts from: the base, or the base grown."""
@@ -170,7 +179,7 @@ class Study:
         history = read_json(last_checkpoint(run) / "trainer_state.json")["log_history"]
         # Keyed by step: a run that resumes validates again at the step that it resumes from.
         watched = {e["step"]: {key: e[key] for key in WATCHED if key in e} for e in history if "eval_loss" in e}
-        points = [self.point(scores) for scores in result.get("by_alpha", [result])]
+        points = [self.point(scores) for scores in written.points(result)]
         reported = points[-1]["retention"]
         alphas = ",".join(f"{scores['alpha']:g}" for scores in points)
         return {
@@ -194,7 +203,7 @@ class Study:
     def point(self, scores: dict[str, Any]) -> dict[str, Any]:
         """Returns the part of the scores at one α that a line keeps: no single rows."""
         sets = {self.retention: scores["retention"], **scores.get("retention_sets", {})}
-        keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base", "kl", "identical", "opened")
+        keys = ("loss", "log_likelihood", "exact_match", "rows", "from_base", "kl", "identical", "opened", "generation")
         kept = {name: {key: known[key] for key in keys if key in known} for name, known in sets.items()}
         for name, known in kept.items():
             if "kl" in known:

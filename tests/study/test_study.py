@@ -17,6 +17,8 @@ from switch_report import table as used_table
 from switch_report import titled
 from switch_template import table as template_table
 from switched import chosen
+from written import table as written_table
+from written import together
 
 from grow.checkpoint.run_folder import last_checkpoint
 from tests.helpers.slurm_cluster import wait_for
@@ -266,6 +268,29 @@ def test_two_whole_models_are_each_where_the_switch_says() -> None:
     assert (found["kl"], found["identical"], found["opened"]) == (pytest.approx(1.5 / 8), 0.5, 0.5)
     assert found["accuracy"] == (1 + 0 + 1 + 0) / 4
     assert found["from_base"]["log_likelihood"] == pytest.approx((4 + 0 + 0 + 4) / 4)
+
+
+def test_written_answers_of_several_shots_stand_side_by_side() -> None:
+    def scores(*outputs: str) -> dict[str, Any]:
+        answers = {"exact_match": 0.5, "begins": 0.5, "rows": 4, "intervals": {"exact_match": (0.1, 0.9)}}
+        known = {"rows": 4, "kl": 0.25, "generation": answers | {"outputs": list(outputs)}}
+        return {
+            "alpha": 1,
+            "retention": known,
+            "retention_sets": {"prose": {"rows": 9, "kl": 0.5}},
+            "task": {"loss": 1},
+        }
+
+    found = together({0: scores("oui", " oui", "non"), 3: scores("Paris", "Rome", "Paris")})
+    assert {count: own["common"][0] for count, own in found["retention"]["generation"].items()} == {
+        "0": ("oui", 2), "3": ("Paris", 2)
+    }  # fmt: skip
+    point = {"alpha": 1, "task": {"loss": 1.5}, "retention": {"asked": found["retention"], "prose": {"kl": 0.5}}}
+    line = {"label": "sft", "learning_rate": 1e-4, "base": point, "by_alpha": [point], "switched": {"row": point}}
+    shown = written_table([line | {"general_text": ["prose"]}])
+    assert (
+        shown.count("| 50.0 ± 40.0") == 6 and shown.count("asked: 'oui' (2)") == 3 and "| sft, switch by row" in shown
+    )
 
 
 def test_the_short_answers_numbers_are_those_of_the_results() -> None:
