@@ -51,7 +51,8 @@ class Recipe:
     method: str = "g_freeze"
     # Growth methods start from `grown`, an expanded checkpoint. Where none is named, launch/train.sh makes one in the
     # run's folder, of these layers (as for `expand --layers`) and by this factor. `attention` grows heads, "queries" or
-    # "heads", in `attention_layers` (all unless given); then MLPs do in the layers that are given alone.
+    # "heads", in `attention_layers` (all unless given); then MLPs do in the layers that are given alone. One that is
+    # named has grown so, or is refused.
     grown: str = ""
     layers: str = "all"
     factor: int = 2
@@ -222,10 +223,14 @@ def field_types(methods: Methods) -> dict[str, Any]:
 def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
     """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
 
-    Raises UserError for any mistake in either. grow.methods.read_recipe knows all methods.
+    A switch in it is for the methods that can have one: where another is among the overrides, there is none. Raises
+    UserError for any mistake in either. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
-    return _checked(read_values(path) | dict(overrides), path, methods)
+    values, method = read_values(path), methods.get(str(overrides.get("method")))
+    if method is not None and not method.switches:
+        values.pop("switch", None)
+    return _checked(values | dict(overrides), path, methods)
 
 
 def recipe_of_run(run: str, methods: Methods) -> Recipe:
@@ -314,10 +319,6 @@ def own_grown(output_dir: str) -> str:
 
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     output_dir = recipe.output_dir.replace("{method}", recipe.method)
-    if recipe.grown and recipe.grown != own_grown(output_dir) and recipe.plans_growth:
-        raise UserError(
-            f"{path}: {', '.join(recipe.growth)} are for a run that makes its own grown checkpoint; take out grown"
-        )
     if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
         raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
     rate = recipe.learning_rate

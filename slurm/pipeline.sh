@@ -5,7 +5,7 @@
 #     slurm/pipeline.sh [--pilot] RECIPE [--field value …]
 #
 # With --pilot a fourth comes first: a short run of plain fine-tuning, RUN-pilot, by whose weight updates the layers are
-# ranked (RUN-ranking); the best of them grow, into RUN-grown instead of the recipe's grown checkpoint.
+# ranked (RUN-ranking); the MLPs of the best grow, into RUN-grown, instead of what the recipe says.
 #
 # Variables:
 #   PILOT_STEPS  how many steps of the pilot (default: 100)
@@ -60,8 +60,8 @@ if [[ $pilot ]]; then
     without "--method --max_steps --output_dir" "$@"
     arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --output_dir "$run-pilot")
     piloting=$(submit training "" "${gpu[@]}")
-    without "--grown" "$@"
-    arguments+=(--grown "$run-grown")
+    without "--grown --layers --attention --attention_layers" "$@"
+    arguments+=(--grown "$run-grown" --layers=all --attention=)
     export PILOT=$run-pilot LAYERS=top:${TOP:-9}:$run-ranking/ranking.json
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")

@@ -60,7 +60,11 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
     assert json.loads(here(capsys, "plan", recipe, "--json")) == planned
     here(capsys, "train", recipe, "--check", "--expand")
     assert "otherwise than factor 3, layers 1" in here(capsys, "train", recipe, "--check", "--layers=1", code=2)
-    assert "take out grown" in here(capsys, "show", recipe, "base", "--grown", tmp_path / "other", code=2)
+    assert "no grown checkpoint there" in here(capsys, "train", recipe, "--check", "--grown", tmp_path / "x", code=2)
+    here(capsys, "expand", text_base, tmp_path / "other", "--attention", "queries")
+    other = ("--check", "--grown", tmp_path / "other", f"--output_dir={tmp_path}/c")
+    assert "give `grown` another folder" in here(capsys, "train", recipe, *other, code=2)
+    here(capsys, "train", recipe, *other, "--attention=queries", "--layers=none", "--factor=2")
     assert "does not exist" in here(
         capsys, "train", recipe, "--check", f"--output_dir={tmp_path}/b", "--layers=9", code=2
     )
@@ -96,10 +100,21 @@ def test_a_run_keeps_what_it_began_with(text_base: Path, sums: Path, tmp_path: P
         read_recipe(str(write(tmp_path / "of.yaml", text_base, sums, learning_rate={"stf": 1e-3})))
 
 
+def test_one_recipe_serves_methods_with_a_switch_and_without(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", text_base, sums, switch="row", attention="queries")
+    assert read_recipe(str(recipe)).growth["layers"] == "none"
+    switches = {method: read_recipe(str(recipe), {"method": method}).switch for method in ("g_train", "lora", "sft")}
+    assert switches == {"g_train": "row", "lora": "row", "sft": ""}
+    asked = read_recipe(str(recipe), {"method": "sft", "switch": "row"})
+    with pytest.raises(UserError, match="leaves no base"):
+        asked.make_method().check(asked)
+
+
 def test_rates() -> None:
     for method in METHODS:
         small, large = default_rate(method, 270_000_000), default_rate(method, 4_000_000_000)
         assert 0 < large <= small < 1e-2
+    assert default_rate("g_freeze", 1, heads=True) == 3 * default_rate("g_freeze", 1)
     with pytest.raises(UserError, match="no default for toy"):
         default_rate("toy", 1)
     assert Toy  # a method of one's own names its rate in the recipe

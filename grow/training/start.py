@@ -44,12 +44,10 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 
     Raises UserError as starting_checkpoint does, and for a base that cannot grow.
     """
-    if not recipe.makes_grown:
-        return starting_checkpoint(recipe)
-    if Path(recipe.grown).is_dir():
-        grown = starting_checkpoint(recipe)
-        _check_plan(recipe, grown)
-        return grown
+    if not recipe.makes_grown or Path(recipe.grown).is_dir():
+        start = starting_checkpoint(recipe)
+        _check_plan(recipe, start)
+        return start
     base = Checkpoint(_base(recipe))
     make_plan(base, **recipe.growth)
     check_start(base)
@@ -57,20 +55,19 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 
 
 def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
-    """Raises UserError if a run's own grown checkpoint is not the one that its recipe asks for.
+    """Raises UserError if a grown checkpoint is not the one that its recipe asks for.
 
     A recipe that leaves all of its growth to the defaults takes what is there: LAYERS and FACTOR may have told
     launch/expand.sh others, as slurm/pipeline.sh --pilot does.
     """
-    if not recipe.plans_growth:
+    if not recipe.plans_growth or not recipe.make_method().grows:
         return
     there = GrowthPlan.from_config(grown.config)
     wanted, _ = make_plan(Checkpoint(_base(recipe)), **recipe.growth)
     if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
-        raise UserError(
-            f"{recipe.grown}: has grown otherwise than {asked}; put these fields back, or give another --output_dir"
-        )
+        where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"
+        raise UserError(f"{recipe.grown}: has grown otherwise than {asked}; put these fields back, or give {where}")
 
 
 def expand_start(recipe: Recipe, progress: Progress = no_progress) -> None:
@@ -86,8 +83,16 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
     rate = begun_with(recipe.output_dir).get("learning_rate")
     if not isinstance(rate, float):
         base = Checkpoint(_base(recipe))
-        rate = default_rate(recipe.method, sum(prod(info.shape) for info in base.tensors.values()))
+        size = sum(prod(info.shape) for info in base.tensors.values())
+        rate = default_rate(recipe.method, size, _only_heads_grow(recipe))
     return dataclasses.replace(recipe, learning_rate=rate)
+
+
+def _only_heads_grow(recipe: Recipe) -> bool:
+    if not recipe.method_class.grows:
+        return False
+    there = GrowthPlan.from_config(Checkpoint(recipe.grown).config) if Path(recipe.grown).is_dir() else None
+    return not there.layers if there else bool(recipe.attention) and recipe.layers == "none"
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:
