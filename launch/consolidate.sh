@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes a stock checkpoint of a finished run, RUN-stock, and scores it into RUN-scores.json; skips what is there. Where
 # only some layers have grown, the others are widened with zeros, since stock models have one width. A run with a switch
-# becomes a grown checkpoint, RUN-switched, since stock models have none; of a LoRA it is RUN/result.
+# becomes a grown checkpoint as well, RUN-switched, which is scored: stock models have none, so RUN-stock is always on. Of
+# a LoRA with a switch it is RUN/result.
 #
 #     launch/consolidate.sh RECIPE [--field value …]
 #
 # Variables:
-#   OUT      the stock checkpoint (default: the run's folder with -stock after its name)
+#   OUT      the checkpoint that is scored (default: the run's folder with -stock or -switched after its name)
 #   SCORES   the file of scores; "none" scores nothing (default: the run's folder with -scores.json after its name)
 #   LIMIT    score only so many held-out rows (default: all)
 #   ALPHA    the interpolation coefficient α: 0 is the base, 1 as trained (default: 1)
@@ -28,6 +29,7 @@ if [[ $method == adapter || (-n $switch && $grows == False) ]]; then
     OUT=$run/result # an adapter is in no stock architecture, and a LoRA that is merged could not be off
 elif [[ -n $switch ]]; then
     [[ -d $OUT ]] || grow consolidate "$run" "$OUT" --format grown
+    [[ -d $run-stock ]] || grow consolidate "$run" "$run-stock" --alpha "${ALPHA:-1}" --uniform --without-switch
 elif [[ ! -d $OUT ]]; then
     grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" --uniform
 fi

@@ -99,7 +99,7 @@ prompt = transformers.AutoTokenizer.from_pretrained(sys.argv[1])("English: Good 
 model.generate(**prompt, max_new_tokens=4, do_sample=False)
 ours = sorted(name for name in sys.modules if name.partition(".")[0] == "grow")
 assert not ours, f"this code was needed: {ours}"
-print(f"{type(model).__name__}, intermediate_size {model.config.intermediate_size}: every key found its place")
+print(f"{type(model).__name__}, num_attention_heads {model.config.num_attention_heads}: every key found its place")
 END
 }
 
@@ -114,13 +114,13 @@ printf 'The output of all steps goes to %s\n' "$log" >&2
 install "$ROOT/requirements.txt"
 doing "1/6 fetching a real Gemma 3 270M, rows to learn and rows to retain" \
     "$VENV/bin/python" "$ROOT/recipes/gemma3_270m/fetch.py" model translation capitals
-[[ -d $grown ]] || doing "2/6 growing its upper two thirds, offline" grow expand "$base" "$grown" --layers upper
-doing "2/6 what has been added" grow plan "$base" --layers upper
+[[ -d $grown ]] || doing "2/6 growing its query heads, offline" grow expand "$base" "$grown" --attention queries
+doing "2/6 what has been added" grow plan "$base" --attention queries
 result added:
 doing "3/6 comparing every logit of the grown model with the base's" \
     grow verify "$grown" --base "$base" --forward
 result "bit for bit"
-doing "4/6 training: g_freeze, with a switch" "$ROOT/launch/train.sh" "$recipe" --grown "$grown" --switch row \
+doing "4/6 training: g_freeze, with a switch" "$ROOT/launch/train.sh" "$recipe" --grown "$grown" \
     --output_dir "$OUT/g_freeze" ${STEPS:+--max_steps "$STEPS"}
 result "It opens for"
 doing "4/6 training: sft" \

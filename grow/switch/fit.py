@@ -49,8 +49,8 @@ class _Kind:
         return self._of(self.features[::2])
 
     def held_out(self) -> Tensor:
-        """Returns those that have no part in the fit, [N, h]."""
-        return self._of(self.features[1::2])
+        """Returns those that have no part in the fit, [N, h]; of a single prompt, that."""
+        return self._of(self.features[1::2] or self.features)
 
     def all(self) -> Tensor:
         """Returns those of every prompt, [N, h]."""

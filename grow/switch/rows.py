@@ -19,6 +19,7 @@ from grow.recipe import Recipe
 
 Prompt = list[int]
 ON_ROWS = 1000
+_LEAST = 4  # of each variation
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def task_prompts(examples: Examples, most: int, whole: bool = False) -> list[Pro
 
 def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt], tokenizer: Any) -> list[Prompts]:
     """Returns harmless variations of a task's prompts: other rows with their answers before, a line or a passage
-    before, small and capital letters, wider spaces, spaces and line ends after. Each prompt gets one of them, in turn;
-    of conversations, those with rows before."""
+    before, small and capital letters, wider spaces, spaces and line ends after. Each prompt gets one of them, in turn,
+    and of few prompts several; of conversations, those with rows before."""
     texts = [text_of(passage, tokenizer)[1].strip() for passage in passages]
     lines = [line.strip() for text in texts for line in text.split("\n") if len(line.strip()) > 20] or ["…"]
     draw = random.Random(0)
@@ -76,7 +77,8 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
             "wider spaces": written(lambda text: text.replace(" ", "  ")),
             **{what: written(f"{{}}{sign}".format) for what, sign in _AFTER.items()},
         }
-    made = zip(prompts, itertools.cycle(kinds.items()))
+    count = max(len(prompts), _LEAST * len(kinds))
+    made = zip(itertools.islice(itertools.cycle(prompts), count), itertools.cycle(kinds.items()), strict=False)
     found = [(name, change(prompt)) for prompt, (name, change) in made]
     return [Prompts(kind, [prompt for name, prompt in found if name == kind]) for kind in kinds]
 

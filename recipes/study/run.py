@@ -76,8 +76,8 @@ class Study:
             write_text(self.results, "\n".join([*lines, json.dumps(line)]) + "\n")
 
     def fields(self, **more: Any) -> list[str]:
-        """Returns the grid's fields and `more` as arguments."""
-        return arguments(self.grid["fields"] | more)
+        """Returns the grid's fields and `more` as arguments. What grows is a cell's, not the recipe's."""
+        return arguments({"attention": ""} | self.grid["fields"] | more)
 
     def base_scores(self) -> Path:
         """Returns the file of the base's scores, made once for each choice of what is scored."""
@@ -127,9 +127,8 @@ class Study:
         if not run.exists():  # else a cell that was stopped is resumed, and has scores already
             for end in ("", *(f"-{kind}" for kind in cell.switches)):
                 self.folder(cell.name, f"{end}-scores").unlink(missing_ok=True)
-        fields = self.fields(**cell.fields)
+        fields = self.fields(**cell.fields, switch=cell.switches[0] if cell.switches else "")
         if cell.switches:
-            fields.append(f"--switch={cell.switches[0]}")
             switched.put(self, cell, run, cell.switches[0])
         grow(
             "train", self.recipe, *fields, f"--method={cell.method}", f"--seed={cell.seed}",

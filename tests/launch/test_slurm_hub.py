@@ -40,6 +40,6 @@ def test_from_the_hub_to_a_scored_stock_checkpoint(cluster: Cluster, tmp_path: P
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     base = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "hub/models/google/gemma-3-1b-pt/main")
-    assert model.config.intermediate_size == 2 * base.config.intermediate_size
+    assert model.config.num_attention_heads == 2 * base.config.num_attention_heads
     scores = json.loads((ours / "runs/gemma3_1b-translation-g_freeze-scores.json").read_text())
     assert scores["task"]["rows"] == 10 and "chrf" in scores["task"]

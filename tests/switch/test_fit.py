@@ -75,6 +75,7 @@ def test_a_run_with_a_switch(text_base: Path, sums: Path, tmp_path: Path, capsys
     script("launch/consolidate.sh", recipe, LIMIT="4")
     scores = json.loads((tmp_path / "run-scores.json").read_text())["task"]
     assert scores["opened"] > 0 and (tmp_path / "run-switched" / "growth.json").is_file()
+    assert load(tmp_path / "run-stock").config.intermediate_size == 2 * load(text_base).config.intermediate_size
     line = here(capsys, "consolidate", run, tmp_path / "stock", "--uniform", code=2)
     assert "--without-switch" in line and "--format grown" in line
     here(capsys, "consolidate", run, tmp_path / "stock", "--uniform", "--without-switch")
@@ -133,6 +134,21 @@ def test_mistakes(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, mist
         with pytest.raises(AssertionError, match=re.escape(expected)):
             train(recipe, 1)
     assert not (tmp_path / "run" / "checkpoint-2").exists() and not switch_file(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_rows(text_base: Path, tmp_path: Path, count: int) -> None:
+    """Each variation has rows all the same."""
+    data = tmp_path / "few"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(2, 2 + count)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begin(recipe_with(tmp_path / "r.yaml", text_base, data, max_steps=1))
+    record = switch_of_run(tmp_path / "run")
+    assert record is not None
+    assert [line["rows"] for line in record.facts["table"][:2]] == [count, max(1, count // 2)]
+    assert all(line["rows"] == 2 for line in record.facts["table"][2:13])
 
 
 def test_a_task_that_cannot_be_told_apart(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
