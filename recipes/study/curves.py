@@ -1,5 +1,6 @@
 """The pictures of a study: task against retention, and how far each layer moved."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from math import isnan
@@ -12,6 +13,18 @@ from grow.analysis.figures import new_figure, write_figure
 Point = dict[str, Any]
 """One run, or the mean of several seeds, at one α (report.point)."""
 
+COLOURS = {
+    "g_freeze": "tab:blue", "g_train": "tab:green", "lora": "tab:orange", "sft": "tab:red", "disel": "tab:purple",
+    "g_lora": "tab:cyan", "ewc": "dimgrey",
+}  # fmt: skip
+NAMES = {
+    "g_freeze": "G-Freeze", "g_train": "G-Train", "g_lora": "G-LoRA", "lora": "LoRA", "sft": "SFT", "disel": "DISeL",
+    "ewc": "EWC", "queries": "G-Freeze, query heads", "mlp": "G-Freeze, MLPs", "sft mlps": "SFT of the MLPs",
+}  # fmt: skip
+_DRAWN = 0.2
+"""Of the way from the best task loss back to the base's, what is drawn."""
+_LINE = 12.0
+"""The height of a label's line, in points."""
 _MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
 
 
@@ -34,39 +47,105 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -> None:
-    """Draws task against general text. The left picture has each method over its rates, at α = 1, from the best loss to
-    half of the way back to the base; the right one has each method's frontier over all its rates and α, where most of
-    the task is learnt.
+    """Draws task loss over what is forgotten: each row's frontier over all its rates and α, which ends in the base, and
+    the intervals over rows. Rows with the most seeds are named where they end, the plain ones of each method and those
+    that are on the frontier of all; the others are faint, and stand in the tables.
 
-    `methods` has the points of each method, by rate and α (report.over_seeds).
+    `methods` has the points of each row, by rate and α (report.over_seeds).
     """
-    figure, (left, right) = new_figure(12, 5.4, columns=2)
+    figure, axes = new_figure(8.6, 5.6)
     points = [one for own in methods.values() for one in own]
-    key = forgotten(points)
-    looks = _looks({label: (own[0]["method"], max(one["seeds"] for one in own)) for label, own in methods.items()})
-    for label, own in methods.items():
-        trained = [one for one in own if one["alpha"] == 1]
-        left.errorbar(
-            [one["loss"] for one in trained], [one[key] for one in trained],
-            yerr=[one[f"{key}_margin"] for one in trained], capsize=2, **{"label": label} | looks[label],
-        )  # fmt: skip
-        best = frontier(own)
-        x, y = [*(one["loss"] for one in best), base_loss], [*(one[key] for one in best), 0.0]
-        right.plot(x, y, **looks[label])
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    least, lowest = min(one["loss"] for one in points), min(one[key] for one in points)
-    for axes, share in ((left, 0.5), (right, 0.2)):
-        axes.set_xlim(least - 0.02 * (base_loss - least), least + share * (base_loss - least))
-    rise = {"kl": "KL(base ‖ model) on general text, nats per token", "text": "general text, rise in nats per token"}
-    left.set(title="Over rates, as trained", ylabel=rise[key])
-    right.set(title="The best over rates and α")
-    for axes in (left, right):
-        axes.set(xlabel="task loss on held-out rows, nats per token (better: left, down)")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=0.05)
-        axes.set_ylim(bottom=min(2 * lowest, -0.01))
-        axes.grid(alpha=0.3)
+    key, least = forgotten(points), min(one["loss"] for one in points)
+    fronts, shown = {label: frontier(own) for label, own in methods.items()}, _leading(methods)
+    highest = least + _DRAWN * (base_loss - least)
+    bottom = least - 0.06 * (highest - least)
+    for label, front in fronts.items():
+        colour = colour_of(label, front[0]["method"])
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.6, "markersize": 4.5, "zorder": 3}
+        if label not in shown:
+            look |= {"alpha": 0.25, "linewidth": 0.8, "markersize": 2.5, "zorder": 1}
+        x, y = [one[key] for one in front], [one["loss"] for one in front]
+        axes.plot([*x, 0.0], [*y, base_loss], "o-", clip_on=True, **look)
+        if label in shown:
+            axes.errorbar(
+                x, y, xerr=[one[f"{key}_margin"] for one in front], fmt="none", ecolor=colour, alpha=0.4, capsize=2
+            )
+    height = 72 * 5.6 * 0.8
+    ends = {label: fronts[label][0] for label in shown}
+    places = apart({label: (end["loss"] - bottom) / (highest - bottom) * height for label, end in ends.items()})
+    for label, end in ends.items():
+        offset = (10, places[label] - (end["loss"] - bottom) / (highest - bottom) * height)
+        name_end(axes, label, (end[key], end["loss"]), offset, colour_of(label, end["method"]))
+    plain_ticks(axes, 0.01, min(one[key] for one in points), 6 * max(end[key] for end in ends.values()))
+    rise = {
+        "kl": "KL(base ‖ model) on general text, nats a token",
+        "text": "rise of the loss on general text, nats a token",
+    }
+    axes.set(xlabel=f"{rise[key]}  (better: left)", ylabel="task loss on held-out rows, nats a token  (better: down)")
+    axes.set_ylim(bottom, highest)
+    axes.annotate(
+        f" base, {base_loss:.2f} ↑", (0, 0.99), xycoords=("data", "axes fraction"), fontsize=9, color="dimgrey",
+        va="top",
+    )  # fmt: skip
     write_figure(path, figure)
+
+
+def _leading(methods: dict[str, list[Point]]) -> list[str]:
+    """Returns the rows whose names a picture shows."""
+    most = max(one["seeds"] for own in methods.values() for one in own)
+    rows = {label: own for label, own in methods.items() if max(one["seeds"] for one in own) == most}
+    ahead = frontier(one for own in rows.values() for one in own)
+    plain = {label for label in rows if not {",", "third", "six"} & {*label.replace(",", " ,").split()}}
+    return [label for label, own in rows.items() if label in plain or any(one in ahead for one in own)]
+
+
+def colour_of(label: str, method: str) -> str:
+    """Returns the colour of a row's method, the same in every picture; query heads have one of their own."""
+    return "navy" if label.startswith("queries") else COLOURS.get(method, "tab:brown")
+
+
+def name_end(axes: Any, label: str, end: tuple[float, float], offset: tuple[float, float], colour: str) -> None:
+    """Writes a row's name beside a line's end, `offset` points from it."""
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=2.5, foreground="white")]
+    axes.annotate(
+        named(label), end, offset, textcoords="offset points", color=colour, fontsize=9, va="center", zorder=5,
+        path_effects=outline,
+    )  # fmt: skip
+
+
+def plain_ticks(axes: Any, linear: float, least: float, most: float) -> None:
+    """Gives an axis of what is forgotten 0, the base, and from `linear` on a logarithmic scale, with plain numbers."""
+    axes.set_xscale("symlog", linthresh=linear)
+    ticks = [0.0, *(digit * 10.0**power for power in range(-3, 3) for digit in (1, 3))]
+    axes.set_xticks([tick for tick in ticks if tick == 0 or linear <= tick <= most])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.set_xlim(min(-0.3 * linear, 1.3 * least), most)
+    axes.axvline(0, color="dimgrey", linewidth=0.8)
+    axes.grid(alpha=0.3)
+
+
+def apart(places: dict[str, float]) -> dict[str, float]:
+    """Returns heights of labels, in points, that are as near to the given ones as a line's height between them lets
+    them be: from the middle outwards each makes room for the next."""
+    found: dict[str, float] = {}
+    ordered = sorted(places, key=lambda label: places[label])
+    middle = len(ordered) // 2
+    for label, below in zip(ordered[middle:], [None, *ordered[middle:]], strict=False):
+        found[label] = places[label] if below is None else max(places[label], found[below] + _LINE)
+    for label, above in zip(reversed(ordered[:middle]), reversed(ordered[1 : middle + 1]), strict=True):
+        found[label] = min(places[label], found[above] - _LINE)
+    return found
+
+
+def named(label: str) -> str:
+    """Returns a row's label in the field's names."""
+    parts = re.match(r"(sft mlps|\w+)( upper| all)?", label)
+    assert parts is not None
+    where = {" upper": ", layers 6–17", " all": ", all layers"}.get(parts[2] or "", "")
+    return NAMES.get(parts[1], parts[1]) + where + label[parts.end() :]
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from curves import apart, colour_of, name_end, named, plain_ticks
 from report import read_lines
 
 from grow.analysis.figures import markdown, new_figure, write_figure
@@ -23,12 +24,8 @@ from grow.cli.arguments import run_script
 
 ON = "always on"
 KINDS = {"row": "a row", "answer": "an answer", "token": "a token"}
-COLOURS = {
-    "g_freeze": "tab:blue", "g_train": "tab:green", "lora": "tab:orange", "sft": "tab:red", "disel": "tab:purple",
-}  # fmt: skip
-
-_PANEL, _LINE = 290.0, 12.0
-"""Heights of a panel and of a label's line, in points."""
+_PANEL = 290.0
+"""The height of a panel, in points."""
 
 
 @dataclass(frozen=True)
@@ -119,50 +116,23 @@ def draw(grids: dict[str, list[dict[str, Any]]], path: Path) -> None:
         losses = [one.loss for one in shown]
         middle, span = (max(losses) + min(losses)) / 2, max(0.15, 1.4 * (max(losses) - min(losses)))
         axes.set_ylim(middle - span / 2, middle + span / 2)
-        places = _apart({label: (ways[ON].loss - middle) / span * _PANEL for label, ways in best.items()})
+        places = apart({label: (ways[ON].loss - middle) / span * _PANEL for label, ways in best.items()})
         for label, ways in best.items():
             always, row = ways[ON], ways.get("row")
-            colour = COLOURS[always.method]
+            colour = colour_of(label, always.method)
             look: dict[str, Any] = {"color": colour, "markersize": 8, "zorder": 3}
             axes.plot(always.kl, always.loss, "o", markerfacecolor="white", **look)
             offset = (9, places[label] - (always.loss - middle) / span * _PANEL)
-            axes.annotate(
-                named(label), (always.kl, always.loss), offset, textcoords="offset points", color=colour, fontsize=9,
-                va="center",
-            )  # fmt: skip
+            name_end(axes, label, (always.kl, always.loss), offset, colour)
             if row is not None:
                 axes.plot([row.kl, always.kl], [row.loss, always.loss], color=colour, linewidth=1, alpha=0.5)
                 axes.plot(row.kl, row.loss, "o", **look)
-        axes.set_xscale("symlog", linthresh=0.01)
-        axes.set_xlim(-0.003, 12 * max(one.kl for one in shown))
+        plain_ticks(axes, 0.01, 0.0, 12 * max(one.kl for one in shown))
         axes.set(title=title, xlabel="KL(base ‖ model) on general text, nats a token", ylabel="task loss, nats a token")
-        axes.axvline(0, color="grey", linewidth=0.8)
         base = f"at 0: the base, bit for bit; its task loss is {lines[0]['base']['task']['loss']:.2f}"
         axes.annotate(base, (0.02, 0.97), xycoords="axes fraction", fontsize=8, color="grey", va="top")
-        axes.grid(alpha=0.3)
     figure.suptitle("Hollow: always on. Filled: with its switch, by row.", fontsize=10)
     write_figure(path, figure)
-
-
-def _apart(places: dict[str, float]) -> dict[str, float]:
-    """Returns heights of labels, in points, that are as near to the given ones as a line's height between them lets
-    them be: from the middle outwards each makes room for the next."""
-    found: dict[str, float] = {}
-    ordered = sorted(places, key=lambda label: places[label])
-    middle = len(ordered) // 2
-    for label, below in zip(ordered[middle:], [None, *ordered[middle:]], strict=False):
-        found[label] = places[label] if below is None else max(places[label], found[below] + _LINE)
-    for label, above in zip(reversed(ordered[:middle]), reversed(ordered[1 : middle + 1]), strict=True):
-        found[label] = min(places[label], found[above] - _LINE)
-    return found
-
-
-def named(label: str) -> str:
-    """Returns a row's label in the field's names."""
-    names = {"g_freeze": "G-Freeze", "g_train": "G-Train", "lora": "LoRA", "sft": "SFT", "disel": "DISeL"}
-    method, _, layers = label.partition(" ")
-    where = {"upper": ", layers 6–17", "all": ", all layers"}
-    return names.get(method, method) + where.get(layers, f" {layers}" if layers else "")
 
 
 def titled(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -168,7 +168,7 @@ def ours_recipe(name: str, base: Path, work: Path, out: Path, stage: int, steps:
     method, part, _ = OURS[name]
     values = yaml.safe_load(RECIPE.read_text()) | {
         "base": str(base), "grown": str(work / f"{base.name}-{part}"), "method": method, "data": str(work / "data"),
-        "retention": None, "max_length": LENGTH, "train_batch_size": scale,
+        "attention": "", "switch": "", "retention": None, "max_length": LENGTH, "train_batch_size": scale,
         "per_device_train_batch_size": scale, "max_steps": steps,
         "logging_steps": 1, "eval_steps": 1000, "save_steps": 1000, "output_dir": str(out),
         "deepspeed": str(ROOT / f"grow/training/deepspeed/zero{stage}.json"),
