@@ -12,7 +12,8 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
-from grow.checkpoint.expand import head_counts, is_transposed, layout_of, link_again
+from grow.checkpoint.expand import link_again
+from grow.checkpoint.growable import head_counts, is_transposed, layout_of
 from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of

@@ -13,45 +13,25 @@ from typing import Any
 import numpy as np
 
 from grow.checkpoint.card import base_facts
-from grow.checkpoint.dtypes import Rows, convert, is_float, itemsize
+from grow.checkpoint.dtypes import Rows, convert, itemsize
+from grow.checkpoint.growable import (
+    PARTS,
+    check_copies,
+    checked_attention,
+    checked_mlp_prefixes,
+    is_transposed,
+    layout_of,
+)  # fmt: skip
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_index
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
-from grow.errors import UserError, one_line
-from grow.names import (
-    ATTENTION,
-    FUSED,
-    LAYOUTS,
-    TRANSPOSED,
-    attention_prefix,
-    canonical,
-    is_down,
-    is_growth,
-    mlp_prefixes,
-)
-from grow.plan import (
-    GrowthPlan,
-    growing_layers,
-    mlp_widths,
-    parse_factor,
-    parse_layers,
-    setting,
-    text_config,
-)
+from grow.errors import UserError
+from grow.names import ATTENTION, FUSED, attention_prefix, canonical, is_down, is_growth
+from grow.plan import GrowthPlan, growing_layers, parse_factor
 
-_WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
-_PARTS = ("weight", "bias")
-_NOT_ALONE = {
-    "bloom": "its MLP adds what goes past it",
-    "gpt_neox_japanese": "its config has no width of its own for the MLPs",
-    "openai-gpt": "its class fixes the width of the MLPs",
-}
-"""Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
-ATTENTION_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-"""Kinds of model (model_type) whose heads of attention can grow."""
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
@@ -72,48 +52,11 @@ def make_plan(
     if attention_layers and not attention:
         raise UserError("--attention-layers: says where, with --attention queries or heads")
     if attention:
-        chosen = _attention(base, plan, prefixes, attention, attention_layers or "all")
+        chosen = checked_attention(base, plan, prefixes, attention, attention_layers or "all")
         plan = dataclasses.replace(plan, attention=chosen, attention_kind=attention)
     if not (attention and str(layers).strip() == "none"):
         plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
     return plan, prefixes
-
-
-def _attention(
-    base: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str], attention: str, layers: str
-) -> tuple[int, ...]:
-    """Returns the layers whose heads grow. Raises UserError where they cannot."""
-    if attention not in ATTENTION:
-        raise UserError(f"--attention {attention}: there are {' and '.join(ATTENTION)}")
-    if plan.factor != 2:
-        raise UserError(f"--attention {attention}: grows by a factor of 2 alone, not of {plan.factor}")
-    text = text_config(base.config)
-    if text.get("model_type") not in ATTENTION_TYPES:
-        raise UserError(
-            f"--attention {attention}: {base.path}: the attention of {text.get('model_type')} is not known here; that "
-            f"of {', '.join(ATTENTION_TYPES)} is"
-        )
-    chosen = parse_layers(layers, len(prefixes), "--attention-layers")
-    for layer in chosen:
-        names = [f"{attention_prefix(prefixes[layer])}.{name}.weight" for name in ATTENTION["heads"]]
-        shapes = [base.tensors[name].shape if name in base.tensors else () for name in names]
-        widths = {shape[1] for shape in (*shapes[:-1], shapes[-1][::-1]) if len(shape) == 2}
-        if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or shapes[1] != shapes[2]:
-            raise UserError(f"{base.path}: {names[0]}, k_proj, v_proj and o_proj are {shapes}, which do not fit")
-        head_counts(base, attention_prefix(prefixes[layer]))
-    return chosen
-
-
-def head_counts(checkpoint: Checkpoint, prefix: str) -> tuple[int, int, int]:
-    """Returns how many query heads an attention has, how many of keys, and the features of each, from its tensors:
-    configs on the hub may leave out what is their class's default. Raises UserError where they do not tell."""
-    text, norm = text_config(checkpoint.config), checkpoint.tensors.get(f"{prefix}.q_norm.weight")
-    queries, keys = (checkpoint.tensors[f"{prefix}.{name}.weight"].shape[0] for name in ATTENTION["heads"][:2])
-    heads = text.get("num_attention_heads")
-    size = norm.shape[0] if norm else text.get("head_dim") or (heads and queries // heads)
-    if not size or queries % size or keys % size:
-        raise UserError(f"{checkpoint.path}: its config has no head_dim and num_attention_heads that fit {prefix}")
-    return queries // size, keys // size, size
 
 
 def check_grown(
@@ -134,75 +77,6 @@ def check_grown(
         said = f"copies from {from_there or 'its base'}, not from {wanted_from or 'its base'}"
         raise UserError(f"{out}: is there already, with {said}; give another folder, or remove it")
     return {"out": out, "base": base, "factor": wanted.factor, "layers": list(wanted.layers)}
-
-
-def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
-    """Returns the key prefix of each layer's MLP. Raises UserError if one is missing or its shapes do not fit."""
-    try:
-        prefixes = mlp_prefixes(checkpoint.tensors)
-    except UserError as error:
-        raise UserError(f"{checkpoint.path}: {error}") from None
-    text = text_config(checkpoint.config)
-    if text.get("model_type") in _NOT_ALONE:
-        raise UserError(f"{checkpoint.path}: {text['model_type']}: {_NOT_ALONE[text['model_type']]}, so it cannot grow")
-    count = setting(text, "num_hidden_layers") or len(prefixes)
-    if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
-        raise UserError(f"{checkpoint.path}: has MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
-    try:
-        widths = mlp_widths(checkpoint.config, count)
-    except UserError as error:
-        raise UserError(f"{checkpoint.path}: {error}") from None
-    for layer, prefix in prefixes.items():
-        width = widths[layer] if widths else None
-        _check_shapes(checkpoint, prefix, setting(text, "hidden_size"), width, text.get("model_type"))
-    return prefixes
-
-
-def _check_shapes(
-    base: Checkpoint, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None
-) -> None:
-    layout = layout_of(base, prefix)
-    if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
-        raise UserError(
-            f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
-        )
-    for name in base.tensors:
-        if (
-            name.startswith(f"{prefix}.")
-            and not is_growth(name)
-            and name.split(".")[-2] not in (*layout, *_ACTIVATIONS)
-        ):
-            raise UserError(
-                f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
-            )
-    infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
-    order = -1 if is_transposed(base.config) else 1
-    h, p = infos[-1].shape[::order] if len(infos[-1].shape) == 2 else (0, 0)
-    rows = 2 * p if layout[0] == FUSED else p
-    expected = (width or p, hidden_size or h)
-    if any(info.shape[::order] != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
-        shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(layout, infos, strict=True))
-        raise UserError(
-            f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
-            f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
-        )
-    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in layout]
-    for name, bias, length in zip(layout, biases, (*[rows] * (len(layout) - 1), h), strict=True):
-        if bias is not None and bias.shape != (length,):
-            raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
-    dtypes = {info.dtype for info in (*infos, *biases) if info is not None}
-    if not is_float(infos[0].dtype) or len(dtypes) > 1:
-        raise UserError(f"{base.path}: {prefix} is in {', '.join(sorted(dtypes))}; one float type is needed")
-
-
-def is_transposed(config: dict[str, Any]) -> bool:
-    """Says whether the matrices of a model with this config lie in its files as [in, out]."""
-    return text_config(config).get("model_type") in TRANSPOSED
-
-
-def layout_of(base: Checkpoint, prefix: str) -> tuple[str, ...]:
-    """Returns the names of the matrices of an MLP."""
-    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))
 
 
 def added_tensors(
@@ -227,7 +101,7 @@ def added_tensors(
     parts |= {attention_prefix(prefixes[layer]): ATTENTION[plan.attention_kind] for layer in plan.attention}
     for prefix, layout in parts.items():
         for projection in layout:
-            for part in _PARTS:
+            for part in PARTS:
                 name = f"{prefix}.{projection}.{part}"
                 if name not in base.tensors:
                     continue
@@ -303,24 +177,6 @@ def _divided(down: LazyTensor, k: int, name: str, transposed: bool) -> LazyTenso
     return LazyTensor((length, (k - 1) * columns), down.dtype, side_by_side)
 
 
-def _check_copies(base: Checkpoint, copies: Checkpoint, plan: GrowthPlan, prefixes: dict[int, str]) -> None:
-    """Raises UserError if a checkpoint's MLPs cannot stand in for the base's."""
-    if "growth" in copies.config:
-        raise UserError(f"--copies-from {copies.path}: is grown; give a stock checkpoint")
-    check_not_quantized(copies)
-    there = {canonical(name): info for name, info in copies.tensors.items()}
-    for layer in plan.layers:
-        parts = [f"{prefixes[layer]}.{name}.{part}" for name in layout_of(base, prefixes[layer]) for part in _PARTS]
-        for name in parts:
-            own, found = base.tensors.get(name), there.get(canonical(name))
-            if (own and own.shape) != (found and found.shape):
-                said, wanted = (f"is {list(one.shape)}" if one else "is missing" for one in (found, own))
-                raise UserError(
-                    f"--copies-from {copies.path}: {name} {said}, the base's {wanted}; the copies need an MLP of the "
-                    "same shape, such as that of another training of the base"
-                )
-
-
 def grown_name(shard: Path) -> str:
     """Returns the name of a base's shard in a grown checkpoint. transformers prefers a file called model.safetensors to
     the index beside it and would initialise the growth at random, so that name is never used."""
@@ -353,7 +209,7 @@ def expand(
     if copies is not None and plan.attention:
         raise UserError("--copies-from: copies MLPs; leave --attention out")
     if copies is not None:
-        _check_copies(base, copies, plan, prefixes)
+        check_copies(base, copies, plan, prefixes)
     added = added_tensors(base, plan, prefixes, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grow.checkpoint.expand import is_transposed
+from grow.checkpoint.growable import is_transposed
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,

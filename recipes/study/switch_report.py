@@ -127,7 +127,7 @@ def draw(grids: dict[str, list[dict[str, Any]]], path: Path) -> None:
             if row is not None:
                 axes.plot([row.kl, always.kl], [row.loss, always.loss], color=colour, linewidth=1, alpha=0.5)
                 axes.plot(row.kl, row.loss, "o", **look)
-        plain_ticks(axes, 0.01, 0.0, 12 * max(one.kl for one in shown))
+        plain_ticks(axes, 0.01, 0.0, 40 * max(one.kl for one in shown))
         axes.set(title=title, xlabel="KL(base ‖ model) on general text, nats a token", ylabel="task loss, nats a token")
         base = f"at 0: the base, bit for bit; its task loss is {lines[0]['base']['task']['loss']:.2f}"
         axes.annotate(base, (0.02, 0.97), xycoords="axes fraction", fontsize=8, color="grey", va="top")
