@@ -91,7 +91,8 @@ def _ascending(layers: Any) -> tuple[int, ...]:
 
 def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns the "growth" object that one of several skills would have alone."""
-    alone: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    version = ATTENTION_VERSION if "attention" in growth["skills"][name] else FORMAT_VERSION
+    alone: dict[str, Any] = {"format_version": version}
     for key, value in growth["skills"][name].items():
         alone |= {} if key == "alpha" else {key: value}
         alone |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before

@@ -18,7 +18,7 @@ from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
-from grow.checkpoint.shards import SINGLE_NAME, read_json
+from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, read_json
 from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_heads, stock_mlp
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
@@ -149,12 +149,13 @@ def _heads(
     names = {layer: attention_prefix(prefix) for layer, prefix in prefixes.items()}
     made = {layer: _blocks(source, heads, layer, own, alpha, dtype, ATTENTION[kind]) for layer, own in names.items()}
     units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
-    width = max(units.values())
+    width = _whole_heads(source.start, names[0], max(units.values()))
     narrow = [layer for layer, count in units.items() if count < width]
     _check_padded(
         narrow,
         uniform,
-        "the attention of layers {} has fewer heads than others, and stock models have one number",
+        "the attention of layers {} has fewer heads than the stock model's, which has one number, a divisor of its "
+        "hidden size",
         "it with heads of zeros",
     )
     found: dict[str, LazyTensor] = {}
@@ -165,6 +166,16 @@ def _heads(
         joined = stock_heads(grouped(parts, groups, width), own_type)
         found |= {f"{names[layer]}.{end}": tensor for end, tensor in joined.items()}
     return found
+
+
+def _whole_heads(start: Checkpoint, prefix: str, width: int) -> int:
+    """Returns the width of all query heads of a stock attention, which is to have a width at least: classes of
+    transformers want a number of heads that divides the hidden size, where the base's does."""
+    own, _, size = head_counts(start, prefix)
+    hidden = start.tensors[f"{prefix}.{QUERY}.weight"].shape[1]
+    more = range(width // size, hidden + 1)
+    fitting = (count for count in more if hidden % count == 0 and count % own == 0)
+    return size * next(fitting, width // size) if hidden % own == 0 else width
 
 
 def _check_padded(narrow: list[int], uniform: bool, problem: str, padding: str) -> None:

@@ -79,9 +79,10 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
         twice = next((other for other, known_sums in sums_of.items() if known_sums == facts["tensors"]), None)
         if twice is not None:
             raise UserError(f"attach: {name} and {twice} are the same growth; attach it once")
-        if "attention" in facts:
+        if facts.get("attention", {}).get("kind") == "heads":
             raise UserError(
-                f"attach: {package}: heads of attention have grown in it; attach it alone, as several it cannot be"
+                f"attach: {package}: heads with keys of their own have grown in it; attach it alone (query heads can "
+                "be one of several skills)"
             )
         sums_of[name] = facts["tensors"]
         known |= {key: facts[key] for key in ("base", "base_tensors")} | check_same_base(own, facts)

@@ -13,7 +13,7 @@ from grow.errors import UserError
 from grow.model.bottleneck import AdaptedMLP
 from grow.model.layouts import decoder_attentions, decoder_mlps
 from grow.model.mlp import GrownMLP
-from grow.model.skills import SkilledMLP
+from grow.model.skills import Skilled
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
@@ -39,7 +39,7 @@ def _has_loras(model: nn.Module) -> bool:
 
 def _with_alpha(model: nn.Module) -> Iterator[Any]:
     parts = [*decoder_mlps(model).values(), *decoder_attentions(model).values()]
-    return (part for part in parts if isinstance(part, (GrownMLP, AdaptedMLP, SkilledMLP)))
+    return (part for part in parts if isinstance(part, (GrownMLP, AdaptedMLP, Skilled)))
 
 
 @contextlib.contextmanager

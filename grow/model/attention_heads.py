@@ -34,7 +34,7 @@ class GrownAttention(GrownMLP):
         if whole and kwargs.get("cache") is not None:
             raise UserError("generate_batch keeps keys of one branch alone, and heads have grown: use generate")
         if kwargs.get("past_key_values") is not None:
-            cache = kwargs["past_key_values"] = _SameKeys(kwargs["past_key_values"])
+            cache = kwargs["past_key_values"] = SameKeys(kwargs["past_key_values"])
             if whole:  # whatever α is, since it may change between uses of a cache
                 beside = kwargs | {"past_key_values": _Keys()}
                 cache.beside = _keys(attend, self.grown, hidden_states, args, beside)
@@ -52,7 +52,7 @@ class GrownAttention(GrownMLP):
         return y if on is True else torch.where(on, y, base), *others
 
 
-class _SameKeys:
+class SameKeys:
     """Stands for a KV cache that two branches share. The first that comes has its keys and values put in, with those of
     the other `beside` them as further heads, if that has its own. Each is given what there is of its own."""
 

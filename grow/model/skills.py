@@ -2,9 +2,9 @@
 
     y = base(x) + Σᵢ (fᵢ(x) − base(x))
 
-fᵢ(x) is what an MLP with skill i alone computes (grow.model.mlp), at its α. The sum is over the skills that are on for
-a token. Where none is, y is the base's, bit for bit; where one is alone, it is fᵢ(x) as it stands; and at each skill's
-step 0 fᵢ(x) − base(x) is exactly 0.
+fᵢ(x) is what an MLP, or an attention, with skill i alone computes (grow.model.mlp), at its α. The sum is over the
+skills that are on for a token. Where none is, y is the base's, bit for bit; where one is alone, it is fᵢ(x) as it
+stands; and at each skill's step 0 fᵢ(x) − base(x) is exactly 0.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.layouts import mix_in, width
-from grow.model.mlp import GrownBranch, planned_mlps, trained_base, up_projection, with_growth
+from grow.model.attention_heads import SameKeys
+from grow.model.layouts import decoder_attentions, mix_in, stock_class, width
+from grow.model.mlp import Between, GrownBranch, planned_mlps, trained_base, up_projection, with_growth
+from grow.names import ATTENTION
 from grow.plan import GrowthPlan
 
 
@@ -28,8 +30,9 @@ class Skill:
     switch: Any = None
 
 
-class SkilledMLP:
-    """Is mixed into the class of an MLP that is already there, so that the base's tensors keep their names.
+class Skilled:
+    """Is mixed into the class of an MLP or an attention that is already there, so that the base's tensors keep their
+    names.
 
     `grown` and `trained` have the parameters of each skill, by its name. `alpha` multiplies every skill's own.
     """
@@ -41,14 +44,23 @@ class SkilledMLP:
     grown: nn.ModuleDict
     trained: nn.ModuleDict
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps […, h] to […, h]."""
-        own = super().forward(x)  # type: ignore[misc]
+    def on(self) -> dict[str, bool | Tensor]:
+        """Returns where the skills are on that are on anywhere: True, or bool [B, L]."""
         on = {
             name: True if skill.switch is None else skill.switch.acts(self.training)
             for name, skill in self.skills.items()
         }
-        on = {name: where for name, where in on.items() if where is not False and self.alpha * self.skills[name].alpha}
+        return {
+            name: where for name, where in on.items() if where is not False and self.alpha * self.skills[name].alpha
+        }
+
+
+class SkilledMLP(Skilled):
+    """An MLP with several skills."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps […, h] to […, h]."""
+        own, on = super().forward(x), self.on()  # type: ignore[misc]
         if not on:
             return own
         if len(on) == 1 and all(where is True for where in on.values()):
@@ -74,14 +86,50 @@ class SkilledMLP:
         return with_growth(self.grown[name](x), base, skill.factor, alpha)
 
 
+class SkilledAttention(Skilled):
+    """An attention whose query heads have grown for several skills; all use the base's keys and values."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Maps […, h] to […, h], and what else the class returns, of the base's own heads."""
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"] = SameKeys(kwargs["past_key_values"])
+
+        def attend(heads: Any) -> Any:
+            return stock_class(self).forward(heads, hidden_states, *args, **kwargs)
+
+        own, *others = attend(self)
+        on, y = self.on(), own
+        count = sum(where.long() if isinstance(where, Tensor) else 1 for where in on.values())
+        alone = count == 1 if isinstance(count, int) else (count == 1)[..., None].to(own.device)
+        for name, where in on.items():
+            skill = self.skills[name]
+            alpha = self.alpha * skill.alpha
+            base = attend(Between(self, self.trained[name], alpha))[0] if name in self.trained else own
+            sums = with_growth(attend(self.grown[name])[0], base, skill.factor, alpha)
+            if alone is not True:  # as it is by itself, in the bits too
+                more = y + (sums - own)
+                sums = more if alone is False else torch.where(alone, sums, more)
+            y = torch.where(where[..., None].to(own.device), sums, y) if isinstance(where, Tensor) else sums
+        return y, *others
+
+
 def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mapping[str, float]) -> None:
     """Gives a model the parameters of several skills, uninitialised, in place: `plans` and `alphas` by name."""
+    attentions = decoder_attentions(model)
     for name, plan in plans.items():
         for layer, mlp in planned_mlps(model, plan, f"{name}: ").items():
-            if not isinstance(mlp, SkilledMLP):
-                mix_in(mlp, SkilledMLP, "Skilled")
-                mlp.alpha, mlp.skills, mlp.grown, mlp.trained = 1.0, {}, nn.ModuleDict(), nn.ModuleDict()
-            mlp.skills[name] = Skill(plan.factor, alphas[name] * plan.own_alpha(layer))
-            mlp.grown[name] = GrownBranch(mlp, (plan.factor - 1) * width(mlp))
-            if plan.trained_up:
-                mlp.trained[name] = up_projection(mlp)
+            _add(mlp, SkilledMLP, name, plan, alphas[name] * plan.own_alpha(layer))
+        for layer in plan.attention:
+            attentions[layer].__dict__["layout"] = ATTENTION[plan.attention_kind]
+            _add(attentions[layer], SkilledAttention, name, plan, alphas[name])
+
+
+def _add(part: Any, kind: type[Skilled], name: str, plan: GrowthPlan, alpha: float) -> None:
+    """Gives an MLP, or an attention, the parameters of one skill more."""
+    if not isinstance(part, kind):
+        mix_in(part, kind, "Skilled")
+        part.alpha, part.skills, part.grown, part.trained = 1.0, {}, nn.ModuleDict(), nn.ModuleDict()
+    part.skills[name] = Skill(plan.factor, alpha)
+    part.grown[name] = GrownBranch(part, (plan.factor - 1) * width(part)).train(part.training)
+    if plan.trained_up:
+        part.trained[name] = up_projection(part)

@@ -14,7 +14,7 @@ from grow.model.features import opens
 from grow.model.layouts import decoder_attentions, decoder_mlps, hidden_size
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
 from grow.model.mlp import GrownMLP
-from grow.model.skills import SkilledMLP
+from grow.model.skills import Skilled, SkilledAttention, SkilledMLP
 from grow.model.switch import Switch
 
 MODES = ("auto", "on", "off")
@@ -104,8 +104,8 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
     """Gives skills of a model with several their switches, by name, in place. Raises UserError if one does not fit."""
     switches = {name: _prepared(model, record) for name, record in records.items()}
     _mix_in(model, Switches(switches))
-    for mlp in decoder_mlps(model).values():
-        for name, skill in mlp.skills.items() if isinstance(mlp, SkilledMLP) else ():
+    for part in (*decoder_mlps(model).values(), *decoder_attentions(model).values()):
+        for name, skill in part.skills.items() if isinstance(part, Skilled) else ():
             skill.switch = switches.get(name)
 
 
@@ -113,7 +113,8 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
     mlps, loras = decoder_mlps(model), lora_layers(model)
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
-    below = [layer - 1 for layer, part in decoder_attentions(model).items() if isinstance(part, GrownAttention)]
+    growing = (GrownAttention, SkilledAttention)
+    below = [layer - 1 for layer, part in decoder_attentions(model).items() if isinstance(part, growing)]
     unchanged = min([*changed, *below, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
     first_pass = record.layer > unchanged
     check_fits(record, mlps, first_pass)

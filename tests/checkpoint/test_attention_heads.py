@@ -180,12 +180,12 @@ def test_where_it_cannot_be(text_base: Path, tmp_path: Path, capsys: pytest.Capt
     phi = make(tmp_path / "phi", "phi")
     said = here(capsys, "expand", phi, tmp_path / "no", "--attention", "queries", code=2)
     assert "the attention of phi is not known here" in said
-    here(capsys, "expand", text_base, tmp_path / "grown", "--attention", "queries")
+    here(capsys, "expand", text_base, tmp_path / "grown", "--attention", "heads")
     here(capsys, "growth", tmp_path / "grown", tmp_path / "package")
     said = here(
         capsys, "attach", text_base, f"a={tmp_path / 'package'}", f"b={tmp_path / 'package'}", tmp_path / "x", code=2
     )
-    assert "heads of attention have grown in it" in said
+    assert "query heads can be one of several skills" in said
 
 
 @pytest.mark.parametrize("heads", ["queries", "heads"])

@@ -17,15 +17,18 @@ from grow.methods import read_recipe
 from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
 from grow.model.switched import put_switch
+from grow.names import is_growth, skill_of
 from tests.helpers.running import here
 from tests.helpers.tiny import file_checksum, folder_checksums, logits, make_base, make_recipe
 
 PROMPTS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(3))
 
 
-def skill(base: Path, out: Path, seed: int, layers: str, method: str, feature: int | None) -> None:
-    """A growth package, trained by chance; with a switch that is on for half of the prompts."""
-    model = grow.grow_model(load(base), layers=layers)
+def skill(base: Path, out: Path, seed: int, layers: str, method: str, feature: int | None, heads: str = "") -> None:
+    """A growth package, trained by chance; with a switch that is on for half of the prompts. `heads`: the layers whose
+    query heads grow."""
+    how = {"attention": "queries", "attention_layers": heads} if heads else {}
+    model = grow.grow_model(load(base), layers=layers, **how)
     generator = torch.Generator().manual_seed(seed)
     for parameter in grow.trainable(model, method):
         if seed:
@@ -44,12 +47,13 @@ def skill(base: Path, out: Path, seed: int, layers: str, method: str, feature: i
     grow.save_growth(model, out)
 
 
-@pytest.fixture(scope="module")
-def world(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["MLPs", "query heads"])
+def world(text_base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Two skills with switches, of other layers, methods and features; and all of it on one base."""
     path = tmp_path_factory.mktemp("skills")
-    skill(text_base, path / "french", 1, "1-3", "g_freeze", 3)
-    skill(text_base, path / "sums", 2, "2,3", "g_train", 7)
+    growths = [("1-3", ""), ("2,3", "")] if request.param == "MLPs" else [("none", "2,3"), ("3", "2,3")]
+    skill(text_base, path / "french", 1, growths[0][0], "g_freeze", 3, growths[0][1])
+    skill(text_base, path / "sums", 2, growths[1][0], "g_train", 7, growths[1][1])
     words = ["attach", str(text_base), str(path / "french"), f"logic={path / 'sums'}", str(path / "both")]
     from grow.cli.main import main
 
@@ -62,8 +66,7 @@ def world(text_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_on_disk(world: Path, text_base: Path, tmp_path: Path, capsys: Any) -> None:
     config = json.loads((world / "both" / "config.json").read_text())
     assert config["growth"]["format_version"] == 2 and list(config["growth"]["skills"]) == ["french", "logic"]
-    names = [name for name in Checkpoint(world / "both").tensors if ".mlp.grown." in name or ".mlp.trained." in name]
-    assert {name.split(".mlp.")[1].split(".")[1] for name in names} == {"french", "logic"}
+    assert {skill_of(name) for name in Checkpoint(world / "both").tensors if is_growth(name)} == {"french", "logic"}
     assert "french" in (world / "both" / "README.md").read_text()
     here(capsys, "verify", world / "both", "--base", text_base)
     here(capsys, "base", world / "both", tmp_path / "base")
