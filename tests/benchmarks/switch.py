@@ -1,9 +1,10 @@
 """What a switch costs, beside the base and the grown model without one. Prints a table; tests nothing.
 
-    python -m tests.benchmarks.switch BASE [--layers upper,all] [--batch 4] [--tokens 128] [--repeat 9]
+    python -m tests.benchmarks.switch BASE [--layers upper,all,queries] [--batch 4] [--tokens 128] [--repeat 9]
 
 A forward pass over a batch of prompts, whose rows are all off, all on, or half of each; and 16 tokens of generation
-after them. With all layers grown a first pass of the base, up to a third of the depth, decides.
+after them. With the MLPs, or the query heads, of all layers grown a first pass of the base, up to a third of the depth,
+decides.
 """
 
 import itertools
@@ -40,13 +41,15 @@ def with_switch(model: Any, ids: torch.Tensor, layer: int, share: float) -> Any:
     return model
 
 
-def bench(base: str, layers: str = "upper,all", batch: int = 4, tokens: int = 128, repeat: int = 9) -> None:
+def bench(base: str, layers: str = "upper,all,queries", batch: int = 4, tokens: int = 128, repeat: int = 9) -> None:
     """Prints the table: medians of calls that are made in turn."""
     place = compute_device()
     ids = torch.randint(1000, 20_000, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(place)
 
     def fresh(grown: str = "") -> Any:
         model = load(base, compute_dtype()).to(place)
+        if grown == "queries":
+            return grow.grow_model(model, layers="none", attention="queries").to(place)
         return grow.grow_model(model, layers=grown).to(place) if grown else model
 
     print(f"{device()}, {compute_dtype()}; {batch} prompts of {tokens} tokens\n")
