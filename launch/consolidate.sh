@@ -25,13 +25,15 @@ shown=$(grow show "$1" output_dir switch method grows "${@:2}") # an empty line 
 OUT=${OUT:-$run-${switch:+switched}}
 [[ $OUT != "$run-" ]] || OUT=$run-stock
 SCORES=${SCORES:-$run-scores.json}
+alpha=${ALPHA:-1} # at which it is scored; a stock checkpoint has it in its weights
 if [[ $method == adapter || (-n $switch && $grows == False) ]]; then
     OUT=$run/result # an adapter is in no stock architecture, and a LoRA that is merged could not be off
 elif [[ -n $switch ]]; then
     [[ -d $OUT ]] || grow consolidate "$run" "$OUT" --format grown
-    [[ -d $run-stock ]] || grow consolidate "$run" "$run-stock" --alpha "${ALPHA:-1}" --uniform --without-switch
-elif [[ ! -d $OUT ]]; then
-    grow consolidate "$run" "$OUT" --alpha "${ALPHA:-1}" --uniform
+    [[ -d $run-stock ]] || grow consolidate "$run" "$run-stock" --alpha "$alpha" --uniform --without-switch
+else
+    [[ -d $OUT ]] || grow consolidate "$run" "$OUT" --alpha "$alpha" --uniform
+    alpha=1
 fi
 [[ $SCORES == none || -f $SCORES ]] ||
-    grow eval "$OUT" --recipe "$1" --limit "${LIMIT:-0}" "--name=$(basename "$run")" "--out=$SCORES"
+    grow eval "$OUT" --alpha "$alpha" --recipe "$1" --limit "${LIMIT:-0}" "--name=$(basename "$run")" "--out=$SCORES"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Grows the base that a recipe names into the grown checkpoint that it trains, unless that is there, or its method
 # starts from the base itself. No GPU is needed. If it is killed, the same command resumes. One that is there with another
-# FACTOR or other LAYERS than those named is a mistake.
+# FACTOR or other LAYERS than those named is a mistake, and so are these where the recipe says itself what grows.
 #
 #     launch/expand.sh RECIPE [--field value …]
 #
 # Variables:
-#   FACTOR   how many times as wide a grown MLP becomes (default: the recipe's, 2)
+#   FACTOR   how many times as wide a grown MLP becomes (default: the recipe's)
 #   LAYERS   the layers whose MLPs grow (default: the recipe's)
 #   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
@@ -20,6 +20,8 @@ shown=$(grow show "$1" grows base grown factor layers attention attention_layers
 mapfile -t shown <<<"$shown"
 grows=${shown[0]} base=${shown[1]} grown=${shown[2]} factor=${shown[3]} layers=${shown[4]}
 [[ $grows == True ]] || exit 0
+[[ -z ${FACTOR:-}${LAYERS:-} || "$factor $layers ${shown[5]:-}" == "2 all " ]] ||
+    die 2 "FACTOR, LAYERS: $1 says what grows (layers $layers, attention ${shown[5]:-none}); give --factor or --layers"
 [[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.

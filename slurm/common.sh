@@ -172,7 +172,7 @@ begin() {
 }
 
 expanding() { # launch/expand.sh knows whether there is anything to do
-    # Of slurm/pipeline.sh --pilot: LAYERS then names the ranking.
+    # Of slurm/pipeline.sh --pilot: the field `layers` then names the ranking.
     [[ -z ${PILOT:-} || -f $run-ranking/ranking.json ]] ||
         part ranking step 1 1 "$VENV/bin/grow" rank "$PILOT" --out "$run-ranking"
     part expanding step 1 1 "$ROOT/launch/expand.sh" "$@"

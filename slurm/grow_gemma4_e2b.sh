@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a base to a scored stock checkpoint in one job: sbatch this file. --help says what can be set.
+# From a base to a stock checkpoint and scores in one job: sbatch this file. --help says what can be set.
 #SBATCH --job-name=grow-gemma4-e2b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

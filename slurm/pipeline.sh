@@ -57,12 +57,12 @@ submit() { # submit PART AFTER OPTION…: prints the job's number
 }
 piloting=
 if [[ $pilot ]]; then
-    without "--method --max_steps --output_dir" "$@"
+    without "--method --max_steps --output_dir --switch" "$@"
     arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --output_dir "$run-pilot")
     piloting=$(submit training "" "${gpu[@]}")
     without "--grown --layers --attention --attention_layers" "$@"
-    arguments+=(--grown "$run-grown" --layers=all --attention=)
-    export PILOT=$run-pilot LAYERS=top:${TOP:-9}:$run-ranking/ranking.json
+    arguments+=(--grown "$run-grown" --attention= --attention_layers= "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
+    export PILOT=$run-pilot
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")
 train=$(submit training "$expand" "${gpu[@]}")

@@ -69,6 +69,16 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
         capsys, "train", recipe, "--check", f"--output_dir={tmp_path}/b", "--layers=9", code=2
     )
     assert "--check" in here(capsys, "train", recipe, "--expand", code=2)
+    heads = write(tmp_path / "heads.yaml", text_base, sums, attention="queries", output_dir=str(tmp_path / "heads"))
+    trained = [
+        json.loads(here(capsys, "plan", heads, *more, "--json"))["trained_parameters"]
+        for more in ((), ("--attention=", "--layers=all"), ("--attention=heads", "--attention-layers=1"))
+    ]
+    assert len(set(trained)) == 3, "what is said replaces what the recipe says"
+    settings = ("--method=g_lora", "--lora_targets=q_proj,o_proj", "--lora_rank=2")
+    here(capsys, "train", heads, "--check", "--expand", *settings)
+    named = ("--grown", tmp_path / "elsewhere", f"--output_dir={tmp_path}/d")
+    assert "--layers none --attention queries" in here(capsys, "train", heads, "--check", *named, code=2)
 
 
 def test_expanded_by_the_script_of_a_job(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
@@ -79,8 +89,11 @@ def test_expanded_by_the_script_of_a_job(text_base: Path, sums: Path, tmp_path: 
     here(capsys, "train", recipe, "--check")
     other = write(tmp_path / "s.yaml", text_base, sums, output_dir=str(tmp_path / "other"))
     run("launch/expand.sh", other, LAYERS="0")
+    assert "give --factor or --layers" in run("launch/expand.sh", recipe, LAYERS="0", code=2).stderr
     assert json.loads((tmp_path / "other" / "grown" / "config.json").read_text())["growth"]["layers"] == [0]
     here(capsys, "train", other, "--check")
+    gone = ("--base", tmp_path / "gone", "--learning_rate=1e-3")
+    here(capsys, "train", recipe, "--check", *gone)  # its base is inside
 
 
 def test_a_run_keeps_what_it_began_with(text_base: Path, sums: Path, tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def make_plan(
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
+    return plan_of(base, prefixes, factor, layers, attention, attention_layers), prefixes
+
+
+def plan_of(
+    base: Checkpoint, prefixes: dict[int, str], factor: int | str, layers: str, attention: str, attention_layers: str
+) -> GrowthPlan:
+    """Returns the plan for a base, or for one that is inside a grown checkpoint, as make_plan does; `prefixes` are
+    those of its MLPs."""
     plan = GrowthPlan(parse_factor(factor), ())
     if attention_layers and not attention:
         raise UserError("--attention-layers: says where, with --attention queries or heads")
@@ -56,7 +64,7 @@ def make_plan(
         plan = dataclasses.replace(plan, attention=chosen, attention_kind=attention)
     if not (attention and str(layers).strip() == "none"):
         plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
-    return plan, prefixes
+    return plan
 
 
 def check_grown(

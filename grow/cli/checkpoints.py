@@ -11,12 +11,13 @@ from grow.errors import UserError
 
 
 def plan(
-    source: str, factor: str = "2", layers: str = "", attention: str = "", attention_layers: str = "",
-    world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
+    source: str, factor: str | None = None, layers: str | None = None, attention: str | None = None,
+    attention_layers: str | None = None, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
-    For a recipe, shows what its run would take on each of --world-size GPUs, and on disk.
+    For a recipe, shows what its run would take on each of --world-size GPUs, and on disk. What is said of growth then
+    replaces what the recipe says.
 
     Example: grow plan ~/models/gemma-3-1b-pt --layers 0-8
     Example: grow plan recipes/gemma3_4b/translation.yaml --world-size 8 --gpu 80GB --method sft
@@ -24,7 +25,7 @@ def plan(
     Args:
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
             cache; or a recipe, FILE.yaml.
-        factor: k: every grown MLP becomes k times as wide.
+        factor: k: every grown MLP becomes k times as wide; 2 unless given.
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
             top:6:ranking.json or top:6:DIR (learn-alphas); "all" if nothing is said of attention.
         attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
@@ -36,8 +37,6 @@ def plan(
         fields: For a recipe: fields that are given another value.
     """
     if source.endswith((".yaml", ".yml")):
-        if (factor, layers, attention, attention_layers) != ("2", "", "", ""):
-            raise UserError("plan: --factor and --layers are for a checkpoint; a recipe's are those of its `grown`")
         from grow.checkpoint.writer import parse_size
         from grow.methods import read_recipe
         from grow.training.footprint import describe_run
@@ -45,7 +44,8 @@ def plan(
         memory = parse_size("--gpu", gpu) if gpu else 0
         if 0 < memory < 10**8:
             raise UserError(f"--gpu {gpu}: is less than 100MB; write a GPU's memory with its unit, such as 80GB")
-        settings = read_recipe(source, fields)
+        growth = {"factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers}
+        settings = read_recipe(source, fields | {name: value for name, value in growth.items() if value is not None})
         return say(describe_run(settings, number("--world-size", world_size), memory), memory_text, json)
     if gpu:
         raise UserError(f"plan: --gpu is for a recipe (FILE.yaml), and {source} is a checkpoint")
@@ -57,7 +57,7 @@ def plan(
 
     checkpoint = Checkpoint(source)
     layers = layers or ("none" if attention else "all")
-    grown, prefixes = make_plan(checkpoint, factor, layers, attention, attention_layers)
+    grown, prefixes = make_plan(checkpoint, factor or 2, layers, attention or "", attention_layers or "")
     return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
 
 

@@ -18,7 +18,8 @@ class GLora(Lora, GFreeze):
         """Raises UserError for a matrix that has not grown."""
         super().check_names(names)
         grown = [own_name(name) for name in names if is_copy(name)]
-        check_matrices("lora_targets", self.lora_targets, grown or [name for name in names if ".mlp." in name])
+        may = [name for name in names if ".mlp." in name or ".self_attn." in name]  # before it has grown
+        check_matrices("lora_targets", self.lora_targets, grown or may)
 
     def targets(self, name: str) -> bool:
         """Says whether a layer is a projection of the copies, and a chosen one."""

@@ -147,7 +147,7 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
     if record.kind == "token" and first_pass:
         raise UserError(
             f"a switch for each token reads layer {record.layer}, below which training changes the model; let it read "
-            "the lowest grown layer or one below"
+            "the lowest layer whose MLP grows, or one below it and below all heads that do"
         )
 
 

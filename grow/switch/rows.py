@@ -78,7 +78,9 @@ def variations(examples: Examples, prompts: list[Prompt], passages: list[Prompt]
             **{what: written(f"{{}}{sign}".format) for what, sign in _AFTER.items()},
         }
     count = max(len(prompts), _LEAST * len(kinds))
-    made = zip(itertools.islice(itertools.cycle(prompts), count), itertools.cycle(kinds.items()), strict=False)
+    # Where there are fewer, each kind gets other ones in each round.
+    turns = (prompts[(turn + turn // len(prompts)) % len(prompts)] for turn in range(count))
+    made = zip(turns, itertools.cycle(kinds.items()), strict=False)
     found = [(name, change(prompt)) for prompt, (name, change) in made]
     return [Prompts(kind, [prompt for name, prompt in found if name == kind]) for kind in kinds]
 

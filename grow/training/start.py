@@ -4,7 +4,8 @@ import dataclasses
 from math import prod
 from pathlib import Path
 
-from grow.checkpoint.expand import expand, make_plan
+from grow.checkpoint.expand import expand, make_plan, plan_of
+from grow.checkpoint.growable import checked_mlp_prefixes
 from grow.checkpoint.hub import locate
 from grow.checkpoint.output import Progress, no_progress
 from grow.checkpoint.shards import Checkpoint
@@ -24,7 +25,7 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
         how = f"grow expand {recipe.base_name} {recipe.grown}"
-        if recipe.makes_grown:
+        if recipe.makes_grown or recipe.plans_growth:
             options = (f"--{name.replace('_', '-')} {value}" for name, value in recipe.growth.items() if value)
             how = f"launch/train.sh does, or: {how} {' '.join(options)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
@@ -63,7 +64,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     if not recipe.plans_growth or not recipe.make_method().grows:
         return
     there = GrowthPlan.from_config(grown.config)
-    wanted, _ = make_plan(Checkpoint(_base(recipe)), **recipe.growth)
+    wanted = plan_of(grown, checked_mlp_prefixes(grown), **recipe.growth)
     if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"
