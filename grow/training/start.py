@@ -27,7 +27,7 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
         how = f"grow expand {recipe.base_name} {recipe.grown}"
         if recipe.makes_grown or recipe.plans_growth:
             options = (f"--{name.replace('_', '-')} {value}" for name, value in recipe.growth.items() if value)
-            how = f"launch/train.sh does, or: {how} {' '.join(options)}"
+            how = "launch/train.sh does, or: " * recipe.makes_grown + f"{how} {' '.join(options)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):

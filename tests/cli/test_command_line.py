@@ -70,7 +70,6 @@ def test_plan_and_expand_say_what_they_did(text_base: Path, tmp_path: Path) -> N
         (["expand", "{base}", "{base}"], "already there"),
         (["expand", "{base}", "{base}", "--keep"], "has not grown in layers 0, 1, 2, 3 by 2"),
         (["expand", "{out}", "{out}2"], "no such folder"),
-        (["plan", "{recipe}", "--layers", "0-1"], "are for a checkpoint"),
         (["expand", "{data}", "{out}"], "config.json"),
         (["consolidate", "{base}", "{out}"], "nothing to consolidate"),
         (["verify", "{base}", "--forward"], "--base"),
