@@ -39,7 +39,11 @@ def general_text(
     template, packed = Template("", "{text}"), []
     for folder in folders:
         if folder == "self":
-            packed += [PackedDataset(all_learnt(own), max_length, pad_token_id(tokenizer))] if own else []
+            # A base may end its text at once.
+            passages = [passage[:max_length] for passage in own or () if len(passage) > 1]
+            if own and not passages:
+                raise UserError("kl_text: self: the base writes nothing by itself; name a folder of text")
+            packed += [PackedDataset(all_learnt(passages), max_length, pad_token_id(tokenizer))] if own else []
             continue
         rows = load_rows(folder, "train")
         examples = encode_cached(rows, tokenizer, template, max_length, end=False).examples

@@ -152,3 +152,12 @@ def test_weight_and_text_go_together(text_base: Path, sums: Path, text: Path, tm
     ):
         with pytest.raises(UserError, match=message):
             check_run(read_recipe(recipe, fields))
+
+
+def test_text_of_its_own_is_cut_to_a_sequence(text_base: Path) -> None:
+    """Where the base ends its text at once, there is nothing to be compared on."""
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    found = general_text(["self"], 8, tokenizer, 0, [[1] * 20, [2]])
+    assert found[0]["input_ids"].tolist() == [1] * 8 and len(found.folders[0]) == 1
+    with pytest.raises(UserError, match="writes nothing"):
+        general_text(["self"], 8, tokenizer, 0, [[2]])
