@@ -158,6 +158,6 @@ def test_text_of_its_own_is_cut_to_a_sequence(text_base: Path) -> None:
     """Where the base ends its text at once, there is nothing to be compared on."""
     tokenizer = AutoTokenizer.from_pretrained(text_base)
     found = general_text(["self"], 8, tokenizer, 0, [[1] * 20, [2]])
-    assert found[0]["input_ids"].tolist() == [1] * 8 and len(found.folders[0]) == 1
+    assert found[0]["input_ids"].tolist() == [1] * 7 + [256] and len(found.folders[0]) == 1
     with pytest.raises(UserError, match="writes nothing"):
         general_text(["self"], 8, tokenizer, 0, [[2]])
