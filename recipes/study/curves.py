@@ -23,6 +23,7 @@ NAMES = {
 }  # fmt: skip
 _DRAWN = 0.2
 """Of the way from the best task loss back to the base's, what is drawn."""
+_FEW = 8  # rows, all of which have room for their names
 _LINE = 12.0
 """The height of a label's line, in points."""
 _MARKERS, _LINES = "osD^vPX*<>phd8", ("-", "--", ":")
@@ -91,9 +92,11 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
 
 def _leading(methods: dict[str, list[Point]]) -> list[str]:
-    """Returns the rows whose names a picture shows."""
+    """Returns the rows whose names a picture shows: all of a few, else the plain ones and those that are ahead."""
     most = max(one["seeds"] for own in methods.values() for one in own)
     rows = {label: own for label, own in methods.items() if max(one["seeds"] for one in own) == most}
+    if len(rows) <= _FEW:
+        return list(rows)
     ahead = frontier(one for own in rows.values() for one in own)
     plain = {label for label in rows if not {",", "third", "six"} & {*label.replace(",", " ,").split()}}
     return [label for label, own in rows.items() if label in plain or any(one in ahead for one in own)]
