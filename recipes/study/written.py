@@ -55,8 +55,8 @@ def titled(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Returns a row for the base and for each cell, always on and with its switch: the share of answers that are the
-    row's own, in percent, for each set and number of shots; and what was written most often without shots."""
+    """Returns a row for the base and for each cell, always on and with its switch: the share of answers that begin with
+    the row's own, in percent, for each set and number of shots; and what was written most often without shots."""
     base = lines[0]["base"]
     asked = [name for name, known in base["retention"].items() if "generation" in known]
     shots = list(base["retention"][asked[0]]["generation"])
@@ -72,8 +72,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     header = ["", "rate", "task", "KL", *(f"{one}, {count} shots" for one in asked for count in shots)]
     counts = ", ".join(f"{base['retention'][one]['generation'][shots[0]]['rows']} of {one}" for one in asked)
     return markdown([*header, f"written most, {shots[0]} shots"], rows) + (
-        f"\nExact match, %, of {counts}, with half the 95 % interval over rows; greedy, at most {TOKENS} tokens. Task: "
-        "accuracy, or loss, nats a token. KL(base ‖ model) of general text, nats a token.\n"
+        f"\nWhat is written begins with the answer, %, of {counts}, with half the 95 % interval over rows; greedy, "
+        f"at most {TOKENS} tokens. Task: accuracy, or loss, nats a token. KL(base ‖ model) of general text, nats a "
+        "token.\n"
     )
 
 
@@ -86,8 +87,8 @@ def _ways(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any
 
 
 def _share(answers: dict[str, Any]) -> str:
-    low, high = answers["intervals"]["exact_match"]
-    return f"{100 * answers['exact_match']:.1f} ± {50 * (high - low):.1f}"
+    low, high = answers["intervals"]["begins"]
+    return f"{100 * answers['begins']:.1f} ± {50 * (high - low):.1f}"
 
 
 def _most(name: str, answers: dict[str, Any]) -> str:

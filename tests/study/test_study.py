@@ -272,7 +272,7 @@ def test_two_whole_models_are_each_where_the_switch_says() -> None:
 
 def test_written_answers_of_several_shots_stand_side_by_side() -> None:
     def scores(*outputs: str) -> dict[str, Any]:
-        answers = {"exact_match": 0.5, "begins": 0.5, "rows": 4, "intervals": {"exact_match": (0.1, 0.9)}}
+        answers = {"exact_match": 0.5, "begins": 0.5, "rows": 4, "intervals": {"begins": (0.1, 0.9)}}
         known = {"rows": 4, "kl": 0.25, "generation": answers | {"outputs": list(outputs)}}
         return {
             "alpha": 1,
