@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
@@ -14,12 +15,22 @@ class GLora(Lora, GFreeze):
     merged into them when training has ended. The result is the same growth package, and the optimizer is as small as a
     LoRA's."""
 
+    def __post_init__(self) -> None:
+        """Growth is of MLPs, as far as nothing else is known."""
+        self._growing: tuple[str, ...] = (".mlp.",)
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError as LoRA does; remembers of what copies will be made."""
+        super().check(recipe)
+        if recipe.attention:
+            self._growing = (".self_attn.", *([".mlp."] if recipe.layers != "none" else []))
+
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a matrix that has not grown."""
         super().check_names(names)
         grown = [own_name(name) for name in names if is_copy(name)]
-        may = [name for name in names if ".mlp." in name or ".self_attn." in name]  # before it has grown
-        check_matrices("lora_targets", self.lora_targets, grown or may)
+        will = [name for name in names if any(part in name for part in self._growing)]
+        check_matrices("lora_targets", self.lora_targets, grown or will)
 
     def targets(self, name: str) -> bool:
         """Says whether a layer is a projection of the copies, and a chosen one."""

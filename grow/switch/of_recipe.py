@@ -63,7 +63,7 @@ def layer_to_read(recipe: Recipe, start: Checkpoint, layer: str = "auto") -> tup
     if recipe.switch == "token" and read > lowest:
         raise UserError(
             f"switch: token: layer {read} is read, to which training changes what comes; decide by row, or leave the "
-            "lowest third as it is (layers: upper, attention_layers: upper)"
+            "lowest third as it is (--layers upper, --attention_layers upper)"
         )
     return read, lowest, count
 

@@ -22,7 +22,7 @@ from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-GROWN = ["2,3", "all", "queries all", "heads all"]
+GROWN = ["2,3", "all", "queries all", pytest.param("heads all", marks=pytest.mark.full)]
 PROMPTS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(3))
 GENERATE: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 256, "eos_token_id": None}
 
@@ -86,7 +86,7 @@ def run(model: Any, **inputs: Any) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("method", ["g_freeze", "g_train"])
-@pytest.mark.parametrize("layers", [*GROWN, "heads 3"])
+@pytest.mark.parametrize("layers", [*GROWN[:3], "heads all", "heads 3"])
 def test_rows_that_are_off_are_the_base(tiny_base: Path, dtype: torch.dtype, method: str, layers: str) -> None:
     """In one batch with rows that are on; with all layers grown a first pass of the base decides."""
     record = record_for(tiny_base, 2)
@@ -311,7 +311,7 @@ def test_each_token(tiny_base: Path, dtype: torch.dtype, layers: str) -> None:
     assert on.shape == PROMPTS.shape and on.any() and not on.all()
     before = on.long().cumsum(1) == 0
     assert torch.equal(found[before], expected[before]) and not torch.equal(found[~before], expected[~before])
-    with pytest.raises(UserError, match="lowest grown layer or one below"):
+    with pytest.raises(UserError, match="lowest layer whose MLP grows"):
         put_switch(trained(tiny_base, dtype, layers="all"), record)
 
 
