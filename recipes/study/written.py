@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from curves import named
 from report import read_lines
 
 from grow.analysis.figures import markdown
@@ -81,9 +82,9 @@ def table(lines: list[dict[str, Any]]) -> str:
 def _ways(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "base", "", lines[0]["base"]
     for line in lines:
-        yield line["label"], f"{line['learning_rate']:g}", line["by_alpha"][-1]
+        yield named(line["label"]), f"{line['learning_rate']:g}", line["by_alpha"][-1]
         for kind, scores in line["switched"].items():
-            yield f"{line['label']}, switch by {kind}", f"{line['learning_rate']:g}", scores
+            yield f"{named(line['label'])}, switch by {kind}", f"{line['learning_rate']:g}", scores
 
 
 def _share(answers: dict[str, Any]) -> str:

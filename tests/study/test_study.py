@@ -18,6 +18,7 @@ from switch_report import titled
 from switch_template import table as template_table
 from switched import chosen
 from written import table as written_table
+from written import titled as written_titled
 from written import together
 
 from grow.checkpoint.run_folder import last_checkpoint
@@ -248,6 +249,12 @@ def test_the_switch_pages_tables_are_those_of_its_results() -> None:
     assert template_table(json.loads((folder / "switch_template.json").read_text())) in page
 
 
+def test_the_page_of_written_answers_has_the_tables_of_its_results() -> None:
+    folder = ROOT / "recipes/study"
+    page, grids = (folder / "generation.md").read_text(), written_titled(folder / "results.jsonl")
+    assert grids and all(f"### {name}\n\n{written_table(lines)}" in page for name, lines in grids.items())
+
+
 def test_two_whole_models_are_each_where_the_switch_says() -> None:
     """Rows that opened have the trained model's scores, the others the base's, at KL 0."""
     kl, trained = [0.5, 0.25, 0.0, 1.0], [-1.0, -2.0, -3.0, -4.0]
@@ -289,7 +296,7 @@ def test_written_answers_of_several_shots_stand_side_by_side() -> None:
     line = {"label": "sft", "learning_rate": 1e-4, "base": point, "by_alpha": [point], "switched": {"row": point}}
     shown = written_table([line | {"general_text": ["prose"]}])
     assert (
-        shown.count("| 50.0 ± 40.0") == 6 and shown.count("asked: 'oui' (2)") == 3 and "| sft, switch by row" in shown
+        shown.count("| 50.0 ± 40.0") == 6 and shown.count("asked: 'oui' (2)") == 3 and "| SFT, switch by row" in shown
     )
 
 
