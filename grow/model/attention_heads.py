@@ -97,16 +97,22 @@ def _keys(attend: Any, branch: Any, x: Tensor, args: Any, kwargs: dict[str, Any]
     raise AssertionError("an attention that asks no KV cache")
 
 
+def planned_attentions(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
+    """Returns the attentions of a plan's layers, whose layout is that of what grows. Raises UserError, after the words
+    of `whose`, where the model has no such attention."""
+    there: dict[int, Any] = decoder_attentions(model) if plan.attention else {}
+    missing = sorted(set(plan.attention) - set(there))
+    if missing:
+        raise UserError(f"{whose}growth of the attention of layers {missing} does not fit the model")
+    for layer in plan.attention:
+        there[layer].__dict__["layout"] = ATTENTION[plan.attention_kind]
+    return {layer: there[layer] for layer in plan.attention}
+
+
 def add_heads(model: nn.Module, plan: GrowthPlan) -> None:
     """Gives the attention of a plan's layers copies of its heads, uninitialised, in place. Raises UserError where the
     model has no such attention."""
-    there = decoder_attentions(model) if plan.attention else {}
-    missing = sorted(set(plan.attention) - set(there))
-    if missing:
-        raise UserError(f"growth of the attention of layers {missing} does not fit the model")
-    for layer in plan.attention:
-        attention: Any = there[layer]
-        attention.__dict__["layout"] = ATTENTION[plan.attention_kind]
+    for attention in planned_attentions(model, plan).values():
         mix_in(attention, GrownAttention, "Grown")
         attention.factor, attention.alpha, attention.trained = plan.factor, 1.0, None
         attention.grown = GrownBranch(attention, width(attention)).train(attention.training)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.attention_heads import SameKeys
-from grow.model.layouts import decoder_attentions, mix_in, stock_class, width
+from grow.model.attention_heads import SameKeys, planned_attentions
+from grow.model.layouts import mix_in, stock_class, width
 from grow.model.mlp import Between, GrownBranch, planned_mlps, trained_base, up_projection, with_growth
-from grow.names import ATTENTION
 from grow.plan import GrowthPlan
 
 
@@ -115,13 +114,11 @@ class SkilledAttention(Skilled):
 
 def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mapping[str, float]) -> None:
     """Gives a model the parameters of several skills, uninitialised, in place: `plans` and `alphas` by name."""
-    attentions = decoder_attentions(model)
     for name, plan in plans.items():
         for layer, mlp in planned_mlps(model, plan, f"{name}: ").items():
             _add(mlp, SkilledMLP, name, plan, alphas[name] * plan.own_alpha(layer))
-        for layer in plan.attention:
-            attentions[layer].__dict__["layout"] = ATTENTION[plan.attention_kind]
-            _add(attentions[layer], SkilledAttention, name, plan, alphas[name])
+        for attention in planned_attentions(model, plan, f"{name}: ").values():
+            _add(attention, SkilledAttention, name, plan, alphas[name])
 
 
 def _add(part: Any, kind: type[Skilled], name: str, plan: GrowthPlan, alpha: float) -> None:
