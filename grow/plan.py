@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class GrowthPlan:
             facts["format_version"] = ATTENTION_VERSION
             facts["attention"] = {"kind": self.attention_kind, "layers": list(self.attention)}
         return facts
+
+    def as_expanded(self) -> "GrowthPlan":
+        """Returns the plan as it was before training, and before layers got an α of their own."""
+        return replace(self, trained_up=False, alphas=())
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":

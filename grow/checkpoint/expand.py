@@ -75,7 +75,7 @@ def check_grown(
     from other copies."""
     wanted, _ = make_plan(Checkpoint(base), factor, layers, attention, attention_layers)
     there = GrowthPlan.from_config(Checkpoint(out).config)
-    if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
+    if there is None or there.as_expanded() != wanted:
         asked = f"layers {', '.join(map(str, wanted.layers)) or 'none'} by {wanted.factor}"
         asked += f", and the {attention} of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")

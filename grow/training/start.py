@@ -65,7 +65,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
         return
     there = GrowthPlan.from_config(grown.config)
     wanted = plan_of(grown, checked_mlp_prefixes(grown), **recipe.growth)
-    if there is None or dataclasses.replace(there, trained_up=False, alphas=()) != wanted:
+    if there is None or there.as_expanded() != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"
         raise UserError(f"{recipe.grown}: has grown otherwise than {asked}; put these fields back, or give {where}")
