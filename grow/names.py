@@ -42,6 +42,7 @@ _ADDED = re.compile(
     rf"\.{_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX}|{'|'.join(ATTENTION['heads'])})\.)"
 )
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
+_TOWER_WRAPPER = re.compile(r"^(vision_tower)\.vision_model\.")
 _OTHER_NAMES = {
     "h": "layers", "wte": "embed_tokens", "embed_in": "embed_tokens", "word_embeddings": "embed_tokens",
     "ln_f": "norm", "final_layer_norm": "norm", "embed_out": "lm_head",
@@ -144,9 +145,10 @@ def canonical(key: str) -> str:
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
     memory `model.language_model.layers.…`; a 1B is `model.layers.…`, a GPT-2 `h.…` (hub) or `transformer.h.…`. All
-    become `layers.…`. PEFT calls what it wraps `….q_proj.base_layer`.
+    become `layers.…`. Its vision tower is `vision_tower.vision_model.…` on the hub, and `vision_tower.…` in memory. PEFT
+    calls what it wraps `….q_proj.base_layer`.
     """
-    first, dot, rest = _WRAPPERS.sub("", key).partition(".")
+    first, dot, rest = _TOWER_WRAPPER.sub(r"\1.", _WRAPPERS.sub("", key)).partition(".")
     return (_OTHER_NAMES.get(first, first) + dot + rest).replace(".base_layer.", ".")
 
 

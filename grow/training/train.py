@@ -78,7 +78,7 @@ from grow.training.resume import needs_universal
 from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, made_once, write_run_file
 from grow.training.same_run import check_same_run
 from grow.training.start import planned_start, starting_checkpoint, with_learning_rate
-from grow.training.trainer import GrowTrainer, changed_frozen
+from grow.training.trainer import GrowTrainer, compare_frozen
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -201,10 +201,10 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
 def _finish(trainer: Any, run: Path, start: Checkpoint) -> dict[str, Any]:
     """Checks that the frozen parameters are unchanged, and writes the run's result, the marker last."""
     on_disk = {canonical(name): name for name in start.tensors}
-    changed = changed_frozen(trainer.model, on_disk, start.read)
+    compared, changed = compare_frozen(trainer.model, on_disk, start.read)
     if changed:
         raise RuntimeError(f"{len(changed)} frozen parameters changed in training, {changed[0]} among them")
-    result = _result(trainer, run)
+    result = _result(trainer, run) | {"frozen_unchanged": compared}
     if trainer.args.process_index == 0:
         if os.path.lexists(run / "result"):  # of an attempt that ended before its marker, or someone's own
             set_aside(run / "result")
@@ -221,7 +221,6 @@ def _result(trainer: Any, run: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         **({"best_step": best} if best else {}),
         "validation_loss": kept[-1] if kept else None,
-        "frozen_unchanged": sum(not parameter.requires_grad for parameter in trainer.model.parameters()),
     }
 
 

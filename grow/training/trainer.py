@@ -20,7 +20,7 @@ from grow.data.packing import Epochs, PackedDataset, collate
 from grow.methods import Method
 from grow.model.gather import gathered
 from grow.model.head import Head, head_loss_sum, head_scores, known_head
-from grow.names import canonical
+from grow.names import canonical, of_language_model
 from grow.recipe import Recipe
 from grow.training.best import BestCheckpoint
 from grow.training.callbacks import GracefulShutdown, ThroughputMeter
@@ -161,20 +161,25 @@ class GrowTrainer(CheckpointingTrainer):
             yield batch
 
 
-def changed_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> list[str]:
-    """Returns the names of frozen parameters that differ, on any rank, by a bit or more from the starting checkpoint.
+def compare_frozen(model: nn.Module, on_disk: dict[str, Any], read: Any) -> tuple[int, list[str]]:
+    """Compares the frozen parameters with the starting checkpoint. Returns how many were compared, and the names of
+    those that differ, on any rank, by a bit or more.
 
-    `on_disk` maps a parameter's canonical name to its name in the checkpoint, which `read` reads.
+    `on_disk` maps a parameter's canonical name to its name in the checkpoint, which `read` reads. Parts of a tower that
+    transformers has renamed as it loaded them are not found there, and left out.
     """
-    changed = []
+    compared, changed = 0, []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        own = on_disk.get(canonical(name))
+        if parameter.requires_grad or (own is None and not of_language_model(name)):
             continue
+        assert own is not None, name
+        compared += 1
         with gathered(parameter):
-            kept = torch.equal(parameter.detach().cpu(), read(on_disk[canonical(name)]).to(parameter.dtype))
+            kept = torch.equal(parameter.detach().cpu(), read(own).to(parameter.dtype))
         verdict = torch.tensor(int(not kept), device=parameter.device)
         if dist.is_initialized():
             dist.all_reduce(verdict)
         if verdict.item():
             changed.append(name)
-    return changed
+    return compared, changed

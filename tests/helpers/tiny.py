@@ -25,7 +25,7 @@ TEXT_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 VISION_CONFIG: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 16, "patch_size": 4,
+    "image_size": 16, "patch_size": 4, "vision_use_head": False,
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def _to_hub_layout(path: Path) -> None:
     """Renames the tensors as google/gemma-3-4b-pt has them, and shares them out to two shards."""
     tensors = {}
     for name, tensor in load_file(path / "model.safetensors").items():
-        name = name.removeprefix("model.")
+        name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
         tensors[name.replace("language_model.", "language_model.model.", 1)] = tensor
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
