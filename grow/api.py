@@ -35,7 +35,8 @@ from grow.model.alpha import set_alpha
 from grow.model.attention_heads import add_heads, grown_attentions, grown_parts
 from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.layouts import up_layers
-from grow.model.mlp import add_growth, grown_mlps
+from grow.model.mlp import add_growth, grown_mlps, grown_tower
+from grow.model.projector import add_projector, find_projector, grown_projector
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
 from grow.plan import GrowthPlan
@@ -49,6 +50,9 @@ def grow_model(
     factor: int = 2,
     attention: str = "",
     attention_layers: str | Iterable[int] = "",
+    tower: str = "",
+    tower_layers: str | Iterable[int] = "",
+    projector: bool = False,
 ) -> PreTrainedModel:
     """Grows a loaded model's MLPs, or heads of its attention, in place, and returns it: with factor 2 its outputs stay
     exactly the same.
@@ -56,10 +60,13 @@ def grow_model(
     Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
     of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" those are copied too, in
-    `attention_layers` or all; `layers` may be "none", or empty, then. Raises UserError for a model that cannot grow.
+    `attention_layers` or all, with `tower` "vision" the MLPs of the tower for images, in `tower_layers` or all;
+    with `projector` the projector from it trains; `layers` may be "none", or empty, then. Raises UserError for a model
+    that cannot grow.
     """
     base = InMemoryCheckpoint(model)
-    plan, prefixes = make_plan(base, factor, _listed(layers) or "none", attention, _listed(attention_layers))
+    where = (attention, _listed(attention_layers), tower, _listed(tower_layers), projector)
+    plan, prefixes = make_plan(base, factor, _listed(layers) or "none", *where)
     _add(model, plan)
     fill(model, added_tensors(base, plan, prefixes))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
@@ -157,8 +164,9 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     plan = _plan_of(model)
     if isinstance(model, SwitchedModel) and not without_switch:
         raise UserError(f"{out}: the model has a switch, and a stock checkpoint cannot: pass without_switch=True")
-    # One α is of all attentions; MLPs may each have their own beside it.
-    common = next((float(part.alpha) for part in grown_attentions(model)), 1.0)
+    # One α is of all attentions, of a tower and its projector; the decoder's MLPs may each have their own beside it.
+    others = (*grown_attentions(model), *grown_tower(model), *filter(None, [grown_projector(model)]))
+    common = next((float(part.alpha) for part in others), 1.0)
     alphas = tuple(float(mlp.alpha) / common if common else 0.0 for mlp in grown_mlps(model))
     source = TrainedWeights(InMemoryCheckpoint(model))
     plan = dataclasses.replace(plan, alphas=alphas)
@@ -182,7 +190,7 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
 
 def _plan_of(model: PreTrainedModel) -> GrowthPlan:
     plan = GrowthPlan.from_config({"growth": getattr(model.config, "growth", None)})
-    if plan is None or not any(True for _ in grown_parts(model)):
+    if plan is None or not (any(True for _ in grown_parts(model)) or grown_projector(model)):
         raise UserError(f"{type(model).__name__}: has not grown; call grow.grow_model(model), or load a grown one")
     return plan
 
@@ -195,6 +203,10 @@ def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
         own = up_layers(part)[0].weight
         for added in filter(None, (part.grown, part.trained)):
             added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
+    if plan.projector:
+        add_projector(model, plan.factor)
+        projector = find_projector(model)
+        projector.grown.to(device=next(projector.parameters()).device).requires_grad_(False)
 
 
 def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str]:

@@ -20,16 +20,20 @@ ATTENTION = {"queries": ("q_proj", "o_proj"), "heads": ("q_proj", "k_proj", "v_p
 """The matrices of attention that grow, by kind; as an MLP's, the last maps back to the hidden size. Query heads share
 the keys and values that are there, whole heads have their own."""
 QUERY, OUTPUT = "q_proj", "o_proj"
+PROJECTOR, PROJECTION = "multi_modal_projector", "mm_input_projection_weight"
+"""Gemma 3's projector from its tower to the language model, and its matrix."""
 TRANSPOSED = ("gpt2",)
 """Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
 LAYERS = "(?:layers|h)"
 """What the list of decoder layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
-_GROWING = "(mlp|self_attn)"
+_GROWING = f"(mlp|self_attn|{PROJECTOR})"
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
+VISION = "vision_tower"
+"""What a tower for images is called in the classes whose towers can grow: Gemma 3, LLaVA and its kin."""
 _BESIDE = (
     "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "embed_tokens_extend",
 )  # fmt: skip
@@ -39,7 +43,8 @@ _NOT_PLAIN = {
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
 _ADDED = re.compile(
-    rf"\.{_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?(?=(?:{_MATRIX}|{'|'.join(ATTENTION['heads'])})\.)"
+    rf"(?:^|(?<=\.)){_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?"
+    rf"(?=(?:{_MATRIX}|{'|'.join(ATTENTION['heads'])})\.|{PROJECTION}$)"
 )
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
 _TOWER_WRAPPER = re.compile(r"^(vision_tower)\.vision_model\.")
@@ -56,20 +61,30 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
     Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
     """
-    keys = [key for key in keys if not is_growth(key) and not OTHER_TOWERS.search(key)]
+    keys = [key for key in keys if not OTHER_TOWERS.search(key)]
     for pattern, what in _NOT_PLAIN.items():
         if any(pattern in key for key in keys):
             raise UserError(f"the model has {what}, which cannot be grown; a plain MLP is needed")
-    found: dict[int, dict[str, set[str]]] = {}
-    for key in keys:
-        match = _MLP_KEY.fullmatch(key)
-        if match:
-            found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
-    if not found:
+    prefixes = _prefixes(keys)
+    if not prefixes:
         raise UserError(
             "no MLP in it that can grow (layers.<i>.mlp.gate_proj, up_proj, down_proj, or another layout that "
             "grow/checkpoint/README.md names)"
         )
+    return prefixes
+
+
+def tower_prefixes(keys: Iterable[str]) -> dict[int, str]:
+    """Maps each layer of the tower for images to the prefix of its MLP's keys, as mlp_prefixes does; {} without one."""
+    return _prefixes(key for key in keys if VISION in key.split("."))
+
+
+def _prefixes(keys: Iterable[str]) -> dict[int, str]:
+    found: dict[int, dict[str, set[str]]] = {}
+    for key in keys:
+        match = _MLP_KEY.fullmatch(key)
+        if match and not is_growth(key):
+            found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
     prefixes = {}
     for layer, by_prefix in sorted(found.items()):
         if len(by_prefix) > 1:
@@ -105,7 +120,7 @@ def is_growth(key: str) -> bool:
 
 def is_copy(key: str) -> bool:
     """Says whether a tensor is of an added copy."""
-    return ".mlp.grown." in key or ".self_attn.grown." in key
+    return ".mlp.grown." in key or ".self_attn.grown." in key or f"{PROJECTOR}.grown." in key
 
 
 def is_trained_up(key: str) -> bool:
@@ -115,12 +130,13 @@ def is_trained_up(key: str) -> bool:
 
 def own_name(key: str) -> str:
     """Returns the name of the base's own tensor that an added one is a copy of."""
-    return _ADDED.sub(r".\1.", key)
+    return _ADDED.sub(r"\1.", key)
 
 
 def is_down(key: str) -> bool:
-    """Says whether a tensor is of the matrix that maps hidden units, or heads, back to the hidden size."""
-    return key.split(".")[-2] in (*DOWN, OUTPUT)
+    """Says whether a tensor is of a matrix that growth divides by k: the one that maps hidden units, or heads, back to
+    the hidden size, or a projector's."""
+    return key.endswith(PROJECTION) or key.split(".")[-2] in (*DOWN, OUTPUT)
 
 
 def skill_of(key: str) -> str:
@@ -132,12 +148,12 @@ def skill_of(key: str) -> str:
 
 def of_skill(key: str, skill: str) -> str:
     """Returns the name of an added tensor as that of a skill; of "", without a name."""
-    return _ADDED.sub(lambda match: f".{match[1]}.{match[2]}." + f"{skill}." * bool(skill), key)
+    return _ADDED.sub(lambda match: f"{match[1]}.{match[2]}." + f"{skill}." * bool(skill), key)
 
 
 def named_beside(key: str, own: str) -> str:
     """Returns the name of an added tensor beside the base's own tensor `own`, in the layout of its name."""
-    return re.sub(rf"\.{_GROWING}\.", r".\1.grown." if is_copy(key) else r".\1.trained.", own)
+    return re.sub(rf"(?:^|(?<=\.)){_GROWING}\.", r"\1.grown." if is_copy(key) else r"\1.trained.", own)
 
 
 def canonical(key: str) -> str:
@@ -145,8 +161,8 @@ def canonical(key: str) -> str:
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
     memory `model.language_model.layers.…`; a 1B is `model.layers.…`, a GPT-2 `h.…` (hub) or `transformer.h.…`. All
-    become `layers.…`. Its vision tower is `vision_tower.vision_model.…` on the hub, and `vision_tower.…` in memory. PEFT
-    calls what it wraps `….q_proj.base_layer`.
+    become `layers.…`. Its tower is `vision_tower.vision_model.…` on the hub, and `vision_tower.…` in memory. PEFT calls
+    what it wraps `….q_proj.base_layer`.
     """
     first, dot, rest = _TOWER_WRAPPER.sub(r"\1.", _WRAPPERS.sub("", key)).partition(".")
     return (_OTHER_NAMES.get(first, first) + dot + rest).replace(".base_layer.", ".")

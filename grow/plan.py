@@ -9,20 +9,21 @@ from typing import Any
 from grow.errors import UserError
 from grow.names import ATTENTION
 
-FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION = 1, 2, 3
+FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION, TOWER_VERSION = 1, 2, 3, 4
 _COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Says which MLPs of a model, and in which layers heads of attention, have added copies.
+    """Says which MLPs of a model and of its tower, and in which layers heads of attention, have added copies.
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
     the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
     made by g_train, beside their own. `alphas` has the coefficient that each of these layers has at α = 1; if it is
     empty, that is 1. `attention` are the layers whose heads have grown, ascending, of the kind "queries" or "heads"
-    (grow.names.ATTENTION); there k is 2.
+    (grow.names.ATTENTION); there k is 2. `tower` are the layers whose MLPs have grown in the tower for images,
+    ascending; `projector` says that the projector from it has a copy that trains.
     """
 
     factor: int
@@ -31,6 +32,8 @@ class GrowthPlan:
     alphas: tuple[float, ...] = ()
     attention: tuple[int, ...] = ()
     attention_kind: str = ""
+    tower: tuple[int, ...] = ()
+    projector: bool = False
 
     def own_alpha(self, layer: int) -> float:
         """Returns the factor that α is multiplied by in a grown layer."""
@@ -42,6 +45,9 @@ class GrowthPlan:
         if self.attention:
             facts["format_version"] = ATTENTION_VERSION
             facts["attention"] = {"kind": self.attention_kind, "layers": list(self.attention)}
+        if self.tower or self.projector:
+            facts["format_version"] = TOWER_VERSION
+            facts |= {"tower": list(self.tower), "projector": self.projector}
         return facts
 
     def as_expanded(self) -> "GrowthPlan":
@@ -60,25 +66,28 @@ class GrowthPlan:
                 f"it holds several skills ({', '.join(growth.get('skills', {}))}), which this does not work on; take "
                 "one out (grow growth SOURCE OUT --name SKILL), and attach it alone"
             )
-        if version not in (FORMAT_VERSION, ATTENTION_VERSION):
+        if version not in (FORMAT_VERSION, ATTENTION_VERSION, TOWER_VERSION):
             raise UserError(
                 f"growth format version {version!r} is not known here "
-                f"(those up to {ATTENTION_VERSION} are): use the release that wrote the checkpoint"
+                f"(those up to {TOWER_VERSION} are): use the release that wrote the checkpoint"
             )
         try:
             factor, layers = parse_factor(growth["factor"]), growth["layers"]
             attention: tuple[int, ...] = ()
             kind = ""
-            if version == ATTENTION_VERSION:
+            if version == ATTENTION_VERSION or (version == TOWER_VERSION and "attention" in growth):
                 attention, kind = _ascending(growth["attention"]["layers"]), growth["attention"]["kind"]
                 if kind not in ATTENTION or not attention or factor != 2:
                     raise ValueError
-            if not _ascending(layers) and not attention:
+            images = version == TOWER_VERSION
+            tower, projector = (_ascending(growth["tower"]), growth["projector"] is True) if images else ((), False)
+            beside = bool(tower) or projector
+            if images != beside or not (_ascending(layers) or attention or beside):
                 raise ValueError
             alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
             if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):
                 raise ValueError
-            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention, kind)
+            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention, kind, tower, projector)
         except (KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"

@@ -33,6 +33,9 @@ AUTO = "auto"
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
+_GROWTH = ("factor", "layers", "attention", "attention_layers", "tower", "tower_layers")
+_OTHERS = ("attention", "tower", "train_projector")
+"""What else may grow; then MLPs of the language model grow only where the recipe says so."""
 _NO_FIELDS = ("method_class", "method_fields", "day")
 # ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
 _PLACES = {
@@ -51,13 +54,17 @@ class Recipe:
     method: str = "g_freeze"
     # Growth methods start from `grown`, an expanded checkpoint. Where none is named, launch/train.sh makes one in the
     # run's folder, of these layers (as for `expand --layers`) and by this factor. `attention` grows heads, "queries" or
-    # "heads", in `attention_layers` (all unless given); then MLPs do in the layers that are given alone. One that is
-    # named has grown so, or is refused.
+    # "heads", in `attention_layers` (all unless given), `tower: vision` the MLPs of the tower for images, in
+    # `tower_layers`, and `train_projector` trains a copy of the projector from it; with one of them MLPs of the
+    # language model grow only in the `layers` that are given. One that is named has grown so, or is refused.
     grown: str = ""
     layers: str = "all"
     factor: int = 2
     attention: str = ""
     attention_layers: str = ""
+    tower: str = ""
+    tower_layers: str = ""
+    train_projector: bool = False
 
     # When what was trained acts (grow.model.switch): always unless given; "row", in rows that are like the task's, and
     # elsewhere the model is its base; "answer", in their answers alone; "token", decided for each token; "call:TEXT",
@@ -83,6 +90,9 @@ class Recipe:
     # in a file of your own (Jinja). A row's column `tools` is given to it too.
     messages: str = ""
     chat_template: str = ""
+    # A column of images: a path, from the folder of the data, an Image of datasets, or a list of them. <image> in the
+    # text says where each stands; without one they stand first.
+    images: str = ""
     # What `eval` measures beside the loss: "chrf" (and BLEU) of what the model writes; "accuracy" among the options,
     # which are all completions that there are.
     metric: str = "loss"
@@ -165,12 +175,12 @@ class Recipe:
     @property
     def plans_growth(self) -> bool:
         """Says whether anything of `growth` is other than its default."""
-        return any(value != getattr(Recipe, name) for name, value in self.growth.items())
+        return self.train_projector or any(getattr(self, name) != getattr(Recipe, name) for name in _GROWTH)
 
     @property
     def growth(self) -> dict[str, Any]:
         """Returns what a run's own grown checkpoint is to be, as grow.checkpoint.expand takes it."""
-        return {name: getattr(self, name) for name in ("factor", "layers", "attention", "attention_layers")}
+        return {name: getattr(self, name) for name in _GROWTH} | {"projector": self.train_projector}
 
     @property
     def start(self) -> str:
@@ -251,7 +261,8 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     upper = {"layers": "upper", "lora_layers": "upper"} if values.get("switch") and not values.get("grown") else {}
-    values = upper | ({"layers": "none"} if values.get("attention") else {}) | values
+    others = any(values.get(name) not in (None, "", False, "false") for name in _OTHERS)
+    values = upper | ({"layers": "none"} if others else {}) | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:

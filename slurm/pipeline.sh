@@ -60,8 +60,9 @@ if [[ $pilot ]]; then
     without "--method --max_steps --output_dir --switch" "$@"
     arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --output_dir "$run-pilot")
     piloting=$(submit training "" "${gpu[@]}")
-    without "--grown --layers --attention --attention_layers" "$@"
-    arguments+=(--grown "$run-grown" --attention= --attention_layers= "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
+    without "--grown --layers --attention --attention_layers --tower --tower_layers --train_projector" "$@"
+    arguments+=(--grown "$run-grown" --attention= --attention_layers= --tower= --tower_layers= --train_projector=false
+        "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
     export PILOT=$run-pilot
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")

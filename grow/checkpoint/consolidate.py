@@ -13,17 +13,27 @@ from typing import Any
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
 from grow.checkpoint.expand import link_again
-from grow.checkpoint.growable import head_counts, is_transposed, layout_of
+from grow.checkpoint.growable import head_counts, is_transposed, layout_of, projection_of
 from grow.checkpoint.lazy import LazyTensor, interpolated
 from grow.checkpoint.metadata import read_growth, write_metadata
 from grow.checkpoint.one_skill import has_skills_at, plans_of
 from grow.checkpoint.output import OutputFolder, Progress, no_progress, refuse_existing, side_files
 from grow.checkpoint.shards import SINGLE_NAME, Checkpoint, read_json
-from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_heads, stock_mlp
+from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_heads, stock_matrix, stock_mlp
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_skills, load_trained
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, MAX_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import ATTENTION, QUERY, attention_prefix, is_growth, mlp_prefixes, of_skill
+from grow.names import (
+    ATTENTION,
+    PROJECTOR,
+    QUERY,
+    attention_prefix,
+    is_growth,
+    mlp_prefixes,
+    named_beside,
+    of_skill,
+    tower_prefixes,
+)
 from grow.plan import GrowthPlan, mlp_widths, setting, text_config, width_key
 
 FORMATS = ("stock", "grown")
@@ -122,7 +132,8 @@ def stock_tensors(
         own = made[layer][0][0]
         joined = stock_mlp(made[layer], widths[layer], dtype or next(iter(own.values())).dtype, transposed)
         mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
-    mlps |= _heads(source, plans, prefixes, uniform, alpha, dtype)
+    mlps |= _tower(source, plans, uniform, alpha, dtype) | _heads(source, plans, prefixes, uniform, alpha, dtype)
+    mlps |= _projector(source, plans, alpha, dtype)
     tensors = {}
     for name, info in start.tensors.items():
         if name in mlps:
@@ -131,6 +142,41 @@ def stock_tensors(
             target = dtype if dtype and is_float(info.dtype) else info.dtype
             tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
     return tensors | _new_tensors(source, alpha, dtype)
+
+
+def _tower(
+    source: TrainedWeights, plans: Mapping[str, GrowthPlan], uniform: bool, alpha: float, dtype: str | None
+) -> dict[str, LazyTensor]:
+    """Returns the stock form of a tower's MLPs, if some have grown."""
+    towers = {name: dataclasses.replace(plan, layers=plan.tower, alphas=()) for name, plan in plans.items()}
+    if not any(plan.tower for plan in towers.values()):
+        return {}
+    prefixes = tower_prefixes(source.start.tensors)
+    made = {layer: _blocks(source, towers, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
+    units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
+    width = max(units.values())
+    narrow = [layer for layer, count in units.items() if count < width]
+    _check_padded(
+        narrow, uniform, "layers {} of the tower are not grown as wide as others, and it has one width", "with zeros"
+    )
+    found: dict[str, LazyTensor] = {}
+    for layer, parts in made.items():
+        joined = stock_mlp(parts, width, dtype or next(iter(parts[0][0].values())).dtype, False)
+        found |= {f"{prefixes[layer]}.{end}": tensor for end, tensor in joined.items()}
+    return found
+
+
+def _projector(
+    source: TrainedWeights, plans: Mapping[str, GrowthPlan], alpha: float, dtype: str | None
+) -> dict[str, LazyTensor]:
+    """Returns the stock form of a projector that has trained."""
+    name, factors = projection_of(source.start), [plan.factor for plan in plans.values() if plan.projector]
+    if name is None or not factors:
+        return {}
+    own, copy = source.start.lazy(name), source.tensor(named_beside(f"{PROJECTOR}.grown.", name))
+    skills = [Grown(factor, alpha, {name: copy}, {}) for factor in factors]
+    target = dtype or own.dtype
+    return stock_matrix(blocks({name: own}, skills, target), target)
 
 
 def _heads(
@@ -292,6 +338,9 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
         text["num_attention_heads"] = tensors[query].shape[0] // text["head_dim"]
         keys = tensors[query.replace(QUERY, "k_proj")]
         text["num_key_value_heads"] = keys.shape[0] // text["head_dim"]
+    tower = next((f"{p}.{layout_of(start, p)[-1]}.weight" for p in tower_prefixes(start.tensors).values()), "")
+    if tower and tensors[tower].shape != start.tensors[tower].shape:
+        config["vision_config"] = {**config["vision_config"], "intermediate_size": tensors[tower].shape[1]}
     return {**config, "text_config": text} if "text_config" in config else text
 
 

@@ -17,10 +17,13 @@ from grow.checkpoint.dtypes import Rows, convert, itemsize
 from grow.checkpoint.growable import (
     PARTS,
     check_copies,
+    check_projector,
     checked_attention,
     checked_mlp_prefixes,
+    checked_tower,
     is_transposed,
     layout_of,
+    projection_of,
 )  # fmt: skip
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows
 from grow.checkpoint.metadata import BASE_FOLDER, write_metadata
@@ -29,7 +32,17 @@ from grow.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Checkpoint, has_inde
 from grow.checkpoint.starting import check_not_quantized, check_start
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, file_checksums, files_of, parse_size, split_into_shards
 from grow.errors import UserError
-from grow.names import ATTENTION, FUSED, attention_prefix, canonical, is_down, is_growth
+from grow.names import (
+    ATTENTION,
+    FUSED,
+    PROJECTOR,
+    attention_prefix,
+    canonical,
+    is_down,
+    is_growth,
+    named_beside,
+    tower_prefixes,
+)
 from grow.plan import GrowthPlan, growing_layers, parse_factor
 
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
@@ -37,10 +50,12 @@ PERTURBATION = 0.01
 
 
 def make_plan(
-    base: Checkpoint, factor: int | str = 2, layers: str = "all", attention: str = "", attention_layers: str = ""
-) -> tuple[GrowthPlan, dict[int, str]]:
+    base: Checkpoint, factor: int | str = 2, layers: str = "all", attention: str = "", attention_layers: str = "",
+    tower: str = "", tower_layers: str = "", projector: bool = False,
+) -> tuple[GrowthPlan, dict[int, str]]:  # fmt: skip
     """Returns the plan for a base, and the key prefix of each layer's MLP. `layers` may be "none" where `attention`
-    grows: "queries" or "heads", in `attention_layers`. Raises UserError if the base cannot be grown."""
+    grows, "queries" or "heads" in `attention_layers`, or the MLPs of a `tower`, "vision", in `tower_layers`, or where
+    the `projector` trains. Raises UserError if the base cannot be grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
@@ -48,12 +63,14 @@ def make_plan(
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
-    return plan_of(base, prefixes, factor, layers, attention, attention_layers), prefixes
+    where = (attention, attention_layers, tower, tower_layers, projector)
+    return plan_of(base, prefixes, factor, layers, *where), prefixes
 
 
 def plan_of(
-    base: Checkpoint, prefixes: dict[int, str], factor: int | str, layers: str, attention: str, attention_layers: str
-) -> GrowthPlan:
+    base: Checkpoint, prefixes: dict[int, str], factor: int | str, layers: str, attention: str, attention_layers: str,
+    tower: str, tower_layers: str, projector: bool,
+) -> GrowthPlan:  # fmt: skip
     """Returns the plan for a base, or for one that is inside a grown checkpoint, as make_plan does; `prefixes` are
     those of its MLPs."""
     plan = GrowthPlan(parse_factor(factor), ())
@@ -62,22 +79,32 @@ def plan_of(
     if attention:
         chosen = checked_attention(base, plan, prefixes, attention, attention_layers or "all")
         plan = dataclasses.replace(plan, attention=chosen, attention_kind=attention)
-    if not (attention and str(layers).strip() == "none"):
+    if tower_layers and not tower:
+        raise UserError("--tower-layers: says where, with --tower vision")
+    if tower:
+        plan = dataclasses.replace(plan, tower=checked_tower(base, tower, tower_layers or "all"))
+    if projector:
+        check_projector(base)
+        plan = dataclasses.replace(plan, projector=True)
+    if not ((attention or tower or projector) and str(layers).strip() == "none"):
         plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
     return plan
 
 
 def check_grown(
     base: str, out: str, factor: int | str, layers: str, copies_from: str = "", attention: str = "",
-    attention_layers: str = "",
+    attention_layers: str = "", tower: str = "", tower_layers: str = "", projector: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor, or
     from other copies."""
-    wanted, _ = make_plan(Checkpoint(base), factor, layers, attention, attention_layers)
+    where = (attention, attention_layers, tower, tower_layers, projector)
+    wanted, _ = make_plan(Checkpoint(base), factor, layers, *where)
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or there.as_expanded() != wanted:
         asked = f"layers {', '.join(map(str, wanted.layers)) or 'none'} by {wanted.factor}"
         asked += f", and the {attention} of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
+        asked += f", and layers {', '.join(map(str, wanted.tower))} of the tower" * bool(wanted.tower)
+        asked += ", and the projector" * wanted.projector
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
     from_there = Checkpoint(out).config["growth"].get("copies_from", "")
     wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
@@ -107,6 +134,7 @@ def added_tensors(
             raise UserError(f"layer {layer} has no MLP to grow; layers that have one: {sorted(prefixes)}")
     parts = {prefixes[layer]: layout_of(base, prefixes[layer]) for layer in plan.layers}
     parts |= {attention_prefix(prefixes[layer]): ATTENTION[plan.attention_kind] for layer in plan.attention}
+    parts |= {prefix: layout_of(base, prefix) for prefix in grown_in_tower(base, plan)}
     for prefix, layout in parts.items():
         for projection in layout:
             for part in PARTS:
@@ -126,7 +154,19 @@ def added_tensors(
                 else:
                     made = _divided(own, k, name, transposed)
                 added[f"{prefix}.grown.{projection}.{part}"] = made
+    matrix = projection_of(base) if plan.projector else None
+    if matrix is not None:  # linear, so one copy does for any k
+        added[named_beside(f"{PROJECTOR}.grown.", matrix)] = base.lazy(matrix).scaled((k - 1) / k)
     return added
+
+
+def grown_in_tower(base: Checkpoint, plan: GrowthPlan) -> list[str]:
+    """Returns the key prefixes of a tower's MLPs that a plan grows. Raises UserError where there are none such."""
+    there = tower_prefixes(base.tensors) if plan.tower else {}
+    missing = [layer for layer in plan.tower if layer not in there]
+    if missing:
+        raise UserError(f"{base.path}: layers {missing} of its tower have no MLP to grow; those of {list(there)} have")
+    return [there[layer] for layer in plan.tower]
 
 
 def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -201,6 +241,9 @@ def expand(
     copies_from: str = "",
     attention: str = "",
     attention_layers: str = "",
+    tower: str = "",
+    tower_layers: str = "",
+    projector: bool = False,
 ) -> dict[str, Any]:
     """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
 
@@ -211,17 +254,18 @@ def expand(
     """
     refuse_existing(Path(out))
     base = Checkpoint(base_path)
-    plan, prefixes = make_plan(base, factor, layers, attention, attention_layers)
+    plan, prefixes = make_plan(base, factor, layers, attention, attention_layers, tower, tower_layers, projector)
     check_start(base)
     copies = Checkpoint(copies_from) if copies_from else None
-    if copies is not None and plan.attention:
-        raise UserError("--copies-from: copies MLPs; leave --attention out")
+    if copies is not None and (plan.attention or plan.tower or plan.projector):
+        raise UserError("--copies-from: copies MLPs of the language model; leave --attention and --tower out")
     if copies is not None:
         check_copies(base, copies, plan, prefixes)
     added = added_tensors(base, plan, prefixes, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
     request |= {"attention": [plan.attention_kind, plan.attention]} if plan.attention else {}
+    request |= {"tower": [plan.tower, plan.projector]} if plan.tower or plan.projector else {}
     request |= {"copies": copies.identity()} if copies is not None else {}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         identity = hasher.submit(base_identity, base)
@@ -281,6 +325,8 @@ def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTen
         "factor": plan.factor,
         "layers": list(plan.layers),
         **({"attention": plan.attention_kind, "attention_layers": list(plan.attention)} if plan.attention else {}),
+        **({"tower_layers": list(plan.tower)} if plan.tower else {}),
+        **({"projector": True} if plan.projector else {}),
         "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,
         "trained_parameters": {"g_freeze": count, "g_train": count + up},

@@ -1,4 +1,5 @@
-"""What of a base can grow: plain MLPs, and heads of attention that are known. All else is refused in a line."""
+"""What of a base can grow: plain MLPs, also of a tower for images, and heads of attention that are known. All else is
+refused in a line."""
 
 from typing import Any
 
@@ -6,7 +7,20 @@ from grow.checkpoint.dtypes import is_float
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import check_not_quantized
 from grow.errors import UserError, one_line
-from grow.names import ATTENTION, FUSED, LAYOUTS, TRANSPOSED, attention_prefix, canonical, is_growth, mlp_prefixes
+from grow.names import (
+    ATTENTION,
+    FUSED,
+    LAYOUTS,
+    PROJECTION,
+    PROJECTOR,
+    TRANSPOSED,
+    VISION,
+    attention_prefix,
+    canonical,
+    is_growth,
+    mlp_prefixes,
+    tower_prefixes,
+)
 from grow.plan import GrowthPlan, mlp_widths, parse_layers, setting, text_config
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
@@ -20,6 +34,8 @@ _NOT_ALONE = {
 """Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
 ATTENTION_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Kinds of model (model_type) whose heads of attention can grow."""
+TOWERS = {"vision": "vision_config"}
+"""The towers whose MLPs can grow, and where a config describes them."""
 
 
 def checked_mlp_prefixes(checkpoint: Checkpoint) -> dict[int, str]:
@@ -114,6 +130,36 @@ def checked_attention(
             raise UserError(f"{base.path}: {names[0]}, k_proj, v_proj and o_proj are {shapes}, which do not fit")
         head_counts(base, attention_prefix(prefixes[layer]))
     return chosen
+
+
+def checked_tower(base: Checkpoint, tower: str, layers: str) -> tuple[int, ...]:
+    """Returns the layers of the tower for images whose MLPs grow. Raises UserError where they cannot."""
+    if tower not in TOWERS:
+        raise UserError(f"--tower {tower}: there is {' and '.join(TOWERS)}")
+    prefixes, config = tower_prefixes(base.tensors), base.config.get(TOWERS[tower])
+    if not isinstance(config, dict) or not any(VISION in name.split(".") for name in base.tensors):
+        raise UserError(f"--tower {tower}: {base.path} has no tower for images ({VISION}) that is known here")
+    count = config.get("num_hidden_layers")
+    if list(prefixes) != list(range(len(prefixes))) or not prefixes or len(prefixes) != count:
+        raise UserError(
+            f"--tower {tower}: {base.path}: a plain MLP in each of its {count} layers is needed, and there are "
+            f"{len(prefixes)} that can grow"
+        )
+    for prefix in prefixes.values():
+        _check_shapes(base, prefix, config.get("hidden_size"), config.get("intermediate_size"), None)
+    return parse_layers(layers, len(prefixes), "--tower-layers")
+
+
+def check_projector(base: Checkpoint) -> None:
+    """Raises UserError if a base has no projector that can train with its base kept."""
+    name = projection_of(base)
+    if name is None or len(base.tensors[name].shape) != 2 or not is_float(base.tensors[name].dtype):
+        raise UserError(f"train_projector: {base.path} has no projector that is known here ({PROJECTOR}.{PROJECTION})")
+
+
+def projection_of(base: Checkpoint) -> str | None:
+    """Returns the name of the matrix of a base's projector; None without one."""
+    return next((name for name in base.tensors if name.endswith(f"{PROJECTOR}.{PROJECTION}")), None)
 
 
 def head_counts(checkpoint: Checkpoint, prefix: str) -> tuple[int, int, int]:

@@ -84,6 +84,10 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
                 f"attach: {package}: heads with keys of their own have grown in it; attach it alone (query heads can "
                 "be one of several skills)"
             )
+        if facts.get("tower") or facts.get("projector"):
+            raise UserError(
+                f"attach: {package}: the tower for images, or the projector from it, has grown in it; attach it alone"
+            )
         sums_of[name] = facts["tensors"]
         known |= {key: facts[key] for key in ("base", "base_tensors")} | check_same_base(own, facts)
         made |= {of_skill(key, name): tensor for key, tensor in added_as_of(own, added).items()}

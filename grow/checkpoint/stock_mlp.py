@@ -69,6 +69,11 @@ def stock_mlp(parts: Blocks, width: int, target: str, transposed: bool) -> dict[
     }
 
 
+def stock_matrix(parts: Blocks, target: str) -> dict[str, LazyTensor]:
+    """Returns the sum of blocks that are one matrix each, by the ends of their names, in the float type `target`."""
+    return {name: _summed([_scaled(tensors[name], f, target) for tensors, f in parts], target) for name in parts[0][0]}
+
+
 def stock_heads(parts: Blocks, target: str) -> dict[str, LazyTensor]:
     """Returns the tensors of an attention with the heads of all blocks, by the ends of their names, in the float type
     `target`."""
@@ -125,8 +130,12 @@ def _joined(
         return _side_by_side(own, width, axis=1 if transposed and name.endswith(".weight") else 0)
     scaled = [_scaled(tensor, factor, target) for tensor, factor in parts]
     if _is(name, DOWN, "bias"):
-        return scaled[0] if len(scaled) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *scaled)
+        return _summed(scaled, target)
     return _side_by_side(scaled, width, axis=0 if transposed else 1)
+
+
+def _summed(parts: list[LazyTensor], target: str) -> LazyTensor:
+    return parts[0] if len(parts) == 1 else elementwise(lambda *rows: sum(rows[1:], rows[0]), target, *parts)
 
 
 def _side_by_side(parts: list[LazyTensor], width: int, axis: int) -> LazyTensor:

@@ -4,6 +4,7 @@ Heavy imports happen inside a command, so that --help answers at once.
 """
 
 import os
+from typing import Any
 
 from grow.cli.arguments import number
 from grow.cli.format import Bar, memory_text, plan_text, say, verify_text
@@ -12,7 +13,8 @@ from grow.errors import UserError
 
 def plan(
     source: str, factor: str | None = None, layers: str | None = None, attention: str | None = None,
-    attention_layers: str | None = None, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
+    attention_layers: str | None = None, tower: str | None = None, tower_layers: str | None = None,
+    projector: bool = False, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
@@ -31,6 +33,9 @@ def plan(
         attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
             values of their own) are copied as well, or alone where --layers is not given.
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
+        tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
+        tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
+        projector: The projector from the tower trains as well, with its base kept.
         world_size: For a recipe: how many GPUs.
         gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
         json: Print one JSON object.
@@ -44,7 +49,9 @@ def plan(
         memory = parse_size("--gpu", gpu) if gpu else 0
         if 0 < memory < 10**8:
             raise UserError(f"--gpu {gpu}: is less than 100MB; write a GPU's memory with its unit, such as 80GB")
-        growth = {"factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers}
+        growth: dict[str, Any] = {"factor": factor, "layers": layers}
+        growth |= {"attention": attention, "attention_layers": attention_layers}
+        growth |= {"tower": tower, "tower_layers": tower_layers, "train_projector": projector or None}
         settings = read_recipe(source, fields | {name: value for name, value in growth.items() if value is not None})
         return say(describe_run(settings, number("--world-size", world_size), memory), memory_text, json)
     if gpu:
@@ -56,14 +63,16 @@ def plan(
     from grow.checkpoint.shards import Checkpoint
 
     checkpoint = Checkpoint(source)
-    layers = layers or ("none" if attention else "all")
-    grown, prefixes = make_plan(checkpoint, factor or 2, layers, attention or "", attention_layers or "")
+    layers = layers or ("none" if attention or tower or projector else "all")
+    where = (attention or "", attention_layers or "", tower or "", tower_layers or "", projector)
+    grown, prefixes = make_plan(checkpoint, factor or 2, layers, *where)
     return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
 
 
 def expand(
     base: str, out: str, factor: str = "2", layers: str = "", max_shard_size: str = "1GB", keep: bool = False,
-    copies_from: str = "", attention: str = "", attention_layers: str = "", json: bool = False,
+    copies_from: str = "", attention: str = "", attention_layers: str = "", tower: str = "", tower_layers: str = "",
+    projector: bool = False, json: bool = False,
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
@@ -76,7 +85,8 @@ def expand(
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
         layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
-            top:6:ranking.json or top:6:DIR (learn-alphas); "none" where only attention grows, as it is without this.
+            top:6:ranking.json or top:6:DIR (learn-alphas); "none", as it is without this, where only attention, the
+            tower or the projector grows.
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         copies_from: A checkpoint of the same shape, whose MLPs are copied in place of the base's; the start is then the
@@ -84,6 +94,9 @@ def expand(
         attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
             values of their own) are copied as well, or alone where --layers is not given.
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
+        tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
+        tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
+        projector: The projector from the tower trains as well, with its base kept.
         json: Print one JSON object.
     """
     # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
@@ -92,12 +105,13 @@ def expand(
     from grow.checkpoint.expand import check_grown
     from grow.checkpoint.expand import expand as run
 
-    layers = layers or ("none" if attention else "all")
+    layers = layers or ("none" if attention or tower or projector else "all")
+    where = (attention, attention_layers, tower, tower_layers, projector)
     if keep and os.path.isdir(out):
-        there = check_grown(base, out, factor, layers, copies_from, attention, attention_layers)
+        there = check_grown(base, out, factor, layers, copies_from, *where)
         return say(there, lambda r: f"is there already: {r['out']}", json)
     with Bar("expanding") as bar:
-        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from, attention, attention_layers)
+        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from, *where)
     return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
 

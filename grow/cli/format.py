@@ -14,6 +14,9 @@ def plan_text(r: dict[str, Any]) -> str:
     layers, heads, kind = r["layers"], r.get("attention_layers", []), r.get("attention", "")
     grown = f"{len(layers)} layers ({ranges(layers)})" if layers else ""
     grown += (" and " * bool(grown) + f"the {kind} of {len(heads)} ({ranges(heads)})") if heads else ""
+    tower = r.get("tower_layers", [])
+    grown += (" and " * bool(grown) + f"{len(tower)} layers of the tower ({ranges(tower)})") if tower else ""
+    grown += (" and " * bool(grown) + "the projector") if r.get("projector") else ""
     return (
         f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
         f"grown by a factor of {r['factor']}: {grown}\n"

@@ -13,6 +13,7 @@ from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from grow.data.conversation import Turn, conversation, is_learnt, listed
+from grow.data.images import values_of
 from grow.data.rendering import GENERATION, render_chat
 from grow.data.spans import Guard, Span, Text, common_start
 from grow.data.special import Moved
@@ -43,7 +44,8 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
 
     Raises ValueError for a conversation that the template refuses or does not write in full.
     """
-    turns = _guarded(conversation(row, template.messages), guard)
+    images = len(values_of(row, template.images)) if template.images else None
+    turns = _guarded(conversation(row, template.messages, images), guard)
     tools = _guarded(listed(row["tools"], "tools"), guard) if row.get("tools") else None
     source = chat_template(template, tokenizer, tools)
     if tools and "tools" not in source:

@@ -9,11 +9,14 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 _FLAGS = ("train", "training", "weight", "loss")
 
 Turn = dict[str, Any]
+PLACEHOLDER = "<image>"
+"""Says in a row's text where an image stands (grow.data.images)."""
 
 
-def conversation(row: Mapping[str, Any], column: str) -> list[Turn]:
+def conversation(row: Mapping[str, Any], column: str, images: int | None = None) -> list[Turn]:
     """Returns a row's turns, {"role", "content"} with a text in each. ShareGPT's names and parts of text are
-    understood.
+    understood; and parts that are images, where the row may have some: PLACEHOLDER says where each stands, and without
+    one all of its `images` stand before what the user says first.
 
     Raises ValueError for anything that is not a conversation.
     """
@@ -22,13 +25,17 @@ def conversation(row: Mapping[str, Any], column: str) -> list[Turn]:
         turns = _from_json(turns, "the messages")
     if not isinstance(turns, list) or not turns:
         raise ValueError("without an assistant's turn")
-    found = [turn for turn in map(_turn, turns) if turn["content"] or turn["role"] != "system"]
+    read = (_turn(turn, images is not None) for turn in turns)
+    found = [turn for turn in read if turn["content"] or turn["role"] != "system"]
+    first = next((turn for turn in found if turn["role"] == "user"), None)
+    if images and first and not any(PLACEHOLDER in turn["content"] for turn in found):
+        first["content"] = PLACEHOLDER * images + first["content"]
     if not any(turn["role"] == "assistant" for turn in found):
         raise ValueError("without an assistant's turn")
     return found
 
 
-def _turn(turn: Any) -> Turn:
+def _turn(turn: Any, images: bool) -> Turn:
     if not isinstance(turn, dict):
         raise ValueError("a turn that is not an object with role and content")
     # Typed columns give every turn all keys; a null means that the turn does not have the key.
@@ -44,7 +51,8 @@ def _turn(turn: Any) -> Turn:
     turn["role"] = _ROLES.get(role, role)
     if "tool_calls" in turn:
         turn["tool_calls"] = [_tool_call(call) for call in listed(turn["tool_calls"], "tool_calls")]
-    turn["content"] = _content(content, allow_empty=bool(turn.get("tool_calls")) or turn["role"] in ("system", "tool"))
+    allow_empty = bool(turn.get("tool_calls")) or turn["role"] in ("system", "tool")
+    turn["content"] = _content(content, allow_empty, images)
     try:
         json.dumps(turn, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -65,8 +73,9 @@ def is_learnt(turn: Turn) -> bool:
     return all(flags)
 
 
-def _content(content: Any, allow_empty: bool) -> str:
+def _content(content: Any, allow_empty: bool, images: bool) -> str:
     if isinstance(content, list):
+        content = [{"text": PLACEHOLDER} if images and _is_image(part) else part for part in content]
         if not all(
             isinstance(part, dict) and isinstance(part.get("text"), str) and "text" in str(part.get("type", "text"))
             for part in content
@@ -78,6 +87,10 @@ def _content(content: Any, allow_empty: bool) -> str:
     if not (content or "").strip() and not allow_empty:
         raise ValueError("an empty turn")
     return content or ""
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image"
 
 
 def _tool_call(call: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
 in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
-without spaces between words, a character with its marks counts as half a word.
+without spaces between words, a character with its marks counts as half a word. Of a row with images these count alone:
+its question is often that of many rows.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import regex
 
+from grow.data.images import image_checksums
 from grow.data.template import Template
 
 Rows = tuple[Iterable[dict[str, Any]], Template]
@@ -29,15 +31,21 @@ def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
     marked: dict[int, set[tuple[int, int]]] = {}
     for number, (rows, template) in enumerate(held_out):
         for index, row in enumerate(rows):
-            for mark in _marks(template.texts(row)):
+            for mark in _of_row(row, template):
                 marked.setdefault(mark, set()).add((number, index))
     found: list[set[int]] = [set() for _ in held_out]
     rows, template = training
     for row in rows:
-        for mark in _marks(template.texts(row)):
+        for mark in _of_row(row, template):
             for number, index in marked.get(mark, ()):
                 found[number].add(index)
     return found
+
+
+def _of_row(row: dict[str, Any], template: Template) -> Iterator[int]:
+    """Yields hashes of what a row shares with a row that contaminates it."""
+    images = image_checksums(row, template.images, template.image_root) if template.images else []
+    yield from map(hash, images) if images else _marks(template.texts(row))
 
 
 def _marks(texts: list[str]) -> Iterator[int]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from grow.data.chat import chat_template
 from grow.data.examples import SCHEMA
+from grow.data.images import Images
 from grow.data.rows import BrokenRow
 from grow.data.spans import Span, Text, common_start
 from grow.data.special import BREAK, SpecialTokens, unguarded
@@ -38,7 +39,7 @@ class Encoder:
     """Tokenises rows by a template. `end` says whether an end token follows a completion, and is learnt.
 
     It can be sent to another process, which reads the tokenizer from its folder again. Raises UserError for messages
-    without a chat template.
+    without a chat template, and for images without a processor.
     """
 
     def __init__(self, tokenizer: Any, template: Template, end: bool = True):
@@ -50,6 +51,8 @@ class Encoder:
     def _set(self, tokenizer: Any) -> None:
         self.tokenizer, self.special = tokenizer, SpecialTokens(tokenizer)
         self.fast = bool(tokenizer.is_fast)
+        named = (tokenizer.name_or_path, self.template.images, self.template.image_root)
+        self.images = Images(*named) if self.template.images else None
         if self.fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
@@ -103,7 +106,8 @@ class Encoder:
     def _text(self, row: dict[str, Any]) -> Text:
         if isinstance(row, BrokenRow):
             raise ValueError(row.reason)
-        return self.template.text(row, self.tokenizer, self.special.guard)
+        text = self.template.text(row, self.tokenizer, self.special.guard)
+        return self.images.text(row, text) if self.images else text
 
     def _whole(self, made: Made | ValueError) -> Made:
         """Adds the tokens of begin and end. Raises ValueError where nothing is left to learn."""
@@ -163,6 +167,9 @@ class Encoder:
             spans = [(min([a, *(s for s, e in offsets if s < a < e)]), b) for a, b in spans]
         names = self.tokenizer.convert_ids_to_tokens
         before, after = "".join(names(self.begin())), "".join(names(self.final()))
+        if self.images:
+            moved = self.images.shortened(moved.text)
+            spans = [(moved.place(a), moved.place(b)) for a, b in spans]
         spans = [(a + len(before), b + len(before)) for a, b in spans]
         if after:  # it follows the completion, which is all that is learnt
             spans = [(spans[0][0], spans[0][1] + len(after))]

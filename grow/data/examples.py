@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from xxhash import xxh3_128
 
+from grow.data.images import RowImages
 from grow.data.labels import IGNORED
 
 SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("learnt", pa.list_(pa.uint8())), ("bad", pa.string())])
@@ -25,10 +26,11 @@ class Example:
 
 class Examples(Sequence[Example]):
     """Holds the usable rows of a split in tokens, read from memory-mapped Arrow when asked for. `rows` are their
-    indices in the split, `lengths` the numbers of their tokens (of their input_ids), int64 [N]."""
+    indices in the split, `lengths` the numbers of their tokens (of their input_ids), int64 [N]; `images` are those of
+    the split's rows, if they may have some."""
 
-    def __init__(self, chunks: Sequence[pa.Table], rows: np.ndarray):
-        self._chunks, self.rows = chunks, rows
+    def __init__(self, chunks: Sequence[pa.Table], rows: np.ndarray, images: RowImages | None = None):
+        self._chunks, self.rows, self.images = chunks, rows, images
         self._parts = [(lists(chunk["tokens"]), lists(chunk["learnt"])[1]) for chunk in chunks]
         self._starts = np.cumsum([0, *(len(offsets) - 1 for (offsets, _), _ in self._parts)])
         sizes = [np.diff(offsets) for (offsets, _), _ in self._parts]
@@ -40,7 +42,7 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Examples(self._chunks, self.rows[index])
+            return Examples(self._chunks, self.rows[index], self.images)
         ids, labels = self.arrays(range(len(self))[index])
         return Example(ids.tolist(), labels.tolist())
 
@@ -56,6 +58,23 @@ class Examples(Sequence[Example]):
             start = self._label_starts[index]
             labels[self._dropped[start : start + len(labels)]] = IGNORED
         return tokens[:-1], labels
+
+    def inputs(self, index: int) -> dict[str, Any]:
+        """Returns what a model is given beside an example's ids: tensors of its images, [images, …] each, and which of
+        its input_ids are an image's; {} without images."""
+        if self.images is None:
+            return {}
+        return self.images.inputs(int(self.rows[index]), self.arrays(index)[0].tolist())
+
+    def have_images(self) -> np.ndarray:
+        """Says which examples have an image, bool [N]."""
+        if self.images is None:
+            return np.zeros(len(self), bool)
+        found = []
+        for (offsets, values), _ in self._parts:
+            before = np.cumsum(np.concatenate([[0], np.isin(values, self.images.token_ids)]))
+            found.append(before[offsets[1:]] > before[offsets[:-1]])
+        return np.concatenate(found)[self.rows] if found else np.zeros(0, bool)
 
     def drop_labels(self, where: np.ndarray) -> None:
         """Removes labels for good; `where` has a bool for each token of the concatenated labels of all examples."""

@@ -1,5 +1,6 @@
 """The data that a recipe names: rows, tokenizer, the template that turns a row into text, packed sequences."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -41,7 +42,7 @@ def mixed_rows(recipe: Recipe) -> Iterator[tuple[str, Rows, Template]]:
     for folder in recipe.mix:
         path, part = sliced(folder)
         rows = load_rows(path, "train" + part)
-        yield folder, rows, other_template(rows, template_of(recipe))
+        yield folder, rows, with_images(other_template(rows, template_of(recipe)), recipe, rows, path)
 
 
 def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
@@ -59,6 +60,7 @@ def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
 def other_template(rows: Rows, template: Template) -> Template:
     """Returns how rows of another data set become text: by the recipe's template if they have its columns, else by
     columns called prompt and completion, or text."""
+    template = dataclasses.replace(template, images="", image_root="")
     columns = rows.columns(["text", "prompt", *template.columns()])
     if set(template.columns()) <= set(columns):
         return template
@@ -86,10 +88,24 @@ def template_of(recipe: Recipe) -> Template:
     Raises UserError where there is neither.
     """
     own = _chat_template(recipe.chat_template) if recipe.chat_template else ""
+    images = (recipe.images, _image_root(recipe.data, recipe.data_dir) if recipe.images else "")
     if recipe.completion or recipe.messages:
-        return Template(recipe.prompt, recipe.completion, recipe.messages, own, recipe.day)
+        return Template(recipe.prompt, recipe.completion, recipe.messages, own, recipe.day, *images)
     where = (recipe.data, recipe.train_split, recipe.data_revision, recipe.data_dir, recipe.data_config)
-    return Template(*_by_columns(where), own, recipe.day)
+    return Template(*_by_columns(where), own, recipe.day, *images)
+
+
+def _image_root(data: str, data_dir: str | None = None) -> str:
+    """Returns the folder that paths of images are relative to: that of the data."""
+    folder = Path(data) if os.path.isdir(data) else Path(data).parent
+    return os.path.abspath(folder / (data_dir or ""))
+
+
+def with_images(template: Template, recipe: Recipe, rows: Rows, folder: str) -> Template:
+    """Returns a template of another data set, in `folder`, whose rows have images if they have the recipe's column."""
+    if not recipe.images or recipe.images not in rows.columns([recipe.images]):
+        return dataclasses.replace(template, images="", image_root="")
+    return dataclasses.replace(template, images=recipe.images, image_root=_image_root(folder))
 
 
 @cache
@@ -106,9 +122,10 @@ def _by_columns(where: tuple[str, str, str | None, str | None, str | None]) -> t
     )
 
 
-def retention_template(recipe: Recipe) -> Template:
-    """Returns how a row of `retention` becomes text."""
-    return Template(recipe.retention_prompt, recipe.retention_completion)
+def retention_template(recipe: Recipe, rows: Rows | None = None) -> Template:
+    """Returns how a row of `retention` becomes text; of `rows` also its images, if they have the recipe's column."""
+    template = Template(recipe.retention_prompt, recipe.retention_completion)
+    return template if rows is None else with_images(template, recipe, rows, sliced(str(recipe.retention))[0])
 
 
 def right_option(recipe: Recipe, row: Any) -> str:

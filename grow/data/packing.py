@@ -7,11 +7,14 @@ length and the epoch alone, never on the number of ranks.
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from grow.data.examples import Examples
+from grow.data.images import TOKEN_TYPES
 from grow.data.labels import IGNORED
+
+_OF_TOKENS = ("input_ids", "position_ids", "labels", "rows")
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +57,16 @@ def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarra
 class PackedDataset(Dataset[dict[str, Tensor]]):
     """Holds sequences of exactly `max_length` tokens: input_ids, position_ids, labels, rows; each [max_length], int64.
 
-    `rows` is the example's index at each position, −1 at the padding (which counts as a row of its own at the end).
+    `rows` is the example's index at each position, −1 at the padding (which counts as a row of its own at the end). An
+    example with images has a sequence of its own, which also has tensors of these, [images, …] each, and which of its
+    tokens are an image's (grow.data.images).
     """
 
     def __init__(self, examples: Examples, max_length: int, pad_token_id: int, seed: int = 0):
         self.examples, self.max_length, self.pad_token_id = examples, max_length, pad_token_id
-        self.packed, self.starts = pack(examples.lengths, max_length, seed)
+        self._pictured = examples.have_images()
+        alone = np.maximum(examples.lengths, np.where(self._pictured, max_length, 0))
+        self.packed, self.starts = pack(alone, max_length, seed)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -82,7 +89,16 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             item["position_ids"][part], item["rows"][part] = torch.arange(len(ids)), row
             place += len(ids)
         item["position_ids"][place:] = torch.arange(length - place)
-        return item
+        return item | self._of_images(index, place)
+
+    def _of_images(self, index: int, length: int) -> dict[str, Tensor]:
+        """Returns what a sequence has beside its tokens, of which so many are not padding."""
+        row = int(self.packed[self.starts[index]])
+        found = self.examples.inputs(row) if self._pictured[row] else {}
+        for name in TOKEN_TYPES:
+            if name in found:
+                found[name] = nn.functional.pad(found[name], (0, self.max_length - length))
+        return found
 
 
 def summary(sequences: PackedDataset) -> str:
@@ -159,5 +175,16 @@ class Mixed(Epochs):
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks sequences into a batch, [B, max_length] each."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    """Stacks sequences into a batch, [B, max_length] each; of their images the tensors one after another, [images, …].
+
+    Without any image a batch has nothing of them."""
+    batch = {}
+    for name in dict.fromkeys(name for item in items for name in item):
+        if name in TOKEN_TYPES:
+            none = torch.zeros_like(items[0]["input_ids"])
+            batch[name] = torch.stack([item.get(name, none) for item in items])
+        elif name in _OF_TOKENS:
+            batch[name] = torch.stack([item[name] for item in items])
+        else:
+            batch[name] = torch.cat([item[name] for item in items if name in item])
+    return batch

@@ -8,7 +8,8 @@ from string import Formatter
 from typing import Any
 
 from grow.data.chat import conversation_text
-from grow.data.conversation import conversation
+from grow.data.conversation import PLACEHOLDER, conversation
+from grow.data.images import PLACE, placed, values_of
 from grow.data.spans import Guard, Text
 from grow.errors import UserError
 
@@ -19,7 +20,8 @@ class Template:
     `messages`, the name of a column of chat messages ({"role": …, "content": …}), for models with a chat template.
 
     `chat_template` is the text of a template that replaces the tokenizer's own. `day` (2026-11-28) is given to
-    templates that write the date, so that rows are the same whenever a run resumes.
+    templates that write the date, so that rows are the same whenever a run resumes. `images` names a column of images,
+    whose paths are relative to the folder `image_root` (grow.data.images).
     """
 
     prompt: str = ""
@@ -27,6 +29,8 @@ class Template:
     messages: str = ""
     chat_template: str = ""
     day: str = ""
+    images: str = ""
+    image_root: str = ""
 
     def check(self, columns: list[str]) -> None:
         """Raises UserError if it names a column that is not there, or is not a valid template."""
@@ -35,26 +39,34 @@ class Template:
             if name not in columns:
                 what = "messages" if self.messages else f"the template {template!r}"
                 raise UserError(f"{what}: {name} is not among the columns {', '.join(columns)}")
+        if self.images and self.images not in columns:
+            raise UserError(f"images: {self.images} is not among the columns {', '.join(columns)}")
 
     def columns(self) -> list[str]:
         """Returns the columns that the template names."""
+        images = [self.images] if self.images else []
         if self.messages:
-            return [self.messages]
+            return [self.messages, *images]
         named = [name for _, name, _, _ in _parsed(self.prompt + self.completion) if name is not None]
-        return [str(formatter_field_name_split(name)[0]) for name in named]
+        return [*(str(formatter_field_name_split(name)[0]) for name in named), *images]
 
     def text(self, row: Mapping[str, Any], tokenizer: Any, guard: Guard = str) -> Text:
-        """Returns the row's text. Raises ValueError, in a few words, if the row has none that could be learnt."""
+        """Returns the row's text, in which PLACE stands for each image. Raises ValueError, in a few words, if the row
+        has none that could be learnt."""
+        guard = placed(guard) if self.images else guard
         if self.messages:
             return conversation_text(row, self, tokenizer, guard)
         before, after = self.fill(self.prompt, row, guard), self.fill(self.completion, row, guard)
         if not after.strip():
             raise ValueError("empty")
+        if self.images and PLACE not in before + after:
+            before = PLACE * len(values_of(row, self.images)) + before
         return Text(before + after, [(len(before), len(before) + len(after))])
 
     def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str) -> str:
         """Returns `prompt` or `completion` with a row's values. Raises ValueError if a value is missing or no text."""
-        return "".join(text if own else guard(text) for text, own in _filled(template, row))
+        own_words = (lambda text: text.replace(PLACEHOLDER, PLACE)) if self.images else str
+        return "".join(own_words(text) if own else guard(text) for text, own in _filled(template, row))
 
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """Returns the text of a row's prompt in pieces, each with whether it is of the template's own words. Raises
@@ -65,7 +77,7 @@ class Template:
         """Returns the row's own texts, column by column (messages: turn by turn); [] if the row is bad."""
         try:
             if self.messages:
-                return [turn["content"] for turn in conversation(row, self.messages)]
+                return [turn["content"] for turn in conversation(row, self.messages, 0 if self.images else None)]
             names = {name: spec for _, name, spec, _ in _parsed(self.prompt + self.completion) if name is not None}
             return [_written(_value(row, name), spec, name) for name, spec in names.items()]
         except ValueError:

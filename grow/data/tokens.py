@@ -22,6 +22,7 @@ from xxhash import xxh3_128
 
 from grow.data.encoder import Encoder
 from grow.data.examples import SCHEMA, Examples, lists
+from grow.data.images import Images, RowImages
 from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.data.text_files import ListRows
@@ -78,7 +79,7 @@ def encode(
     _check_columns(kept, template)
     encoder = Encoder(tokenizer, template, end)
     parts = [encoder.table(kept[first : first + _AT_A_TIME]) for first in range(0, len(kept), _AT_A_TIME)]
-    return _sorted_out(parts, max_length, kept)
+    return _sorted_out(parts, max_length, kept, encoder.images)
 
 
 def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: int, end: bool = True) -> Encoded:
@@ -88,7 +89,8 @@ def encode_cached(rows: Rows, tokenizer: Any, template: Template, max_length: in
     versions.
     """
     _check_columns(rows, template)
-    return _sorted_out(_cached_parts(rows, tokenizer, template, end), max_length, rows)
+    encoder = Encoder(tokenizer, template, end)
+    return _sorted_out(_cached_parts(rows, encoder), max_length, rows, encoder.images)
 
 
 def _check_columns(rows: Rows, template: Template) -> None:
@@ -97,10 +99,10 @@ def _check_columns(rows: Rows, template: Template) -> None:
         template.check(columns)
 
 
-def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> list[pa.Table]:
+def _cached_parts(rows: Rows, encoder: Encoder) -> list[pa.Table]:
     if not len(rows):
         return []
-    key = _key(rows, tokenizer, template, end)
+    key = _key(rows, encoder.tokenizer, encoder.template, encoder.end)
     path = Path(datasets.config.HF_DATASETS_CACHE) / "grow" / f"{key}.arrow"
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -109,8 +111,8 @@ def _cached_parts(rows: Rows, tokenizer: Any, template: Template, end: bool) -> 
         # The first makes it, the others of this machine find it. Processes side by side take a core each.
         with FileLock(path.with_suffix(".lock")), patch_environment(TOKENIZERS_PARALLELISM="false"):
             made = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
-                _encode_batch, fn_kwargs={"encoder": Encoder(tokenizer, template, end), "rows": rows},
-                batched=True, batch_size=_AT_A_TIME, remove_columns=["row"], num_proc=_processes(len(rows)),
+                _encode_batch, fn_kwargs={"encoder": encoder, "rows": rows},
+                batched=True, batch_size=_AT_A_TIME, remove_columns=["row"], num_proc=_processes(len(rows), encoder),
                 features=datasets.Features.from_arrow_schema(SCHEMA), desc="tokenising",
                 cache_file_name=str(path), load_from_cache_file=True, new_fingerprint=key,
             )  # fmt: skip
@@ -126,9 +128,9 @@ def _encode_batch(batch: dict[str, list[int]], encoder: Encoder, rows: Rows) -> 
     return encoder.table(rows[batch["row"][0] : batch["row"][-1] + 1])
 
 
-def _processes(count: int) -> int | None:
-    cores = len(os.sched_getaffinity(0))
-    return None if count < _MANY or cores < 2 else min(cores, count // (_MANY // 2), 32)
+def _processes(count: int, encoder: Encoder) -> int | None:
+    cores, many = len(os.sched_getaffinity(0)), _MANY // 100 if encoder.images else _MANY
+    return None if count < many or cores < 2 else min(cores, count // (many // 2), 32)
 
 
 def _key(rows: Rows, tokenizer: Any, template: Template, end: bool) -> str:
@@ -145,7 +147,7 @@ def _key(rows: Rows, tokenizer: Any, template: Template, end: bool) -> str:
     return xxh3_128(repr(facts).encode()).hexdigest()
 
 
-def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows) -> Encoded:
+def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows, images: Images | None) -> Encoded:
     """Separates usable rows from bad ones."""
     bad: dict[str, list[int]] = {}
     good, done = [np.zeros(0, np.int64)], 0
@@ -160,4 +162,5 @@ def _sorted_out(parts: list[pa.Table], max_length: int, rows: Rows) -> Encoded:
             bad.setdefault(f"longer than max_length, {max_length} tokens", []).append(done + int(place))
         good.append(np.flatnonzero((sizes > 0) & ~too_long) + done)
         done += len(part)
-    return Encoded(Examples(parts, np.concatenate(good)), bad, rows)
+    of_rows = None if images is None else RowImages(images, rows)
+    return Encoded(Examples(parts, np.concatenate(good), of_rows), bad, rows)

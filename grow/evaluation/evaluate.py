@@ -14,7 +14,15 @@ from xxhash import xxh3_64_hexdigest
 
 from grow.data.decontamination import contaminated
 from grow.data.examples import Examples
-from grow.data.of_recipe import mixed_rows, retention_rows, retention_template, rows_of, sliced, template_of
+from grow.data.of_recipe import (
+    mixed_rows,
+    retention_rows,
+    retention_template,
+    rows_of,
+    sliced,
+    template_of,
+    with_images,
+)
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.data.tokens import encode
@@ -158,12 +166,14 @@ def _items(recipe: Recipe, tokenizer: Any, limit: int | None, retention_limit: i
     """Returns the task's rows first, then those of each retention set."""
     sets = [("task", rows_of(recipe, recipe.test_split), template_of(recipe), limit)]
     if recipe.retention:
-        sets.append(("retention", retention_rows(recipe), retention_template(recipe), retention_limit))
+        rows = retention_rows(recipe)
+        sets.append(("retention", rows, retention_template(recipe, rows), retention_limit))
     for folder in recipe.retention_sets:
         rows = retention_rows(recipe, folder=folder)
         template = Template("", "{text}") if "text" in rows.columns(["text"]) else Template("{prompt}", "{completion}")
-        name = sliced(folder)[0].rstrip("/").rpartition("/")[2]
-        sets.append((name, rows, template, retention_limit))
+        path = sliced(folder)[0]
+        name = path.rstrip("/").rpartition("/")[2]
+        sets.append((name, rows, with_images(template, recipe, rows, path), retention_limit))
     if len({name for name, *_ in sets}) < len(sets):
         raise UserError(f"retention_sets: two of them have one name: {', '.join(name for name, *_ in sets)}")
     training = [(rows_of(recipe, recipe.train_split), template_of(recipe))]

@@ -16,7 +16,7 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.layouts import decoder_attentions, decoder_mlps
+from grow.model.layouts import decoder_attentions, decoder_mlps, tower_mlps
 from grow.model.loss import labelled_logits, likelihood_and_kl
 from grow.model.mlp import GrownMLP
 
@@ -133,7 +133,7 @@ def _next(interpolation: Interpolation, path: str, start: str) -> str:
     model = interpolation.model
     kinds = [
         [isinstance(part, GrownMLP) for part in parts.values()]
-        for parts in (decoder_mlps(model), decoder_attentions(model))
+        for parts in (decoder_mlps(model), decoder_attentions(model), tower_mlps(model))
     ]
     if not start and not any(map(any, kinds)):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint

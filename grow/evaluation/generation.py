@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from grow.data.encoder import Encoder
+from grow.data.images import TOKEN_TYPES
 from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.data.tokenizer import pad_token_id
@@ -19,13 +20,14 @@ _DRAWS = 1000
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds a row as a prompt: the tokens before its last learnt span, as in training, and that span as the
-    reference."""
+    """Holds a row as a prompt: the tokens before its last learnt span, as in training, and that span as the reference;
+    and what a model is given of its images."""
 
     prompt: str
     ids: list[int]
     reference: str
     reference_ids: list[int]
+    images: dict[str, torch.Tensor]
 
 
 def generate(
@@ -43,10 +45,11 @@ def generate(
         return []
     ends = _ends(model, encoder, asked)
     # Rows of similar length share a batch, which is as long as its longest row.
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+    order = sorted((i for i, row in enumerate(asked) if not row.images), key=lambda i: len(asked[i].ids))
+    parts = [order[first : first + _AT_A_TIME] for first in range(0, len(order), _AT_A_TIME)]
+    parts += [[i] for i, row in enumerate(asked) if row.images]
     texts: dict[int, str] = {}
-    for first in tqdm(range(0, len(order), _AT_A_TIME), desc="writing", leave=False, disable=None):
-        part = order[first : first + _AT_A_TIME]
+    for part in tqdm(parts, desc="writing", leave=False, disable=None):
         of_batch = [asked[i] for i in part]
         tokens = most or 2 * max(len(row.reference_ids) for row in of_batch)
         written = _written(model, of_batch, tokens, ends, pad_token_id(tokenizer))
@@ -74,7 +77,8 @@ def _asked(encoder: Encoder, row: dict[str, Any]) -> Asked:
     while first > 0 and shown.learnt[first - 1]:
         first -= 1
     reference = encoder.special.removed(shown.text[begin:end]).strip()
-    return Asked(shown.text[:begin], shown.ids[:first], reference, shown.ids[first : last + 1])
+    images = encoder.images.inputs(row, shown.ids[:first]) if encoder.images else {}
+    return Asked(shown.text[:begin], shown.ids[:first], reference, shown.ids[first : last + 1], images)
 
 
 def _ends(model: Any, encoder: Encoder, asked: list[Asked]) -> list[int]:
@@ -94,7 +98,8 @@ def _written(model: Any, part: list[Asked], tokens: int, ends: list[int], pad: i
         max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None,
         pad_token_id=pad,
     )  # fmt: skip
-    return write(model, [row.ids for row in part], settings)
+    images = {name: tensor[None] if name in TOKEN_TYPES else tensor for name, tensor in part[0].images.items()}
+    return write(model, [row.ids for row in part], settings, **{n: t.to(model.device) for n, t in images.items()})
 
 
 def translation_scores(outputs: list[str], references: list[str]) -> dict[str, Any]:

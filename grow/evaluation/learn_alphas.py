@@ -38,9 +38,9 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
     """
     refuse_existing(Path(out))
     plan = GrowthPlan.from_config(Checkpoint(path).config)
-    if plan is not None and plan.attention:
+    if plan is not None and (plan.attention or plan.tower or plan.projector):
         raise UserError(
-            f"{path}: heads of its attention have grown, and only layers of MLPs have an α of their own so far"
+            f"{path}: more than MLPs of its decoder layers has grown, and only these have an α of their own so far"
         )
     if plan is None:
         raise UserError(f"{path}: was not grown, so its layers have no interpolation coefficient")

@@ -1,5 +1,6 @@
 """Scores rows in one forward pass: the log-probability of each labelled token."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,9 +13,8 @@ from tqdm import tqdm
 
 from grow.data.examples import Examples
 from grow.data.labels import IGNORED
-from grow.data.of_recipe import right_option
+from grow.data.of_recipe import right_option, template_of
 from grow.data.packing import PackedDataset, collate
-from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
@@ -138,7 +138,8 @@ def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, 
     likelihoods = []
     for option in recipe.options:
         literal = option.replace("{", "{{").replace("}", "}}")
-        encoded = encode(rows, tokenizer, Template(recipe.prompt, literal), recipe.max_length, end=end)
+        template = dataclasses.replace(template_of(recipe), completion=literal)
+        encoded = encode(rows, tokenizer, template, recipe.max_length, end=end)
         if not encoded.examples:
             raise UserError(f"options: no test row can be scored with {option!r}: {encoded.reasons()}")
         scores = score(model, encoded.examples, recipe, tokenizer.pad_token_id, option.strip())

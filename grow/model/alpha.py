@@ -11,8 +11,9 @@ from torch import nn
 
 from grow.errors import UserError
 from grow.model.bottleneck import AdaptedMLP
-from grow.model.layouts import decoder_attentions, decoder_mlps
+from grow.model.layouts import decoder_attentions, decoder_mlps, tower_mlps
 from grow.model.mlp import GrownMLP
+from grow.model.projector import GrownProjector, find_projector
 from grow.model.skills import Skilled
 
 
@@ -38,8 +39,9 @@ def _has_loras(model: nn.Module) -> bool:
 
 
 def _with_alpha(model: nn.Module) -> Iterator[Any]:
-    parts = [*decoder_mlps(model).values(), *decoder_attentions(model).values()]
-    return (part for part in parts if isinstance(part, (GrownMLP, AdaptedMLP, Skilled)))
+    parts = [part for of in (decoder_mlps, decoder_attentions, tower_mlps) for part in of(model).values()]
+    parts.append(find_projector(model))
+    return (part for part in parts if isinstance(part, (GrownMLP, GrownProjector, AdaptedMLP, Skilled)))
 
 
 @contextlib.contextmanager

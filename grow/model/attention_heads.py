@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from grow.errors import UserError
 from grow.model.layouts import decoder_attentions, down_layer, mix_in, stock_class, width
-from grow.model.mlp import Between, GrownBranch, GrownMLP, grown_mlps, with_growth
+from grow.model.mlp import Between, GrownBranch, GrownMLP, grown_mlps, grown_tower, with_growth
 from grow.names import ATTENTION
 from grow.plan import GrowthPlan
 
@@ -126,5 +126,5 @@ def grown_attentions(model: nn.Module) -> Iterator[Any]:
 
 
 def grown_parts(model: nn.Module) -> Iterator[Any]:
-    """Returns all that has grown in a model: MLPs, then attentions."""
-    return itertools.chain(grown_mlps(model), grown_attentions(model))
+    """Returns all that has grown in a model: MLPs, then attentions, then the MLPs of a tower."""
+    return itertools.chain(grown_mlps(model), grown_attentions(model), grown_tower(model))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.names import ATTENTION, FUSED, LAYERS, LAYOUTS, OTHER_TOWERS
+from grow.names import ATTENTION, FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, VISION
 
 _MLP_MODULE, _ATTENTION_MODULE = (re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.{part}$") for part in ("mlp", "self_attn"))
 
@@ -27,6 +27,12 @@ def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
         if match and not OTHER_TOWERS.search(name) and layout_of(module):
             found[int(match[1])] = module
     return found
+
+
+def tower_mlps(model: nn.Module) -> dict[int, nn.Module]:
+    """Returns the MLPs of the tower for images, by layer; none if there is none that is known."""
+    matches = ((_MLP_MODULE.search(name), name, module) for name, module in model.named_modules())
+    return {int(m[1]): module for m, name, module in matches if m and VISION in name.split(".") and layout_of(module)}
 
 
 def decoder_attentions(model: nn.Module) -> dict[int, nn.Module]:

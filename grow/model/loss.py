@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grow.data.labels import IGNORED
 from grow.model.alpha import base_inside
 from grow.model.attention import laid_end_to_end
+from grow.model.images import of_images, passing_the_tower
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21
 """Bytes of distributions over the vocabulary that are in memory at once in fp32: on a GPU enough for few kernels; on a
@@ -23,8 +24,8 @@ processor what stays in each core's cache, which takes half the time or less."""
 def labelled_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Runs the model, of any class and under any wrapper, on packed sequences.
 
-    `batch` holds input_ids, position_ids and labels, [B, L] int64 each (grow.data.packing). Returns logits [N, V] in
-    the model's dtype and labels [N], in the order of the labels.
+    `batch` holds input_ids, position_ids and labels, [B, L] int64 each, and tensors of images if it has some
+    (grow.data.packing). Returns logits [N, V] in the model's dtype and labels [N], in the order of the labels.
     """
     return labelled(model, batch, lambda states: states)
 
@@ -46,8 +47,11 @@ def labelled(model: nn.Module, batch: dict[str, Tensor], seen: Callable[[Tensor]
     deciding = unwrapped.switch.of_batch(batch) if hasattr(unwrapped, "switch") else contextlib.nullcontext()
     try:
         # Packed rows stay apart only without an attention mask and without a cache.
-        with deciding:
-            output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **of_rows)
+        with deciding, passing_the_tower(unwrapped, batch):
+            output = model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **of_rows,
+                **of_images(batch),
+            )  # fmt: skip
     finally:
         handle.remove()
     return output.logits, labels_BL[mask_BL]

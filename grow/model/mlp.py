@@ -32,6 +32,7 @@ from grow.model.layouts import (
     mix_in,
     sizes,
     stock_class,
+    tower_mlps,
     up_names,
     width,
 )
@@ -131,14 +132,17 @@ def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> T
     return torch.add(grown, base, alpha=share)
 
 
-def grow_mlp(mlp: Any, factor: int) -> None:
-    """Gives a gated MLP (grow.model.layouts) its added copies, in place.
+def grow_mlp(mlp: Any, factor: int, trained_up: bool = False) -> None:
+    """Gives an MLP (grow.model.layouts) its added copies, in place, and where `trained_up` says so gate and up that
+    take the place of its own.
 
-    The copies are not initialised: a checkpoint's loader fills them.
+    They are not initialised: a checkpoint's loader fills them.
     """
     mix_in(mlp, GrownMLP, "Grown")
     mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp)).train(mlp.training)
+    if trained_up:
+        mlp.add_trained()
 
 
 def up_projection(mlp: Any, **kind: Any) -> nn.Module:
@@ -161,23 +165,32 @@ def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
 def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
     """Returns the MLPs of a plan's layers. Raises UserError, after the words of `whose`, for one that does not fit."""
     mlps = decoder_mlps(model)
-    missing = sorted(set(plan.layers) - set(mlps))
+    return _planned(mlps, plan.layers, f"{whose}growth of layers {{}} does not fit the model")
+
+
+def _planned(there: dict[int, Any], layers: tuple[int, ...], problem: str) -> dict[int, Any]:
+    missing = sorted(set(layers) - set(there))
     if missing:
-        raise UserError(
-            f"{whose}growth of layers {missing} does not fit the model: it has MLPs in layers {sorted(mlps)}"
-        )
-    return {layer: mlps[layer] for layer in plan.layers}
+        raise UserError(f"{problem.format(missing)}: it has MLPs in layers {sorted(there)}")
+    return {layer: there[layer] for layer in layers}
 
 
 def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives the planned layers of a model their added copies, uninitialised, in place."""
+    """Gives the MLPs of a plan's layers, of the decoder and of a tower, their added copies, uninitialised, in place."""
     for layer, mlp in planned_mlps(model, plan).items():
-        grow_mlp(mlp, plan.factor)
+        grow_mlp(mlp, plan.factor, plan.trained_up)
         mlp.own_alpha = plan.own_alpha(layer)
-        if plan.trained_up:
-            mlp.add_trained()
+    if plan.tower:
+        problem = "growth of layers {} of its tower does not fit the model"
+        for mlp in _planned(tower_mlps(model), plan.tower, problem).values():
+            grow_mlp(mlp, plan.factor, plan.trained_up)
 
 
 def grown_mlps(model: nn.Module) -> Iterator[Any]:
-    """Returns the grown MLPs of a model, lowest layer first; none if it is not grown."""
+    """Returns the grown MLPs of a model's decoder layers, lowest first; none if none has grown."""
     return (mlp for _, mlp in sorted(decoder_mlps(model).items()) if isinstance(mlp, GrownMLP))
+
+
+def grown_tower(model: nn.Module) -> Iterator[Any]:
+    """Returns the grown MLPs of a model's tower for images, lowest layer first."""
+    return (mlp for _, mlp in sorted(tower_mlps(model).items()) if isinstance(mlp, GrownMLP))

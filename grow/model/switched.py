@@ -13,7 +13,7 @@ from grow.model.attention_heads import GrownAttention, grown_parts
 from grow.model.features import opens
 from grow.model.layouts import decoder_attentions, decoder_mlps, hidden_size
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
-from grow.model.mlp import GrownMLP
+from grow.model.mlp import GrownMLP, grown_tower
 from grow.model.skills import Skilled, SkilledAttention, SkilledMLP
 from grow.model.switch import Switch
 
@@ -112,6 +112,8 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
     mlps, loras = decoder_mlps(model), lora_layers(model)
+    if any(True for _ in grown_tower(model)):
+        raise UserError("a switch is decided by text, after the tower for images, which has grown, has computed")
     changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
     growing = (GrownAttention, SkilledAttention)
     below = [layer - 1 for layer, part in decoder_attentions(model).items() if isinstance(part, growing)]

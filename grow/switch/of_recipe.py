@@ -88,6 +88,11 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
     if not method.grows:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config) or make_plan(start, **recipe.growth)[0]
+    if plan.tower or plan.projector:
+        raise UserError(
+            "switch: is decided by text, after the tower for images has computed; take it out, or leave the tower as "
+            "it is"
+        )
     return min([*plan.layers, *(layer - 1 for layer in plan.attention)])
 
 

@@ -26,7 +26,8 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
         _base(recipe)
         how = f"grow expand {recipe.base_name} {recipe.grown}"
         if recipe.makes_grown or recipe.plans_growth:
-            options = (f"--{name.replace('_', '-')} {value}" for name, value in recipe.growth.items() if value)
+            named = ((name.replace("_", "-"), value) for name, value in recipe.growth.items() if value)
+            options = (f"--{name}" + f" {value}" * (value is not True) for name, value in named)
             how = "launch/train.sh does, or: " * recipe.makes_grown + f"{how} {' '.join(options)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
     start = Checkpoint(recipe.grown if grows else _base(recipe))
@@ -93,7 +94,9 @@ def _only_heads_grow(recipe: Recipe) -> bool:
     if not recipe.method_class.grows:
         return False
     there = GrowthPlan.from_config(Checkpoint(recipe.grown).config) if Path(recipe.grown).is_dir() else None
-    return not there.layers if there else bool(recipe.attention) and recipe.layers == "none"
+    if there:
+        return bool(there.attention) and not there.layers and not there.tower and not there.projector
+    return bool(recipe.attention) and recipe.layers == "none" and not recipe.tower and not recipe.train_projector
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:

@@ -54,11 +54,13 @@ from grow.data.tokens import encode
 from grow.errors import Preempted, UserError
 from grow.methods.peft_method import PeftMethod
 from grow.model.attention import check_attention, check_installed, set_attention
+from grow.model.images import blank_for, check_images
 from grow.model.loading import check_loads, checkpoint_activations, class_of, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
-from grow.recipe import Recipe
+from grow.plan import GrowthPlan
+from grow.recipe import AUTO, Recipe
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
     check_arguments,
@@ -151,12 +153,16 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     set_seed(recipe.seed)
     probe = _probe(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
-    set_attention(model, recipe.attn_implementation)
+    # Tokens of one image see each other, which flash attention cannot.
+    set_attention(model, "sdpa" if recipe.images and recipe.attn_implementation == AUTO else recipe.attn_implementation)
     if uses_liger(recipe, model.config.model_type):
         use_liger(model)
     method.prepare(model)
     if switch is not None:
         put_switch(model, switch)
+    images = data["train"].examples.images
+    if images is not None:
+        blank_for(model, images.blank)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
     if compiles(recipe):
@@ -240,6 +246,9 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     check_liger(recipe)
     config, cls = class_of(start.path)
     check_attention(recipe.attn_implementation, cls, config)
+    plan = GrowthPlan.from_config(start.config)
+    beside_text = bool(plan.tower or plan.projector if plan else recipe.tower or recipe.train_projector)
+    check_images(recipe, recipe.make_method().grows and beside_text, config)
     method = recipe.make_method()
     method.check(recipe)
     method.check_names(start.tensors)
@@ -321,7 +330,7 @@ def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
         return None
     rows = retention_rows(recipe)
     rows = rows.select(range(min(recipe.probe_rows, len(rows))))
-    encoded = encode(rows, tokenizer, retention_template(recipe), recipe.max_length, end=False)
+    encoded = encode(rows, tokenizer, retention_template(recipe, rows), recipe.max_length, end=False)
     encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)
     sequences = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer))
     return Probe(sequences, run / "probe.jsonl")

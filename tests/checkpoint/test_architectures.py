@@ -203,8 +203,8 @@ def test_images_go_through_the_multimodal_class(layout: str, tmp_path: Path) -> 
     expand(str(source), str(grown))
     consolidate(str(grown), str(stock))
     image = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    ids = torch.cat([tokens(8), torch.tensor([[301, 300, 300, 300, 300, 302]]), tokens(8, 2)], dim=1)
-    types = (ids == 300).long()
+    ids = torch.cat([tokens(8), torch.tensor([[260, 259, 259, 259, 259, 261]]), tokens(8, 2)], dim=1)
+    types = (ids == 259).long()
     seen = {"input_ids": ids, "pixel_values": image, "token_type_ids": types}
     expected = logits(source, **seen)
     assert torch.equal(logits(grown, **seen), expected)

@@ -162,7 +162,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "layers of nothing": ({"attention_layers": "1"}, "with --attention queries or heads"),
     "layers that are no layers": ({"attention": "queries", "attention_layers": "x"}, "--attention-layers x: 'x' is"),
     "a layer that is not there": ({"attention": "queries", "attention_layers": "9"}, "--attention-layers 9: layer 9"),
-    "copies of others": ({"attention": "queries", "copies_from": "."}, "leave --attention out"),
+    "copies of others": ({"attention": "queries", "copies_from": "."}, "leave --attention and --tower out"),
 }
 
 

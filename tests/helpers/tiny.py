@@ -39,7 +39,7 @@ def make_base(path: Path, kind: str, seed: int = 0) -> Path:
     else:
         config = transformers.Gemma3Config(
             text_config=TEXT_CONFIG, vision_config=VISION_CONFIG, mm_tokens_per_image=4,
-            image_token_index=300, boi_token_index=301, eoi_token_index=302,
+            image_token_index=259, boi_token_index=260, eoi_token_index=261,
         )  # fmt: skip
         model = transformers.Gemma3ForConditionalGeneration(config)
     # Weights large enough that a row's logits depend on the MLPs beyond rounding, and norms that are not all alike.
@@ -49,7 +49,20 @@ def make_base(path: Path, kind: str, seed: int = 0) -> Path:
     if kind == "multimodal":
         _to_hub_layout(path)
     make_tokenizer(path)
+    if kind == "multimodal":
+        _make_processor(path)
     return path
+
+
+def _make_processor(path: Path) -> None:
+    """Gemma 3's processor for images, of 16 by 16, each of which becomes four tokens."""
+    from transformers import AutoTokenizer, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    names = {"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    tokenizer = AutoTokenizer.from_pretrained(path, extra_special_tokens=names)
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(path)
 
 
 def _to_hub_layout(path: Path) -> None:

@@ -1,0 +1,166 @@
+"""Images in rows: where they stand in a row's text, and what a model is given of them.
+
+A column (`images` in a recipe) has a path, bytes, an Image of `datasets`, or a list of these. `<image>` in a row's text
+says where each stands; without one they stand before the prompt, or what the user says first. The checkpoint's own
+processor decides what text an image becomes, and makes tensors of it.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+from transformers.image_utils import load_image
+from xxhash import xxh3_128_hexdigest
+
+from grow.data.conversation import PLACEHOLDER
+from grow.data.spans import Guard, Text
+from grow.data.special import Moved
+from grow.errors import UserError, innermost
+
+PLACE = "\ufdd3"  # stands for it, since a tokenizer may have a token of that name
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What a model calls the inputs that say which tokens are of an image, [L] int64 each."""
+
+
+class Images:
+    """Knows the processor of a checkpoint, and the column of a data set that has images; paths are relative to
+    `root`.
+
+    Raises UserError for a checkpoint without a processor for images, or with one that is not known here.
+    """
+
+    def __init__(self, folder: str, column: str, root: str):
+        self.processor, self.column, self.root = _processor(folder), column, Path(root)
+        # A blank image tells at once what a processor makes of one.
+        made = self._features([load_image_of(_blank(), self.root)])
+        if any(not isinstance(value, Tensor) or value.shape[:1] != (1,) for value in made.values()):
+            kinds = ", ".join(made)
+            raise UserError(
+                f"images: {folder}: {type(self.processor).__name__} makes {kinds} of an image, which rows of several "
+                "images cannot be batched from here; Gemma 3's and LLaVA's processors are known"
+            )
+        self.blank = made
+
+    def text(self, row: Mapping[str, Any], text: Text) -> Text:
+        """Returns a row's text with what the processor writes for each image in its place. Raises ValueError where
+        places and images are not as many, or for an image that cannot be read."""
+        places, there = text.text.count(PLACE), values_of(row, self.column)
+        if places != len(there):
+            raise ValueError(f"with {len(there)} images and {places} places for them ({PLACEHOLDER})")
+        if not there:
+            return text
+        made = self.processor.image_processor(self._read(there), return_tensors="pt")
+        words = iter([self.processor.replace_image_token(made, place) for place in range(len(there))])
+        moved = Moved(text.text, re.compile(PLACE), lambda _: next(words))
+        return Text(moved.text, [(moved.place(begin), moved.place(end)) for begin, end in text.learnt])
+
+    def shortened(self, text: str) -> Moved:
+        """Returns a text in which each image's many tokens are one, to be shown to a person."""
+        names = self.processor.tokenizer.convert_ids_to_tokens(self.processor.image_token_ids)
+        run = re.compile("|".join(f"(?:{re.escape(str(name))})+" for name in names))
+        return Moved(text, run, lambda found: next(str(name) for name in names if found.startswith(str(name))))
+
+    def inputs(self, row: Mapping[str, Any], ids: list[int]) -> dict[str, Tensor]:
+        """Returns what a model is given beside the ids of a row: tensors of its images, [images, …] each, and which
+        tokens are an image's, [L] int64. Of a row without images nothing."""
+        there = values_of(row, self.column)
+        if not there:
+            return {}
+        found = self._features(self._read(there))
+        if self.processor.return_mm_token_type_ids:
+            names = self.processor.model_input_names
+            name = next((name for name in TOKEN_TYPES if name in names), TOKEN_TYPES[-1])
+            found[name] = torch.tensor(self.processor.create_mm_token_type_ids([ids])[0])
+        return found
+
+    def _features(self, images: list[Any]) -> dict[str, Tensor]:
+        made = self.processor.image_processor(images, return_tensors="pt")
+        return {name: value for name, value in made.items() if name not in self.processor.unused_input_names}
+
+    def _read(self, values: list[Any]) -> list[Any]:
+        return [load_image_of(value, self.root) for value in values]
+
+
+class RowImages:
+    """Makes the tensors of the images of a split's rows, when they are asked for. `token_ids` are those that stand for
+    an image in a row's ids, `blank` is what a blank image becomes."""
+
+    def __init__(self, images: Images, rows: Sequence[Mapping[str, Any]]):
+        self._images, self._rows, self.token_ids = images, rows, images.processor.image_token_ids
+        self.blank = images.blank
+
+    def inputs(self, index: int, ids: list[int]) -> dict[str, Tensor]:
+        """Returns what a model is given beside the ids of a row, by its index in the split (Images.inputs)."""
+        return self._images.inputs(self._rows[index], ids)
+
+
+def values_of(row: Mapping[str, Any], column: str) -> list[Any]:
+    """Returns a row's images as they stand in its column: none, one, or a list."""
+    value = row.get(column)
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if one not in (None, "", {})]
+
+
+def image_checksums(row: Mapping[str, Any], column: str, root: str) -> list[str]:
+    """Returns a checksum of each of a row's images that can be read."""
+    found = []
+    for value in values_of(row, column):
+        with contextlib.suppress(ValueError):
+            found.append(xxh3_128_hexdigest(_bytes(value, Path(root))))
+    return found
+
+
+def placed(guard: Guard) -> Guard:
+    """Returns a guard that leaves the places of images, which it marks, outside of what it guards."""
+    return lambda text: PLACE.join(guard(part) for part in text.split(PLACEHOLDER))
+
+
+def load_image_of(value: Any, root: Path) -> Any:
+    """Returns an image of a row, decoded, in RGB and upright. Raises ValueError, in a few words, if it cannot be
+    read."""
+    raw = _bytes(value, root)
+    from PIL import Image
+
+    try:
+        return load_image(Image.open(io.BytesIO(raw)))
+    except Exception as error:  # the library raises many kinds, all of them about what is in the file
+        raise ValueError("with an image that cannot be read") from error
+
+
+def _bytes(value: Any, root: Path) -> bytes:
+    """Returns an image of a row as it is in its file. Raises ValueError where there is none."""
+    if isinstance(value, Mapping):  # an Image of `datasets`
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        if "://" in value[:10]:
+            raise ValueError("with an image that is an address; fetch it first")
+        if not (root / value).is_file():
+            raise ValueError(f"with an image that is not there ({root / value})")
+        value = (root / value).read_bytes()
+    if not isinstance(value, bytes):
+        raise ValueError(f"with an image that is a {type(value).__name__}")
+    return value
+
+
+def _blank() -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "white").save(file, "PNG")
+    return file.getvalue()
+
+
+def _processor(folder: str) -> Any:
+    try:
+        found = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"images: {folder}: has no processor for images ({innermost(error)})") from error
+    if not hasattr(found, "image_processor") or not hasattr(found, "replace_image_token"):
+        raise UserError(f"images: {folder}: has no processor for images; it is a model of text alone")
+    return found

@@ -1,0 +1,145 @@
+"""A tower for images whose MLPs have grown, and a projector that trains: exact at step 0, back to stock, and alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import grow
+from grow.checkpoint.consolidate import consolidate
+from grow.checkpoint.expand import expand
+from grow.checkpoint.package import attach_growth, extract_base, extract_growth
+from grow.checkpoint.skills import attach_skills
+from grow.checkpoint.verify import verify
+from grow.errors import UserError
+from grow.model.alpha import set_alpha
+from grow.model.loading import load
+from tests.checkpoint.test_attention_heads import move
+from tests.helpers.running import here
+from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, make_base, make_tokenizer, tokens
+
+BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "projector": True}
+
+
+def base_of(folder: Path, kind: str) -> Path:
+    """Gemma 3 as on the hub, with SigLIP; or LLaVA, whose tower is CLIP."""
+    if kind == "gemma3":
+        return make_base(folder, "multimodal")
+    torch.manual_seed(0)
+    text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={"model_type": "clip_vision_model", **VISION_CONFIG, "projection_dim": 16},
+        image_token_index=259, vision_feature_layer=-1, image_seq_length=16,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.15)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def seen(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A picture between texts."""
+    image = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.cat([tokens(8), torch.full((1, 4 if kind == "gemma3" else 16), 259), tokens(8, 2)], dim=1)
+    types = {"token_type_ids": (ids == 259).long()} if kind == "gemma3" else {}
+    return {"input_ids": ids, "pixel_values": image, **types}
+
+
+def logits(model: Any, kind: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**seen(kind, model.dtype)).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """All logits are equal, in a pass and token by token; and once moved, at α = 0. The base comes out again."""
+    base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
+    expand(str(base), str(grown), **(BOTH | {"projector": kind == "gemma3"}))
+    assert verify(str(grown), str(base))["problems"] == []
+    models = [load(path, dtype) for path in (base, grown)]
+    assert torch.equal(*(logits(model, kind) for model in models))
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_scores": True}
+    how |= {"return_dict_in_generate": True, **seen(kind, dtype)}
+    assert torch.equal(*(torch.stack(model.generate(**how).scores) for model in models))
+    move(grown)
+    moved = load(grown, dtype)
+    assert not torch.equal(logits(moved, kind), logits(models[0], kind))
+    set_alpha(moved, 0)
+    assert torch.equal(logits(moved, kind), logits(models[0], kind))
+    extract_base(str(grown), str(tmp_path / "again"))
+    assert folder_checksums(tmp_path / "again") == folder_checksums(base)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_its_stock_form(tmp_path: Path, kind: str) -> None:
+    """Of one layer of the tower, padded, with the projector and an MLP of the language model; at α = 0.5 too."""
+    base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
+    expand(str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "projector": kind == "gemma3"}))
+    move(grown)
+    model: Any = load(grown, torch.float32)
+    for alpha in (1.0, 0.5):
+        with pytest.raises(UserError, match=r"layers \[0\] of the tower .* --uniform"):
+            consolidate(str(grown), str(tmp_path / "no"), alpha=alpha)
+        consolidate(str(grown), str(tmp_path / f"{alpha}"), alpha=alpha, uniform=True, dtype="float32")
+        stock: Any = type(load(base)).from_pretrained(tmp_path / f"{alpha}", dtype=torch.float32).eval()
+        assert stock.config.vision_config.intermediate_size == 2 * VISION_CONFIG["intermediate_size"]
+        set_alpha(model, alpha)
+        assert torch.allclose(logits(stock, kind), logits(model, kind), atol=1e-3)
+
+
+def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
+    said = here(capsys, "expand", base, grown, "--tower", "vision", "--projector", "--attention", "queries")
+    assert "the queries of 4 (0-3) and 2 layers of the tower (0-1) and the projector" in said
+    move(grown)
+    extract_growth(str(grown), str(tmp_path / "package"))
+    attach_growth(str(base), str(tmp_path / "package"), str(tmp_path / "again"))
+    expected = logits(load(grown, torch.float32), "gemma3")
+    assert torch.equal(logits(load(tmp_path / "again", torch.float32), "gemma3"), expected)
+    with pytest.raises(UserError, match="the tower for images, or the projector"):
+        attach_skills(str(base), {"a": str(tmp_path / "package"), "b": str(tmp_path / "package")}, "no", {})
+
+    model: Any = load(base, torch.float32)
+    before = logits(model, "gemma3")
+    grow.grow_model(model, [], tower="vision", tower_layers=[1], projector=True)
+    assert torch.equal(logits(model, "gemma3"), before)
+    trained = grow.trainable(model, "g_train")
+    assert len(trained) == 4 + 2 + 1, "the copies, the original fc1 and its bias, the projector"
+    for parameter in trained:
+        parameter.data.mul_(1.5)
+    after = logits(model, "gemma3")
+    grow.save_growth(model, tmp_path / "saved")
+    other: Any = grow.attach(load(base, torch.float32), tmp_path / "saved")
+    assert torch.equal(logits(other, "gemma3"), after) and not torch.equal(after, before)
+    grow.to_stock(other, tmp_path / "stock", uniform=True)
+    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), "gemma3"), after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"tower": "audio"}, "--tower audio: there is vision"),
+        ({"tower": "vision", "tower_layers": "7"}, "--tower-layers 7: layer 7 does not exist"),
+        ({"tower_layers": "1"}, "--tower-layers: says where, with --tower vision"),
+        ({"tower": "vision", "copies_from": "BASE"}, "--copies-from: copies MLPs of the language model"),
+    ],
+)
+def test_mistakes(tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    base = base_of(tmp_path / "base", "gemma3")
+    how = {key: str(base) if value == "BASE" else value for key, value in how.items()}
+    with pytest.raises(UserError, match=message):
+        expand(str(base), str(tmp_path / "out"), **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [({"tower": "vision"}, "no tower for images"), ({"projector": True}, "no projector that is")]
+)
+def test_a_model_of_text_has_neither(text_base: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand(str(text_base), str(tmp_path / "out"), layers="none", **how)

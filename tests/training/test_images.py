@@ -1,0 +1,220 @@
+"""Rows with images: as the checkpoint's own processor makes them, beside rows of text, and a run that learns them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoProcessor
+
+from grow.checkpoint.package import attach_growth, extract_base
+from grow.checkpoint.verify import verify
+from grow.data.encoder import Encoder
+from grow.data.labels import IGNORED
+from grow.data.of_recipe import read_sequences, tokenizer_of
+from grow.data.packing import collate
+from grow.data.template import Template
+from grow.data.tokenizer import load_tokenizer
+from grow.errors import UserError
+from grow.evaluation.evaluate import evaluate
+from grow.methods import read_recipe
+from grow.model.loading import load
+from grow.model.loss import labelled_logits
+from tests.checkpoint.test_tower import logits
+from tests.helpers.pictures import FIELDS, make_pictures
+from tests.helpers.running import consolidate, here, start, train_and_resume
+from tests.helpers.tiny import folder_checksums, make_base, make_recipe, run
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("images") / "base", "multimodal")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("images") / "rows")
+
+
+def recipe_of(folder: Path, base: Path, pictures: Path, stage: int = 1, **fields: Any) -> Path:
+    return make_recipe(folder / "r.yaml", base, folder / "run" / "grown", pictures, stage, **(FIELDS | fields))
+
+
+def test_rows_are_as_the_processor_makes_them(base: Path, pictures: Path) -> None:
+    """Where `<image>` stands, or before the prompt; of a path, of bytes, of an Image of datasets, or of several."""
+    processor, tokenizer = AutoProcessor.from_pretrained(base), load_tokenizer(str(base))
+    file = pictures / "train-0.png"
+    image, raw = Image.open(file), file.read_bytes()
+    values: list[Any] = ["train-0.png", str(file), raw, {"bytes": raw, "path": None}, ["train-0.png"]]
+    for value in values:
+        row = {"q": "what <boi> is it?", "a": "red", "picture": value}
+        for prompt, text in (("Q <image>: {q} ", "Q <boi>: "), ("{q} ", "<boi>")):
+            encoder = Encoder(tokenizer, Template(prompt, "{a}", images="picture", image_root=str(pictures)))
+            shown = encoder.shown(row)
+            expected = processor(text=f"{text}what ", images=image, return_tensors="pt")
+            length = expected["input_ids"].shape[1]
+            assert shown.ids[1 : 1 + length] == expected["input_ids"][0].tolist()
+            assert shown.text.endswith("what <boi> is it? red<eos>") and shown.text.count("<img>") == 1
+            assert shown.text[slice(*shown.spans[0])] == "red<eos>"
+            assert encoder.images is not None
+            inputs = encoder.images.inputs(row, shown.ids)
+            assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+            assert inputs["token_type_ids"].tolist() == [int(number == 259) for number in shown.ids]
+    two = {"q": "<image> or <image>", "a": "r", "picture": ["train-0.png", "train-1.png"]}
+    assert (
+        Encoder(tokenizer, Template("{q}", "{a}", images="picture", image_root=str(pictures))).shown(two).ids.count(260)
+        == 2
+    )
+
+
+def test_a_conversation_with_an_image(base: Path, pictures: Path) -> None:
+    """Parts of turns, as datasets for vision have them, `<image>` in a text, or neither: the image comes first."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Colour?"}]
+    texts = []
+    for content in (parts, "<image>Colour?", "Colour?"):
+        row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "r"}]}
+        template = Template(messages="messages", chat_template=CHAT, images="picture", image_root=str(pictures))
+        shown = Encoder(load_tokenizer(str(base)), template).shown(row | {"picture": "train-0.png"})
+        texts.append(shown.text)
+        assert shown.ids.count(259) == 4 and [shown.text[a:b] for a, b in shown.spans] == ["r<eos>"]
+    assert texts == ["<bos><user>\n\n<boi><img><eoi>\n\nColour?<assistant>r<eos>"] * 3
+
+
+def test_rows_of_text_beside_them(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """A batch of an image's row and of packed rows of text gives each row the logits that it has alone, and an image's
+    those of the processor's own inputs."""
+    recipe = read_recipe(str(recipe_of(tmp_path, base, pictures)), {})
+    sequences = read_sequences(recipe, tokenizer_of(recipe), "train")
+    with_image = sequences.examples.have_images()
+    assert sum(with_image) == 48 and len(sequences) == 48 + 4, "one each, and rows of text packed by fours"
+    pictured = next(i for i in range(len(sequences)) if "pixel_values" in sequences[i])
+    text = next(i for i in range(len(sequences)) if "pixel_values" not in sequences[i])
+    model = load(base, torch.float32)
+
+    def of_rows(batch: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        with torch.no_grad():
+            found, _ = labelled_logits(model, batch)
+        rows = batch["rows"][batch["labels"] != IGNORED]
+        return {int(row): found[rows == row] for row in rows.unique()}
+
+    both = of_rows(collate([sequences[text], sequences[pictured]]))
+    assert len(both) >= 4
+    processor = AutoProcessor.from_pretrained(base)
+    lines = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
+    for row, found in both.items():
+        line = lines[int(sequences.examples.rows[row])]
+        image = Image.open(pictures / line["picture"]) if line["picture"] else None
+        inputs = processor(
+            text=f"<bos>{'<boi>' if image else ''}{line['question']}{line['answer']}", images=image, return_tensors="pt"
+        )
+        with torch.no_grad():
+            alone = model(**inputs).logits[0, -len(found) :]
+        assert torch.allclose(found, alone, atol=1e-4), line
+
+
+@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
+def test_it_trains(base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, method: str) -> None:
+    """The tower, its projector and query heads, from pictures and text; the run resumes in the same bits, and its base
+    is inside, bit for bit, also for images."""
+    how = {"tower": "vision", "train_projector": True, "attention": "queries", "method": method}
+    recipe = recipe_of(tmp_path, base, pictures, learning_rate=5e-3, train_batch_size=16, **how)
+    growth = ("--tower", "vision", "--projector", "--attention", "queries")
+    here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
+    weights = train_and_resume(recipe, 1)
+    parts = {"vision_tower", "multi_modal_projector", "language_model"}
+    assert {next(part for part in parts if part in name) for name in weights} == parts
+    trained = tmp_path / "run"
+    consolidate(str(trained), str(tmp_path / "still"), "grown")
+    assert verify(str(tmp_path / "still"), str(base))["problems"] == []
+    attach_growth(str(base), str(trained / "result"), str(tmp_path / "again"))
+    expected = logits(load(tmp_path / "still", torch.float32), "gemma3")
+    assert torch.equal(logits(load(tmp_path / "again", torch.float32), "gemma3"), expected)
+    # In fp32: the projector's sum would be rounded once more.
+    consolidate(str(tmp_path / "still"), str(tmp_path / "stock"), dtype="float32")
+    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), "gemma3"), expected, atol=1e-3)
+    extract_base(str(tmp_path / "still"), str(tmp_path / "base"))
+    assert folder_checksums(tmp_path / "base") == folder_checksums(base)
+    # Scores, of pictures kept and of those learnt, at α = 0 and 1.
+    fields = {"retention": str(pictures), "retention_prompt": "{question}!", "retention_completion": "{answer}"}
+    scored = evaluate(str(tmp_path / "still"), read_recipe(str(recipe), fields), (0.0, 1.0), samples=2)
+    at_0, at_1 = scored["by_alpha"]
+    for part in ("task", "retention"):  # rows of text that are among the training rows are left out, pictures are not
+        assert (at_0[part]["rows"], at_0[part]["contaminated"]) == (12, 4)
+    assert at_0["task"]["identical"] == at_0["retention"]["identical"] == 1
+    assert at_1["task"]["loss"] < at_0["task"]["loss"] - 0.5 and at_1["task"]["identical"] < 1
+    assert len(at_1["samples"]) == 2 and "failed" not in at_1
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.full), 3])
+def test_ranks_with_and_without_images(base: Path, pictures: Path, tmp_path: Path, stage: int) -> None:
+    """Half of the rows are text, so that at most steps one rank has an image and the other has none: as on one rank."""
+    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
+    text = [row for row in rows if row["picture"] is None]
+    pictured = [row for row in rows if row["picture"]][:8]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in pictures.glob("*.png"):
+        (folder / file.name).symlink_to(file)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text * 2 + pictured))
+    curves = []
+    for ranks in (1, 2):
+        place = tmp_path / str(ranks)
+        place.mkdir()
+        recipe = recipe_of(
+            place, base, folder, stage, tower="vision", train_projector=True, layers="all", dtype="float32"
+        )
+        run("launch/expand.sh", recipe)
+        said = start(recipe, ranks)
+        history = json.loads((place / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        curves.append([entry["loss"] for entry in history if "loss" in entry])
+        assert "done, 4 steps" in said
+    assert curves[0] == pytest.approx(curves[1], abs=2e-4)
+
+
+def test_rows_from_parquet_and_bad_ones(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """Images inside a table, as the hub has them; those that cannot be used are named."""
+    file = (pictures / "train-0.png").read_bytes()
+    rows = [{"question": "?", "answer": "r", "picture": {"bytes": file, "path": None}} for _ in range(6)]
+    rows += [{"question": "<image> <image>", "answer": "r", "picture": {"bytes": file, "path": None}}]
+    rows += [{"question": "?", "answer": "r", "picture": {"bytes": b"no picture", "path": None}}]
+    rows += [{"question": "?", "answer": "r", "picture": {"bytes": None, "path": "none.png"}}]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    recipe = read_recipe(str(recipe_of(tmp_path, base, folder, max_bad_rows=0.5)), {})
+    assert len(read_sequences(recipe, tokenizer_of(recipe), "train").examples) == 6
+    strict = read_recipe(str(recipe_of(tmp_path, base, folder)), {})
+    with pytest.raises(UserError) as found:
+        read_sequences(strict, tokenizer_of(strict), "train")
+    for said in ("with 1 images and 2 places for them (<image>)", "that cannot be read", "that is not there"):
+        assert said in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images": "pic"}, "images: pic is not among the columns"),
+        ({"images": "", "tower": "vision"}, "text alone gives them no gradient"),
+        ({"switch": "row"}, "images: a switch decides by text alone"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
+        ({"per_device_train_batch_size": "auto"}, "tries sequences of text alone"),
+        ({"base": "TEXT"}, "has no processor for images"),
+    ],
+)
+def test_mistakes(
+    base: Path, text_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+    fields: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    start = text_base if fields.pop("base", "") else base
+    recipe = recipe_of(tmp_path, start, pictures, **fields)
+    assert message in here(capsys, "train", recipe, "--check", code=2)
