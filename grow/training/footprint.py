@@ -6,6 +6,7 @@ only T of P parameters train: c bytes a weight and a gradient, 12 a trained para
 Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper says (`collectives`).
 """
 
+import re
 from math import ceil, gcd, prod
 from typing import Any
 
@@ -14,7 +15,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.model.head import PIECE
-from grow.names import DOWN, MATRICES, canonical, layer_of, of_language_model
+from grow.names import DOWN, MATRICES, VISION, canonical, layer_of, of_language_model
 from grow.plan import setting, text_config
 from grow.recipe import Recipe
 from grow.training.start import planned_start
@@ -160,13 +161,13 @@ def collectives(
 def gathered_values(shapes: Shapes, trained: Shapes, recipe: Recipe) -> int:
     """Returns how many values ZeRO-3 gathers on every rank for a micro-batch.
 
-    Forward: each parameter that is not small, except those of a vision tower, which text does not use; a tied embedding
+    Forward: each parameter that is not small, except those of a tower, which text does not use; a tied embedding
     once more for the head, unless the head is so near that it is kept. Backward: the head, everything in the layers
     above the lowest that trains, and in that one what trains. gradient_checkpointing gathers those layers once more,
     for their second forward pass, after which what trains is kept for the backward pass. Prefetching, which spares a
     little, is not counted.
     """
-    sizes = {name: prod(shape) for name, shape in shapes.items() if of_language_model(name)}
+    sizes = {name: prod(shape) for name, shape in shapes.items() if recipe.images or of_language_model(name)}
     sizes = {name: size for name, size in sizes.items() if size > persistence(recipe)}
     layers = {name: size for name, size in sizes.items() if _layer(name) >= 0}
     lowest = _lowest(trained)
@@ -231,12 +232,30 @@ def activations(
     saved = len(saving) * hidden + max(saving, default=0) if recipe.gradient_checkpointing else sum(saving)
     vocabulary = int(text.get("vocab_size", 0))
     logits = tokens * vocabulary * width
+    beside = sequences * tower_activations(recipe, start.config.get("vision_config") or {}, shapes, trained) * width
     if whole_logits:
-        return tokens * saved * width + 2 * logits
+        return tokens * saved * width + 2 * logits + beside
     # The gradient of a head that trains is there until the backward pass, in fp32 if it is summed up of pieces.
     heads = any(canonical(name) in ("lm_head.weight", "embed_tokens.weight") for name in trained)
     head = vocabulary * hidden * (4 if logits > PIECE else width) * heads
-    return tokens * saved * width + 2 * min(logits, PIECE + tokens * hidden * width) + head
+    return tokens * saved * width + 2 * min(logits, PIECE + tokens * hidden * width) + head + beside
+
+
+def tower_activations(recipe: Recipe, config: dict[str, Any], shapes: Shapes, trained: Shapes) -> int:
+    """Estimates the values that the tower for images leaves for the backward pass of one image, as `activations` does
+    for the language model; `config` is the tower's."""
+    layers = {name: int(match[1]) for name in shapes if (match := re.search(rf"{VISION}\..*layers\.(\d+)\.", name))}
+    training = [layer for name, layer in layers.items() if name in trained]
+    if not recipe.images or not training:
+        return 0
+    hidden, patches = config.get("hidden_size", 0), (config.get("image_size", 0) // config.get("patch_size", 1)) ** 2
+    widths: dict[int, int] = {}
+    for name, layer in layers.items():
+        matrix = name.removesuffix(".weight").rpartition(".")[2]
+        if layer >= min(training) and matrix in MATRICES and matrix not in DOWN:
+            widths[layer] = widths.get(layer, 16 * hidden) + 2 * shapes[name][0]
+    saved = len(widths) * hidden + max(widths.values()) if recipe.gradient_checkpointing else sum(widths.values())
+    return patches * saved
 
 
 def _lowest(trained: Shapes) -> int:
