@@ -153,6 +153,9 @@ class Recipe:
     # What counts is the checkpoint with the lowest validation loss, not the last one; and the run ends after so many
     # validations in a row that are not lower (0: never).
     keep_best: bool = False
+    # What counts is the mean of so many of the last checkpoints (of every save_steps steps), for a rate that does not
+    # fall: lr_scheduler_type constant_with_warmup.
+    average: int = 1
     early_stopping_patience: int = 0
     report_to: str = "tensorboard"
 
@@ -328,6 +331,25 @@ def own_grown(output_dir: str) -> str:
     return os.path.join(output_dir, "grown")
 
 
+def _check_average(recipe: Recipe, path: str) -> None:
+    """Raises UserError where a run would not end with as many checkpoints as the mean is to be of."""
+    if recipe.average == 1:
+        return
+    if recipe.keep_best:
+        raise UserError(f"{path}: keep_best takes one checkpoint, average {recipe.average} the mean of several")
+    if recipe.save_total_limit < recipe.average:
+        raise UserError(
+            f"{path}: average {recipe.average} is of as many checkpoints, and save_total_limit keeps "
+            f"{recipe.save_total_limit}"
+        )
+    made = -(-recipe.max_steps // recipe.save_steps)
+    if recipe.max_steps > 0 and made < recipe.average:
+        raise UserError(
+            f"{path}: average {recipe.average} is of as many checkpoints, and a run of {recipe.max_steps} steps makes "
+            f"{made} (save_steps {recipe.save_steps})"
+        )
+
+
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     output_dir = recipe.output_dir.replace("{method}", recipe.method)
     if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
@@ -356,6 +378,7 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(f"{path}: options: one is empty, or stands in it twice: {recipe.options}")
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
+    _check_average(recipe, path)
     if recipe.chat_template and recipe.completion:
         raise UserError(f"{path}: chat_template is for messages, of which there are none")
     return dataclasses.replace(

@@ -58,7 +58,7 @@ def consolidate(
     max_shard_size: str = "",
     start: str = "",
     tag: str = "",
-    average: int = 1,
+    average: int = 0,
     scores: str = "",
     without_switch: bool = False,
     progress: Progress = no_progress,

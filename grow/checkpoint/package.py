@@ -31,7 +31,7 @@ from grow.names import canonical, is_growth, named_beside, own_name
 
 
 def _open_grown(
-    path: str, start: str = "", tag: str = "", average: int = 1, export: ExportFunction = as_trained
+    path: str, start: str = "", tag: str = "", average: int = 0, export: ExportFunction = as_trained
 ) -> TrainedWeights:
     source = load_trained(path, start, tag, average, export)
     if source.plan is None:
@@ -64,7 +64,7 @@ def extract_growth(
     max_shard_size: str = GROWTH_SHARD_SIZE,
     start: str = "",
     tag: str = "",
-    average: int = 1,
+    average: int = 0,
     progress: Progress = no_progress,
     export: ExportFunction = as_trained,
     name: str = "",

@@ -60,6 +60,31 @@ def final_checkpoint(run: Path) -> Path:
     return there.get(best_step([one for one in validation_losses(last) if one[0] in there]), last)
 
 
+def counting_checkpoints(run: Path, average: int = 0) -> list[Path]:
+    """Returns the checkpoints whose mean is what a run ends in, the newest first: the last `average` ones or, for 0, as
+    many as its recipe says, which may be the one that counts alone. Raises UserError if they are not there.
+
+    One that a run has made because it was preempted is not among them: it resumes to the same result as without.
+    """
+    recipe = read_json(run / "run.json").get("recipe", {})
+    wanted = average or int(recipe.get("average", 1))
+    if wanted == 1:
+        return [last_checkpoint(run) if average else final_checkpoint(run)]
+    found = due_checkpoints(run, int(recipe.get("save_steps", 1)))[:wanted]
+    if len(found) < wanted:
+        raise UserError(
+            f"{run}: {len(found)} complete checkpoints are there, and a mean of {wanted} is wanted (the recipe's "
+            "save_steps and save_total_limit say how many a run keeps; --average takes fewer)"
+        )
+    return found
+
+
+def due_checkpoints(run: Path, every: int) -> list[Path]:
+    """Returns the complete checkpoints after each so many steps, and the newest of all, the newest first."""
+    complete = complete_checkpoints(run)
+    return complete[:1] + [path for path in complete[1:] if step_of(path) % every == 0]
+
+
 def step_of(checkpoint: Path) -> int:
     """Returns N of checkpoint-N, as a run writes it; −1 for any other name."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -104,10 +129,11 @@ def set_aside(path: Path) -> None:
     print(f"{path}: something else was there; it is {other.name} now", file=sys.stderr)
 
 
-def remove_old_checkpoints(run: Path, newest: int, limit: int, best: int = 0) -> None:
+def remove_old_checkpoints(run: Path, newest: int, limit: int, best: int = 0, every: int = 1) -> None:
     """Keeps the last `limit` checkpoints up to step `newest`, which has just been written, and that of step `best`, and
-    removes those before them, except any that hold files which no run wrote."""
-    kept = [path for path in complete_checkpoints(run) if step_of(path) <= newest][:limit]
+    removes those before them, except any that hold files which no run wrote. Older ones than the newest are kept only
+    where their step is a multiple of `every`."""
+    kept = [path for path in due_checkpoints(run, every) if step_of(path) <= newest][:limit]
     for path in own_checkpoints(run):
         if step_of(path) < newest and step_of(path) != best and path not in kept and not strange_files(path):
             shutil.rmtree(path)

@@ -12,9 +12,7 @@ from grow.checkpoint.metadata import check_growth
 from grow.checkpoint.one_skill import OneSkill, has_skills
 from grow.checkpoint.run_folder import (
     MARKER,
-    complete_checkpoints,
-    final_checkpoint,
-    last_checkpoint,
+    counting_checkpoints,
     step_of,
     steps_in,
     validation_losses,
@@ -101,21 +99,22 @@ def as_trained(recipe: dict[str, Any], dtype: str, start: Checkpoint, trained: d
 
 
 def load_trained(
-    path: str, start: str = "", tag: str = "", average: int = 1, export: ExportFunction = as_trained
+    path: str, start: str = "", tag: str = "", average: int = 0, export: ExportFunction = as_trained
 ) -> TrainedWeights:
     """Opens a run, one of a run's checkpoints, any DeepSpeed checkpoint, or a grown checkpoint.
 
     `start` is the checkpoint that training started from, if no run.json names it or it has moved; with `start`, a stock
-    checkpoint counts as trained from it. `tag` names one of several checkpoints in a DeepSpeed folder. `average` above
-    1 takes the mean of so many of a run's last checkpoints (latest weight averaging, Kaddour 2022, arXiv 2209.14981).
+    checkpoint counts as trained from it. `tag` names one of several checkpoints in a DeepSpeed folder. `average`
+    takes the mean of so many of a run's last checkpoints (latest weight averaging, Kaddour 2022, arXiv 2209.14981); 0
+    of as many as its recipe says.
     `export` turns a method's own parameters into weights. Raises UserError for anything else.
     """
     folder = Path(path)
-    if average < 1:
+    if average < 0:
         raise UserError(f"--average {average}: 1 or more")
     if (folder / "run.json").exists():
         return _open_mean(folder, average, start, export)
-    if average != 1 and folder.exists():
+    if average > 1 and folder.exists():
         raise UserError(
             f"--average {average}: means are of a training run's checkpoints, and {folder} is not a run's folder"
         )
@@ -171,18 +170,12 @@ def _check_grown(checkpoint: Checkpoint) -> None:
 
 
 def _open_mean(run: Path, average: int, start: str, export: ExportFunction) -> TrainedWeights:
-    """Opens the checkpoint of a run that counts; or its last one, with the mean of its last `average` ones in the place
-    of its own tensors."""
-    if average == 1:
-        return _open_run(run, final_checkpoint(run), start, export)
-    last = last_checkpoint(run)
-    paths = complete_checkpoints(run)[:average]
-    if len(paths) != average:
-        raise UserError(
-            f"{run}: {len(paths)} complete checkpoints are there, and --average {average} wants as many "
-            "(the recipe's save_steps and save_total_limit say how many a run keeps)"
-        )
-    source = _open_run(run, last, start, export)
+    """Opens what counts of a run (counting_checkpoints): one checkpoint; or the newest of several, with the mean of all
+    in the place of its own tensors."""
+    paths = counting_checkpoints(run, average)
+    source = _open_run(run, paths[0], start, export)
+    if len(paths) == 1:
+        return source
     others = [_open_run(run, path, start, export) for path in paths[1:]]
     source.trained = {
         name: mean(tensor, *(other.tensor(name) for other in others)) for name, tensor in source.trained.items()

@@ -152,7 +152,7 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
 
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
-    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "1", scores: str = "",
+    max_shard_size: str = "", start: str = "", tag: str = "", average: str = "", scores: str = "",
     without_switch: bool = False, json: bool = False,
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
@@ -169,7 +169,8 @@ def consolidate(
         max_shard_size: The largest file, such as 500MB; 5GB unless given, 1GB of growth.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
-        average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
+        average: For a run: take the mean of this many of its last checkpoints; what the recipe's `average`
+            says unless given, or the one that counts.
         scores: A file that `eval --out` wrote, for the model card.
         without_switch: Write a stock checkpoint although the skill has a switch: it is always on there.
         json: Print one JSON object.
@@ -177,7 +178,7 @@ def consolidate(
     from grow.checkpoint.consolidate import consolidate as run
     from grow.methods import export_trained
 
-    coefficient, count = number("--alpha", alpha, float), number("--average", average)
+    coefficient, count = number("--alpha", alpha, float), _count(average)
     with Bar("consolidating") as bar:
         result = run(
             source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, without_switch,
@@ -202,7 +203,7 @@ def base(source: str, out: str, json: bool = False) -> str:
 
 
 def growth(
-    source: str, out: str, name: str = "", start: str = "", tag: str = "", average: str = "1", json: bool = False
+    source: str, out: str, name: str = "", start: str = "", tag: str = "", average: str = "", json: bool = False
 ) -> str:
     """Takes the growth alone, without the base: some hundreds of MB, which `attach` puts on the base again.
 
@@ -214,13 +215,14 @@ def growth(
         name: Of a grown checkpoint with several skills: which of them.
         start: What training started from, where no run.json says it.
         tag: Which of several checkpoints in a DeepSpeed folder; its `latest` unless given.
-        average: For a run: take the mean of this many of its last checkpoints; the last alone unless given.
+        average: For a run: take the mean of this many of its last checkpoints; what the recipe's `average`
+            says unless given, or the one that counts.
         json: Print one JSON object.
     """
     from grow.checkpoint.package import extract_growth as run
     from grow.methods import export_trained
 
-    count = number("--average", average)
+    count = _count(average)
     with Bar("writing") as bar:
         result = run(
             source, out, start=start, tag=tag, average=count, progress=bar.add, export=export_trained, name=name
@@ -258,3 +260,10 @@ def attach(base: str, *packages: str, alpha: str = "", json: bool = False) -> st
     else:
         result = attach_skills(base, named_packages(growths), out, parse_alphas(alpha))
     return say(result, lambda r: f"grown checkpoint written: {r['out']}", json)
+
+
+def _count(average: str) -> int:
+    """Returns of how many checkpoints the mean is to be; 0, as the recipe says, where nothing is given."""
+    if average and number("--average", average) < 1:
+        raise UserError(f"--average {average}: 1 or more")
+    return number("--average", average or "0")

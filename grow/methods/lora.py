@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from grow.checkpoint.lazy import LazyTensor, elementwise
+from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.methods.peft_method import PeftMethod
@@ -62,13 +62,23 @@ class Lora(KlRegularized, PeftMethod):
         """Says whether a linear layer is among `lora_targets`, by its name or its weight's."""
         return not self.lora_targets or name.removesuffix(".weight").rpartition(".")[2] in self.lora_targets
 
-    def config(self, target_modules: list[str]) -> Any:
-        """Returns PEFT's LoraConfig."""
+    def config(self, target_modules: list[str], count: int = 1) -> Any:
+        """Returns PEFT's LoraConfig, of `count` ranks of a LoRA side by side."""
         from peft import LoraConfig
 
         return LoraConfig(
-            r=self.lora_rank, lora_alpha=self.lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM"
-        )
+            r=count * self.lora_rank, lora_alpha=count * self.lora_alpha, target_modules=target_modules,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+
+    def mean(self, parts: list[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        """Returns a LoRA of n times the rank: 1/n Σ Bᵢ Aᵢ = [B₁/n … Bₙ/n] [A₁; …; Aₙ]. The mean of the factors would be
+        another update."""
+        if len(parts) == 1:
+            return parts[0]
+        down, up = "lora_A.weight", "lora_B.weight"
+        shares = [own[up].scaled(1 / len(parts)) for own in parts]
+        return {down: concat_rows(*(own[down] for own in parts)), up: concat_columns(*shares)}
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of A and B."""

@@ -22,7 +22,8 @@ class Method:
     A method's dataclass fields are fields of the recipe, by the same names and with the same defaults. `grows` says
     that it starts from a grown checkpoint, not from a base; `keeps_base` that its base stays inside, where
     grow.model.alpha.base_inside finds it; `switches` that a switch (grow.model.switch) can turn what it trains off;
-    `stages` are the ZeRO stages that it works with; `compiles` says that its layers are alike enough to be compiled.
+    `stages` are the ZeRO stages that it works with; `compiles` says that its layers are alike enough to be compiled,
+    `averages` that what it trains can be averaged over checkpoints.
     """
 
     grows: ClassVar[bool] = False
@@ -30,6 +31,7 @@ class Method:
     switches: ClassVar[bool] = False
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     compiles: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
     made: ClassVar[Any] = None
 
     @classmethod
@@ -47,6 +49,8 @@ class Method:
             )
         if recipe.mix and type(self).token_weights is not Method.token_weights:
             raise UserError(f"mix: {recipe.method} weighs the rows of one data set; take mix out, or another method")
+        if recipe.average > 1 and not self.averages:
+            raise UserError(f"average: of checkpoints by {recipe.method} there is no mean; leave it out")
         if recipe.switch and not self.switches:
             raise UserError(
                 f"switch: {recipe.method} leaves no base that what it trains could be off for; "

@@ -8,7 +8,7 @@ from torch import nn
 
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.output import OutputFolder, no_progress, side_files
-from grow.checkpoint.run_folder import final_checkpoint
+from grow.checkpoint.run_folder import counting_checkpoints
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.switch_record import switch_file
 from grow.checkpoint.trained_weights import Export
@@ -27,8 +27,8 @@ class PeftMethod(Method):
 
     part: ClassVar[str]
 
-    def config(self, target_modules: list[str]) -> Any:
-        """Returns PEFT's configuration, for these layers."""
+    def config(self, target_modules: list[str], count: int = 1) -> Any:
+        """Returns PEFT's configuration, for these layers, of the mean of so many checkpoints."""
         raise NotImplementedError
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
@@ -40,6 +40,12 @@ class PeftMethod(Method):
         """Returns a layer's weight with its adapter merged into it, [out, in] fp32. `own` is the base's weight, `parts`
         are the adapter's parameters, by their names within the layer without the adapter's own name."""
         raise NotImplementedError
+
+    def mean(self, parts: list[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        """Returns the adapter of a layer whose update is the mean of those of several checkpoints. One is its own
+        mean."""
+        (only,) = parts
+        return only
 
     def targets(self, name: str) -> bool:
         """Says whether a linear layer gets an adapter, by its name or its weight's."""
@@ -86,16 +92,17 @@ class PeftMethod(Method):
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes a folder as PEFT does, in fp32: PeftModel.from_pretrained(base, RUN/result) loads it."""
-        zero = ZeroCheckpoint(final_checkpoint(run))
-        layers = self._by_layer(zero.trained)
+        zeros = [ZeroCheckpoint(path) for path in counting_checkpoints(run)]
+        parts_of = [self._by_layer(zero.trained) for zero in zeros]
+        layers = {layer: self.mean([parts[layer] for parts in parts_of]) for layer in parts_of[0]}
         tensors = {
             f"base_model.model.{layer}.{name}": tensor
             for layer, parts in layers.items()
             for name, tensor in parts.items()
         }
-        config = self.config(sorted(layers))
+        config = self.config(sorted(layers), len(zeros))
         config.base_model_name_or_path, config.inference_mode = read_json(run / "run.json")["start"], True
-        with OutputFolder(out, {"adapter of": zero.identity()}) as folder:
+        with OutputFolder(out, {"adapter of": [zero.identity() for zero in zeros]}) as folder:
             folder.write_shards({"adapter_model.safetensors": tensors}, no_progress)
             config.save_pretrained(folder.partial)
             for file in side_files(Path(config.base_model_name_or_path)):

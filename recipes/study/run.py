@@ -132,7 +132,8 @@ class Study:
             switched.put(self, cell, run, cell.switches[0])
         grow(
             "train", self.recipe, *fields, f"--method={cell.method}", f"--seed={cell.seed}",
-            f"--learning_rate={cell.learning_rate}", "--output_dir", run, *(("--grown", start) if cell.layers else ()),
+            f"--learning_rate={cell.learning_rate}", f"--average={cell.average}", "--output_dir", run,
+            *(("--grown", start) if cell.layers else ()),
         )  # fmt: skip
         if cell.is_ranked:
             grow("rank", run, "--out", f"{run}-ranking")
@@ -143,7 +144,7 @@ class Study:
             trained, base_inside = run / "result", True  # its LoRAs are not merged
         if not trained.exists():
             form = ("--format", "grown") if cell.layers else ()
-            grow("consolidate", run, trained, *form, f"--average={cell.average}")
+            grow("consolidate", run, trained, *form)
         scored = self.by_layer(cell, trained)
         options = [f"--alpha={self.places(cell)}", f"--against={against}"]
         options += ["--switch=on"] if cell.switches else [] if base_inside else [f"--start={self.base}"]

@@ -1,6 +1,7 @@
 """The mean of a run's last checkpoints is that of their weights, for every kind of run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from safetensors.torch import load_file
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.metadata import read_growth
+from grow.checkpoint.run_folder import due_checkpoints, remove_old_checkpoints
 from grow.checkpoint.verify import verify
+from grow.methods.trained_model import load_model
 from grow.model.loading import load
 from tests.helpers.running import consolidate, here, train
 from tests.helpers.tiny import folder_checksums, logits, make_recipe
@@ -58,3 +61,57 @@ def test_a_mean_of_weights(
     assert "is not a run's folder" not in here(capsys, "consolidate", tmp_path / "none", out, "--average", "2", code=2)
     assert "a number" in here(capsys, "consolidate", run, out, "--average", "two", code=2)
     assert not out.exists()
+
+
+def test_a_recipe_says_so(text_base: Path, sums: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """The run's own result is the mean then, and whatever opens the run has it; a checkpoint that was made because the
+    run was preempted is not among them."""
+    expand(str(text_base), str(tmp_path / "grown"))
+    fields = {"max_steps": 7, "save_steps": 2, "save_total_limit": 3, "average": 3, "learning_rate": 1e-2}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
+    train(recipe, 1)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (4, 6, 7)]
+    mean = read_growth(run / "result")
+    assert mean["trained"]["averaged_steps"] == [4, 6, 7]
+    consolidate(str(run), str(tmp_path / "still"), "grown")
+    assert read_growth(tmp_path / "still")["tensors"] == mean["tensors"]
+    assert torch.equal(logits(load_model(run)), logits(load(tmp_path / "still")))
+    consolidate(str(run), str(tmp_path / "last"), "grown", average=1)
+    assert read_growth(tmp_path / "last")["tensors"] != mean["tensors"]
+    # Preempted after step 5, and resumed.
+    (run / "checkpoint-6").rename(run / "checkpoint-5")
+    assert [path.name for path in due_checkpoints(run, 2)] == ["checkpoint-7", "checkpoint-4"]
+    assert "2 complete checkpoints" in here(capsys, "growth", run, tmp_path / "no", code=2)
+    remove_old_checkpoints(run, 7, 3, every=2)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-7"]
+
+
+def test_of_loras_that_are_not_merged(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """Their folder, as PEFT has it, is of the sum of their ranks, and computes what the mean of merged weights does."""
+    fields = {"method": "lora", "max_steps": 6, "save_steps": 2, "save_total_limit": 3, "average": 3}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 1, learning_rate=1e-2, **fields)
+    train(recipe, 1)
+    run = tmp_path / "run"
+    model: Any = load(run / "result", torch.float32)
+    assert model.peft_config["default"].r == 3 * 16
+    consolidate(str(run), str(tmp_path / "merged"), dtype="float32")
+    assert torch.allclose(logits(model), logits(load(tmp_path / "merged", torch.float32)), atol=1e-4)
+    consolidate(str(run), str(tmp_path / "last"), dtype="float32", average=1)
+    assert not torch.allclose(logits(model), logits(load(tmp_path / "last", torch.float32)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"average": 3}, "save_total_limit keeps 2"),
+        ({"average": 2, "keep_best": True}, "keep_best takes one checkpoint"),
+        ({"average": 3, "save_total_limit": 3}, "a run of 4 steps makes 2"),
+        ({"average": 2, "method": "adapter"}, "of checkpoints by adapter there is no mean"),
+    ],
+)
+def test_mistakes(
+    text_base: Path, sums: Path, capsys: pytest.CaptureFixture, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "run" / "grown", sums, 1, **fields)
+    assert message in here(capsys, "train", recipe, "--check", code=2)

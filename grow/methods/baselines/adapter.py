@@ -22,6 +22,7 @@ class Adapter(KlRegularized):
     """Trains a bottleneck of `adapter_size` after each layer's MLP (grow.model.bottleneck; Houlsby et al. 2019)."""
 
     keeps_base: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
 
     adapter_size: int = 64
 

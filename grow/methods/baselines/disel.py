@@ -18,6 +18,7 @@ class Disel(Lora):
     folder result/ the gates lie among the LoRAs, as PEFT has them; PEFT alone would leave them out."""
 
     switches: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
 
     def add_parameters(self, model: Any) -> None:
         """Puts the LoRAs and their gates in."""

@@ -25,6 +25,7 @@ class Osf(PeftMethod):
     frozen subspace.
     """
 
+    averages: ClassVar[bool] = False
     part: ClassVar[str] = ".osf_svd_params."
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2)  # PEFT decomposes whole weights; ZeRO-3 has cut them
 
@@ -36,7 +37,7 @@ class Osf(PeftMethod):
         if not 0 < self.osf_kept < 1:
             raise UserError(f"osf_kept {self.osf_kept:g}: a share of the singular values is needed, between 0 and 1")
 
-    def config(self, target_modules: list[str]) -> Any:
+    def config(self, target_modules: list[str], count: int = 1) -> Any:
         """Returns PEFT's OSFConfig."""
         from peft import OSFConfig
 
