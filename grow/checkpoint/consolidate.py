@@ -12,6 +12,7 @@ from typing import Any
 
 from grow.checkpoint.card import stock_card
 from grow.checkpoint.dtypes import is_float
+from grow.checkpoint.elsewhere import check_program
 from grow.checkpoint.expand import link_again
 from grow.checkpoint.growable import head_counts, is_transposed, layout_of, projection_of
 from grow.checkpoint.lazy import LazyTensor, interpolated
@@ -61,6 +62,7 @@ def consolidate(
     average: int = 0,
     scores: str = "",
     without_switch: bool = False,
+    program: str = "",
     progress: Progress = no_progress,
     export: ExportFunction = as_trained,
 ) -> dict[str, Any]:
@@ -71,7 +73,8 @@ def consolidate(
     weights: 0 is the base, 1 as trained; for a run without growth the weights are interpolated with the base's.
     `dtype`: a float type other than the base's. `start`, `tag`, `average`, `export`: see load_trained. `scores`: a file
     that `eval --out` wrote, for the model card. `without_switch`: write a stock checkpoint although what was trained
-    has a switch, which is then always on.
+    has a switch, which is then always on. `program`: refuse what is known to compute something else there
+    (grow.checkpoint.elsewhere), before anything is written.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {' and '.join(FORMATS)}")
@@ -83,6 +86,8 @@ def consolidate(
         raise UserError(
             "--alpha and --dtype are for stock checkpoints: a grown one keeps its base, and can be loaded at any α"
         )
+    if format == "grown" and program:
+        raise UserError(f"--for {program}: takes stock checkpoints")
     size = parse_size("--max-shard-size", max_shard_size or {"stock": MAX_SHARD_SIZE}.get(format, GROWTH_SHARD_SIZE))
     refuse_existing(Path(out))
     skills = format == "stock" and not start and has_skills_at(path)
@@ -105,6 +110,8 @@ def consolidate(
     else:
         plans = plans_of(source.start.config)
         tensors = stock_tensors(source, plans, uniform, alpha, _DTYPES.get(dtype))
+        if program:
+            source.facts["note"] = check_program(program, path, stock_config(source, tensors))
         written = _write_stock(source, plans, out, tensors, alpha, dtype, size, progress)
     return {"source": path, "out": out, "format": format, "alpha": alpha, "bytes": written, **source.facts}
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from keyword import iskeyword
 from typing import Any
 
 from grow.errors import UserError, one_line, unknown
@@ -50,6 +51,7 @@ def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[l
             continue
         flag, equals, value = word.partition("=")
         key = flag[2:].replace("-", "_")
+        key = f"{key}_" if iskeyword(key) else key  # --for is `for_` in Python
         _check_flag(name, flag, key, parameters)
         if key in flags:
             raise UserError(f"{name}: {flag} is given twice")
@@ -74,7 +76,8 @@ def _check_flag(name: str, flag: str, key: str, parameters: Mapping[str, Any]) -
 
         named += field_types(METHODS)
     if key not in named or not flag.startswith("--"):
-        raise UserError(f"{name}: {unknown(flag, [f'--{known}' for known in named], 'flag')}")
+        flags = ["--" + known.rstrip("_") for known in named]
+        raise UserError(f"{name}: {unknown(flag, flags, 'flag')}")
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -153,7 +153,7 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
 def consolidate(
     source: str, out: str, format: str = "stock", uniform: bool = False, alpha: str = "1", dtype: str = "",
     max_shard_size: str = "", start: str = "", tag: str = "", average: str = "", scores: str = "",
-    without_switch: bool = False, json: bool = False,
+    without_switch: bool = False, for_: str = "", json: bool = False,
 ) -> str:  # fmt: skip
     """Makes a checkpoint of what was trained: one that loads anywhere, or (--format grown) one that is still grown.
 
@@ -173,6 +173,7 @@ def consolidate(
             says unless given, or the one that counts.
         scores: A file that `eval --out` wrote, for the model card.
         without_switch: Write a stock checkpoint although the skill has a switch: it is always on there.
+        for_: llama.cpp or vllm: refuse what is known to compute something else there, and say what has not been tried.
         json: Print one JSON object.
     """
     from grow.checkpoint.consolidate import consolidate as run
@@ -182,9 +183,14 @@ def consolidate(
     with Bar("consolidating") as bar:
         result = run(
             source, out, format, uniform, coefficient, dtype, max_shard_size, start, tag, count, scores, without_switch,
-            bar.add, export_trained,
+            for_, bar.add, export_trained,
         )  # fmt: skip
-    return say(result, lambda r: f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}", json)
+
+    def text(r: dict[str, Any]) -> str:
+        note = f"\n{r['note']}" if r.get("note") else ""
+        return f"{r['format']} checkpoint of {r['bytes'] / 1e9:.2f} GB written: {r['out']}{note}"
+
+    return say(result, text, json)
 
 
 def base(source: str, out: str, json: bool = False) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -74,7 +75,8 @@ def _print_help(name: str) -> None:
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):  # Fire writes its help there
         # After "--" Fire itself takes it, else a command with **fields would take it for a field.
         fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
-    print("\n".join(line for line in said.getvalue().splitlines() if not line.startswith("INFO: ")).strip())
+    text = "\n".join(line for line in said.getvalue().splitlines() if not line.startswith("INFO: ")).strip()
+    print(re.sub(r"--(\w+)_=\1_", lambda flag: f"--{flag[1]}={flag[1]}", text, flags=re.IGNORECASE))
 
 
 def _by_new_name(words: list[str]) -> list[str]:

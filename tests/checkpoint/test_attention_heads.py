@@ -271,3 +271,24 @@ def test_the_command_that_comes_next(text_base: Path, tmp_path: Path) -> None:
     expand(str(text_base), str(tmp_path / "grown"), layers="all", attention="queries", attention_layers="1")
     model = load(tmp_path / "grown")
     assert "--uniform" in _next(SimpleNamespace(model=model), "run", "")  # type: ignore[arg-type]
+
+
+def test_where_stock_heads_would_be_scaled_wrongly(
+    text_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """llama.cpp takes a Gemma 3 of 62 layers for a 27B, and the scale of its attention from the number of heads."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**(TEXT_CONFIG | {"num_hidden_layers": 62, "num_attention_heads": 2}))
+    big = tmp_path / "27b"
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(big)
+    for name, base, heads in (("heads", big, "queries"), ("mlps", big, ""), ("small", text_base, "queries")):
+        expand(str(base), str(tmp_path / name), layers="none" if heads else "all", attention=heads)
+    wrong = here(capsys, "consolidate", tmp_path / "heads", tmp_path / "no", "--for", "llama.cpp", code=2)
+    assert "llama.cpp scales the attention of a 27B by hidden_size ÷ num_attention_heads" in wrong
+    assert not (tmp_path / "no").exists()
+    for name, program in (("heads", "vllm"), ("mlps", "llama.cpp"), ("small", "llama.cpp")):
+        said = here(capsys, "consolidate", tmp_path / name, tmp_path / f"{name}-{program}", "--for", program)
+        assert len(said.splitlines()) == 1, "tried there"
+    assert "there are llama.cpp and vllm" in here(
+        capsys, "consolidate", tmp_path / "small", tmp_path / "no", "--for", "ollama", code=2
+    )
