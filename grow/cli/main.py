@@ -76,7 +76,7 @@ def _print_help(name: str) -> None:
         # After "--" Fire itself takes it, else a command with **fields would take it for a field.
         fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
     text = "\n".join(line for line in said.getvalue().splitlines() if not line.startswith("INFO: ")).strip()
-    print(re.sub(r"--(\w+)_=\1_", lambda flag: f"--{flag[1]}={flag[1]}", text, flags=re.IGNORECASE))
+    print(re.sub(r"--(\w+)_=(\w+)_", r"--\1=\2", text))
 
 
 def _by_new_name(words: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pages import pages
 from report import over_seeds, point, read_lines, study_report, verdict
 from skills import table as skills_table
 from switch_detectors import tables
@@ -22,6 +23,7 @@ from written import titled as written_titled
 from written import together
 
 from grow.checkpoint.run_folder import last_checkpoint
+from grow.errors import UserError
 from tests.helpers.slurm_cluster import wait_for
 from tests.helpers.tiny import ROOT, grow, make_recipe, run, step_lines
 
@@ -219,6 +221,21 @@ def test_the_readmes_numbers_are_those_of_the_results(tmp_path: Path) -> None:
     assert text.count("\n| ") > 20 and text in (ROOT / "recipes/study/README.md").read_text()
     points = [path for path in tmp_path.glob("*.md") if path.name != "study.md"]
     assert points and all(path.read_text() == (ROOT / "recipes/study" / path.name).read_text() for path in points)
+
+
+def test_pages_are_written_from_the_results(tmp_path: Path) -> None:
+    """What pages.py makes of them is what stands there, pictures included by name."""
+    folder = ROOT / "recipes/study"
+    names = ("README.md", "switch.md", "generation.md", "results.jsonl")
+    for name in names:
+        (tmp_path / name).write_text((folder / name).read_text())
+    pages(str(tmp_path))
+    assert all((tmp_path / name).read_text() == (folder / name).read_text() for name in names)
+    there = {path.name for path in folder.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} <= there
+    (tmp_path / "switch.md").write_text("no comments")
+    with pytest.raises(UserError, match="must stand in it once"):
+        pages(str(tmp_path))
 
 
 def test_both_pages_conclusions_are_of_points_in_the_results() -> None:
