@@ -32,11 +32,10 @@ from grow.methods.g_freeze import GFreeze
 from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
-from grow.model.attention_heads import add_heads, grown_attentions, grown_parts
+from grow.model.attention_heads import grown_parts
+from grow.model.grown import add_parts, parts_with_alpha
 from grow.model.in_memory import InMemoryCheckpoint, fill
-from grow.model.layouts import up_layers
-from grow.model.mlp import add_growth, grown_mlps, grown_tower
-from grow.model.projector import add_projector, find_projector, grown_projector
+from grow.model.mlp import grown_mlps
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
 from grow.plan import GrowthPlan
@@ -52,7 +51,7 @@ def grow_model(
     attention_layers: str | Iterable[int] = "",
     tower: str = "",
     tower_layers: str | Iterable[int] = "",
-    projector: bool = False,
+    train_projector: bool = False,
 ) -> PreTrainedModel:
     """Grows a loaded model's MLPs, or heads of its attention, in place, and returns it: with factor 2 its outputs stay
     exactly the same.
@@ -61,12 +60,15 @@ def grow_model(
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
     of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" those are copied too, in
     `attention_layers` or all, with `tower` "vision" the MLPs of the tower for images, in `tower_layers` or all;
-    with `projector` the projector from it trains; `layers` may be "none", or empty, then. Raises UserError for a model
-    that cannot grow.
+    with `train_projector` the projector from it trains; `layers` may be "none", or empty, then. Raises UserError for a
+    model that cannot grow.
     """
     base = InMemoryCheckpoint(model)
-    where = (attention, _listed(attention_layers), tower, _listed(tower_layers), projector)
-    plan, prefixes = make_plan(base, factor, _listed(layers) or "none", *where)
+    plan, prefixes = make_plan(
+        base, factor=factor, layers=_listed(layers) or "none", attention=attention,
+        attention_layers=_listed(attention_layers), tower=tower, tower_layers=_listed(tower_layers),
+        train_projector=train_projector,
+    )  # fmt: skip
     _add(model, plan)
     fill(model, added_tensors(base, plan, prefixes))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
@@ -165,9 +167,9 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     if isinstance(model, SwitchedModel) and not without_switch:
         raise UserError(f"{out}: the model has a switch, and a stock checkpoint cannot: pass without_switch=True")
     # One α is of all attentions, of a tower and its projector; the decoder's MLPs may each have their own beside it.
-    others = (*grown_attentions(model), *grown_tower(model), *filter(None, [grown_projector(model)]))
-    common = next((float(part.alpha) for part in others), 1.0)
-    alphas = tuple(float(mlp.alpha) / common if common else 0.0 for mlp in grown_mlps(model))
+    mlps = list(grown_mlps(model))
+    common = next((float(part.alpha) for part in parts_with_alpha(model) if part not in mlps), 1.0)
+    alphas = tuple(float(mlp.alpha) / common if common else 0.0 for mlp in mlps)
     source = TrainedWeights(InMemoryCheckpoint(model))
     plan = dataclasses.replace(plan, alphas=alphas)
     tensors = stock_tensors(source, {"": plan}, uniform, common, None)
@@ -190,23 +192,18 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
 
 def _plan_of(model: PreTrainedModel) -> GrowthPlan:
     plan = GrowthPlan.from_config({"growth": getattr(model.config, "growth", None)})
-    if plan is None or not (any(True for _ in grown_parts(model)) or grown_projector(model)):
+    if plan is None or not any(True for _ in parts_with_alpha(model)):
         raise UserError(f"{type(model).__name__}: has not grown; call grow.grow_model(model), or load a grown one")
     return plan
 
 
 def _add(model: PreTrainedModel, plan: GrowthPlan) -> None:
     """Adds the modules of a plan, where the base's own are and in their dtype."""
-    add_growth(model, plan)
-    add_heads(model, plan)
-    for part in grown_parts(model):
-        own = up_layers(part)[0].weight
-        for added in filter(None, (part.grown, part.trained)):
+    add_parts(model, plan)
+    for part in parts_with_alpha(model):
+        own = next(part.parameters())
+        for added in filter(None, (part.grown, getattr(part, "trained", None))):
             added.to(device=own.device, dtype=own.dtype).requires_grad_(False)
-    if plan.projector:
-        add_projector(model, plan.factor)
-        projector = find_projector(model)
-        projector.grown.to(device=next(projector.parameters()).device).requires_grad_(False)
 
 
 def _names_in_files(own: InMemoryCheckpoint, files: Checkpoint) -> dict[str, str]:

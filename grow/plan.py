@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,34 @@ from grow.names import ATTENTION
 FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION, TOWER_VERSION = 1, 2, 3, 4
 _COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Holds what is asked to grow, as the fields of a recipe and the flags of `expand` say it, by the same names.
+
+    `layers` are those whose MLPs grow by `factor`; `attention`, "queries" or "heads", grows in `attention_layers`;
+    `tower`, "vision", in `tower_layers`; `train_projector` trains a copy of the projector from it. Layers are written
+    as parse_layers reads them; empty means all, but for `layers`, where it means none if something else grows.
+    """
+
+    factor: int | str = 2
+    layers: str = ""
+    attention: str = ""
+    attention_layers: str = ""
+    tower: str = ""
+    tower_layers: str = ""
+    train_projector: bool = False
+
+    @property
+    def mlps(self) -> str:
+        """Returns the layers whose MLPs grow; "none" unless they are given, where something else grows."""
+        return str(self.layers).strip() or ("none" if grows_beside(vars(self)) else "all")
+
+
+def grows_beside(values: Mapping[str, Any]) -> bool:
+    """Says whether something else than MLPs of the language model is asked to grow, by fields of Growth."""
+    return any(values.get(name) not in (None, "", False, "false") for name in ("attention", "tower", "train_projector"))
 
 
 @dataclass(frozen=True)
@@ -104,9 +133,11 @@ def _ascending(layers: Any) -> tuple[int, ...]:
 
 def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns the "growth" object that one of several skills would have alone."""
-    version = ATTENTION_VERSION if "attention" in growth["skills"][name] else FORMAT_VERSION
+    own = growth["skills"][name]
+    version = ATTENTION_VERSION if "attention" in own else FORMAT_VERSION
+    version = TOWER_VERSION if "tower" in own else version
     alone: dict[str, Any] = {"format_version": version}
-    for key, value in growth["skills"][name].items():
+    for key, value in own.items():
         alone |= {} if key == "alpha" else {key: value}
         alone |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before
     return alone

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from grow.errors import UserError, unknown
-from grow.plan import parse_factor
+from grow.plan import Growth, grows_beside, parse_factor
 from grow.recipe_values import (
     FITTED,
     begun_with,
@@ -33,9 +33,7 @@ AUTO = "auto"
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-_GROWTH = ("factor", "layers", "attention", "attention_layers", "tower", "tower_layers")
-_OTHERS = ("attention", "tower", "train_projector")
-"""What else may grow; then MLPs of the language model grow only where the recipe says so."""
+_GROWTH = tuple(spec.name for spec in dataclasses.fields(Growth))
 _NO_FIELDS = ("method_class", "method_fields", "day")
 # ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
 _PLACES = {
@@ -178,12 +176,12 @@ class Recipe:
     @property
     def plans_growth(self) -> bool:
         """Says whether anything of `growth` is other than its default."""
-        return self.train_projector or any(getattr(self, name) != getattr(Recipe, name) for name in _GROWTH)
+        return any(getattr(self, name) != getattr(Recipe, name) for name in _GROWTH)
 
     @property
     def growth(self) -> dict[str, Any]:
         """Returns what a run's own grown checkpoint is to be, as grow.checkpoint.expand takes it."""
-        return {name: getattr(self, name) for name in _GROWTH} | {"projector": self.train_projector}
+        return {name: getattr(self, name) for name in _GROWTH}
 
     @property
     def start(self) -> str:
@@ -264,8 +262,7 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     upper = {"layers": "upper", "lora_layers": "upper"} if values.get("switch") and not values.get("grown") else {}
-    others = any(values.get(name) not in (None, "", False, "false") for name in _OTHERS)
-    values = upper | ({"layers": "none"} if others else {}) | values
+    values = upper | ({"layers": "none"} if grows_beside(values) else {}) | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:

@@ -23,7 +23,7 @@ grows=${shown[0]} base=${shown[1]} grown=${shown[2]} factor=${shown[3]} layers=$
 [[ -z ${FACTOR:-}${LAYERS:-} || "$factor $layers ${shown[5]:-}${shown[7]:-} ${shown[9]:-}" == "2 all  False" ]] ||
     die 2 "FACTOR, LAYERS: $1 says what grows (layers $layers, attention ${shown[5]:-none}); give --factor or --layers"
 [[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
-projector=$([[ ${shown[9]:-} != True ]] || echo --projector)
+projector=$([[ ${shown[9]:-} != True ]] || echo --train-projector)
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.
 exec 9>"$grown.lock"

@@ -105,7 +105,7 @@ def test_ones_own_training(text_base: Path, tmp_path: Path, way: str, method: st
 
 @pytest.mark.parametrize(("factor", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)])
 def test_growth_in_memory_is_that_of_files(tiny_base: Path, tmp_path: Path, factor: int, dtype: Any) -> None:
-    expand(str(tiny_base), str(tmp_path / "grown"), factor, "0,2")
+    expand(str(tiny_base), str(tmp_path / "grown"), factor=factor, layers="0,2")
     model = grow.grow_model(base_model(tiny_base, dtype), layers=[0, 2], factor=factor)
     expected = load(tmp_path / "grown", dtype)
     if factor == 2:

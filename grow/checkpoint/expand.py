@@ -43,19 +43,15 @@ from grow.names import (
     named_beside,
     tower_prefixes,
 )
-from grow.plan import GrowthPlan, growing_layers, parse_factor
+from grow.plan import Growth, GrowthPlan, growing_layers, grows_beside, parse_factor
 
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
 PERTURBATION = 0.01
 
 
-def make_plan(
-    base: Checkpoint, factor: int | str = 2, layers: str = "all", attention: str = "", attention_layers: str = "",
-    tower: str = "", tower_layers: str = "", projector: bool = False,
-) -> tuple[GrowthPlan, dict[int, str]]:  # fmt: skip
-    """Returns the plan for a base, and the key prefix of each layer's MLP. `layers` may be "none" where `attention`
-    grows, "queries" or "heads" in `attention_layers`, or the MLPs of a `tower`, "vision", in `tower_layers`, or where
-    the `projector` trains. Raises UserError if the base cannot be grown."""
+def make_plan(base: Checkpoint, **growth: Any) -> tuple[GrowthPlan, dict[int, str]]:
+    """Returns the plan for a base, and the key prefix of each layer's MLP; `growth` are fields of grow.plan.Growth.
+    Raises UserError if the base cannot be grown."""
     if "growth" in base.config or any(is_growth(name) for name in base.tensors):
         raise UserError(f"{base.path}: is grown already; give the base it grew from")
     check_not_quantized(base)
@@ -63,48 +59,40 @@ def make_plan(
     for shard in base.shards:
         if shard.name.startswith("growth-"):
             raise UserError(f"{shard}: a grown checkpoint needs that name for another file; rename the shard")
-    where = (attention, attention_layers, tower, tower_layers, projector)
-    return plan_of(base, prefixes, factor, layers, *where), prefixes
+    return plan_of(base, prefixes, Growth(**growth)), prefixes
 
 
-def plan_of(
-    base: Checkpoint, prefixes: dict[int, str], factor: int | str, layers: str, attention: str, attention_layers: str,
-    tower: str, tower_layers: str, projector: bool,
-) -> GrowthPlan:  # fmt: skip
+def plan_of(base: Checkpoint, prefixes: dict[int, str], growth: Growth) -> GrowthPlan:
     """Returns the plan for a base, or for one that is inside a grown checkpoint, as make_plan does; `prefixes` are
     those of its MLPs."""
-    plan = GrowthPlan(parse_factor(factor), ())
-    if attention_layers and not attention:
+    plan = GrowthPlan(parse_factor(growth.factor), ())
+    if growth.attention_layers and not growth.attention:
         raise UserError("--attention-layers: says where, with --attention queries or heads")
-    if attention:
-        chosen = checked_attention(base, plan, prefixes, attention, attention_layers or "all")
-        plan = dataclasses.replace(plan, attention=chosen, attention_kind=attention)
-    if tower_layers and not tower:
+    if growth.tower_layers and not growth.tower:
         raise UserError("--tower-layers: says where, with --tower vision")
-    if tower:
-        plan = dataclasses.replace(plan, tower=checked_tower(base, tower, tower_layers or "all"))
-    if projector:
+    if growth.attention:
+        chosen = checked_attention(base, plan, prefixes, growth.attention, growth.attention_layers or "all")
+        plan = dataclasses.replace(plan, attention=chosen, attention_kind=growth.attention)
+    if growth.tower:
+        plan = dataclasses.replace(plan, tower=checked_tower(base, growth.tower, growth.tower_layers or "all"))
+    if growth.train_projector:
         check_projector(base)
         plan = dataclasses.replace(plan, projector=True)
-    if not ((attention or tower or projector) and str(layers).strip() == "none"):
-        plan = dataclasses.replace(plan, layers=growing_layers(layers, len(prefixes), base.config))
+    if growth.mlps != "none" or not grows_beside(vars(growth)):
+        plan = dataclasses.replace(plan, layers=growing_layers(growth.mlps, len(prefixes), base.config))
     return plan
 
 
-def check_grown(
-    base: str, out: str, factor: int | str, layers: str, copies_from: str = "", attention: str = "",
-    attention_layers: str = "", tower: str = "", tower_layers: str = "", projector: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Describes the checkpoint OUT. Raises UserError if it has not grown in these layers of the base by this factor, or
-    from other copies."""
-    where = (attention, attention_layers, tower, tower_layers, projector)
-    wanted, _ = make_plan(Checkpoint(base), factor, layers, *where)
+def check_grown(base: str, out: str, copies_from: str = "", **growth: Any) -> dict[str, Any]:
+    """Describes the checkpoint OUT. Raises UserError if it has not grown as `growth` (fields of grow.plan.Growth) says
+    from this base, or from other copies."""
+    wanted, _ = make_plan(Checkpoint(base), **growth)
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or there.as_expanded() != wanted:
+        heads, tower = (", ".join(map(str, layers)) for layers in (wanted.attention, wanted.tower))
         asked = f"layers {', '.join(map(str, wanted.layers)) or 'none'} by {wanted.factor}"
-        asked += f", and the {attention} of layers {', '.join(map(str, wanted.attention))}" * bool(wanted.attention)
-        asked += f", and layers {', '.join(map(str, wanted.tower))} of the tower" * bool(wanted.tower)
-        asked += ", and the projector" * wanted.projector
+        asked += f", and the {wanted.attention_kind} of layers {heads}" * bool(heads)
+        asked += f", and layers {tower} of the tower" * bool(tower) + ", and the projector" * wanted.projector
         raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
     from_there = Checkpoint(out).config["growth"].get("copies_from", "")
     wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
@@ -234,18 +222,13 @@ def grown_name(shard: Path) -> str:
 def expand(
     base_path: str,
     out: str,
-    factor: int | str = 2,
-    layers: str = "all",
     max_shard_size: str = GROWTH_SHARD_SIZE,
     progress: Progress = no_progress,
     copies_from: str = "",
-    attention: str = "",
-    attention_layers: str = "",
-    tower: str = "",
-    tower_layers: str = "",
-    projector: bool = False,
+    **growth: Any,
 ) -> dict[str, Any]:
-    """Writes the grown checkpoint OUT from BASE. Returns what was done, for people and for --json.
+    """Writes the grown checkpoint OUT from BASE; `growth` are fields of grow.plan.Growth. Returns what was done, for
+    people and for --json.
 
     The copies are of the base's MLPs; or of those of another checkpoint, `copies_from`: then the start is the mean of
     the two (for k = 2), and the base exactly at α = 0 alone (Deep Fusion, arXiv 2306.11903, as an initialisation).
@@ -254,7 +237,7 @@ def expand(
     """
     refuse_existing(Path(out))
     base = Checkpoint(base_path)
-    plan, prefixes = make_plan(base, factor, layers, attention, attention_layers, tower, tower_layers, projector)
+    plan, prefixes = make_plan(base, **growth)
     check_start(base)
     copies = Checkpoint(copies_from) if copies_from else None
     if copies is not None and (plan.attention or plan.tower or plan.projector):
@@ -272,13 +255,13 @@ def expand(
         link_base(folder, base)
         checksums = folder.write_shards(shards, progress)
         files, base_tensors = identity.result()
-        growth = plan.facts() | {"trained": None, "base": {**base_facts(base), "files": files}}
-        growth |= {"copies_from": base_facts(copies)["name"]} if copies is not None else {}
+        facts = plan.facts() | {"trained": None, "base": {**base_facts(base), "files": files}}
+        facts |= {"copies_from": base_facts(copies)["name"]} if copies is not None else {}
         weight_map = {name: grown_name(info.file) for name, info in base.tensors.items()}
         weight_map |= files_of(shards)
         sizes = {name: info.nbytes for name, info in base.tensors.items()} | {n: t.nbytes for n, t in added.items()}
         folder.write_index(weight_map, sizes)
-        write_metadata(folder, growth | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
+        write_metadata(folder, facts | {"tensors": checksums, "base_tensors": base_tensors}, base.config)
     return describe_growth(base, plan, added) | {"out": str(out)}
 
 

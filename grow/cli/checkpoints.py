@@ -14,7 +14,7 @@ from grow.errors import UserError
 def plan(
     source: str, factor: str | None = None, layers: str | None = None, attention: str | None = None,
     attention_layers: str | None = None, tower: str | None = None, tower_layers: str | None = None,
-    projector: bool = False, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
+    train_projector: bool = False, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
 ) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
@@ -35,12 +35,17 @@ def plan(
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
         tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
-        projector: The projector from the tower trains as well, with its base kept.
+        train_projector: The projector from the tower trains as well, with its base kept.
         world_size: For a recipe: how many GPUs.
         gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
     """
+    named = {
+        "factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers,
+        "tower": tower, "tower_layers": tower_layers, "train_projector": train_projector or None,
+    }  # fmt: skip
+    growth: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if source.endswith((".yaml", ".yml")):
         from grow.checkpoint.writer import parse_size
         from grow.methods import read_recipe
@@ -49,10 +54,7 @@ def plan(
         memory = parse_size("--gpu", gpu) if gpu else 0
         if 0 < memory < 10**8:
             raise UserError(f"--gpu {gpu}: is less than 100MB; write a GPU's memory with its unit, such as 80GB")
-        growth: dict[str, Any] = {"factor": factor, "layers": layers}
-        growth |= {"attention": attention, "attention_layers": attention_layers}
-        growth |= {"tower": tower, "tower_layers": tower_layers, "train_projector": projector or None}
-        settings = read_recipe(source, fields | {name: value for name, value in growth.items() if value is not None})
+        settings = read_recipe(source, fields | growth)
         return say(describe_run(settings, number("--world-size", world_size), memory), memory_text, json)
     if gpu:
         raise UserError(f"plan: --gpu is for a recipe (FILE.yaml), and {source} is a checkpoint")
@@ -63,16 +65,14 @@ def plan(
     from grow.checkpoint.shards import Checkpoint
 
     checkpoint = Checkpoint(source)
-    layers = layers or ("none" if attention or tower or projector else "all")
-    where = (attention or "", attention_layers or "", tower or "", tower_layers or "", projector)
-    grown, prefixes = make_plan(checkpoint, factor or 2, layers, *where)
+    grown, prefixes = make_plan(checkpoint, **growth)
     return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
 
 
 def expand(
     base: str, out: str, factor: str = "2", layers: str = "", max_shard_size: str = "1GB", keep: bool = False,
     copies_from: str = "", attention: str = "", attention_layers: str = "", tower: str = "", tower_layers: str = "",
-    projector: bool = False, json: bool = False,
+    train_projector: bool = False, json: bool = False,
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
@@ -96,7 +96,7 @@ def expand(
         attention_layers: The layers whose attention grows, written as in --layers; all if not given.
         tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
         tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
-        projector: The projector from the tower trains as well, with its base kept.
+        train_projector: The projector from the tower trains as well, with its base kept.
         json: Print one JSON object.
     """
     # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
@@ -105,13 +105,15 @@ def expand(
     from grow.checkpoint.expand import check_grown
     from grow.checkpoint.expand import expand as run
 
-    layers = layers or ("none" if attention or tower or projector else "all")
-    where = (attention, attention_layers, tower, tower_layers, projector)
+    growth: dict[str, Any] = {
+        "factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers,
+        "tower": tower, "tower_layers": tower_layers, "train_projector": train_projector,
+    }  # fmt: skip
     if keep and os.path.isdir(out):
-        there = check_grown(base, out, factor, layers, copies_from, *where)
+        there = check_grown(base, out, copies_from, **growth)
         return say(there, lambda r: f"is there already: {r['out']}", json)
     with Bar("expanding") as bar:
-        result = run(base, out, factor, layers, max_shard_size, bar.add, copies_from, *where)
+        result = run(base, out, max_shard_size, bar.add, copies_from, **growth)
     return say(result, lambda r: f"{plan_text(r)}\nwritten: {r['out']}", json)
 
 

@@ -16,9 +16,8 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.layouts import decoder_attentions, decoder_mlps, tower_mlps
+from grow.model.grown import kinds_of_parts
 from grow.model.loss import labelled_logits, likelihood_and_kl
-from grow.model.mlp import GrownMLP
 
 PROSE = "gemma3_270m/prose/test.jsonl"
 """The default text in the cache: English fiction."""
@@ -131,10 +130,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
 
 def _next(interpolation: Interpolation, path: str, start: str) -> str:
     model = interpolation.model
-    kinds = [
-        [isinstance(part, GrownMLP) for part in parts.values()]
-        for parts in (decoder_mlps(model), decoder_attentions(model), tower_mlps(model))
-    ]
+    kinds = [[hasattr(part, "grown") for part in parts] for parts in kinds_of_parts(model)]
     if not start and not any(map(any, kinds)):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
     options = (" --uniform" if any(any(grown) and not all(grown) for grown in kinds) else "") + (

@@ -5,16 +5,11 @@ A value between gives what WiSE-FT (arXiv 2109.01903) gets by averaging weights,
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
 from grow.errors import UserError
-from grow.model.bottleneck import AdaptedMLP
-from grow.model.layouts import decoder_attentions, decoder_mlps, tower_mlps
-from grow.model.mlp import GrownMLP
-from grow.model.projector import GrownProjector, find_projector
-from grow.model.skills import Skilled
+from grow.model.grown import parts_with_alpha
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
@@ -25,37 +20,31 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha}: it lies between 0 (the base) and 1 (as trained)")
-    for mlp in _with_alpha(model):
+    for mlp in parts_with_alpha(model):
         mlp.alpha = alpha * mlp.own_alpha
 
 
 def has_base_inside(model: nn.Module) -> bool:
     """Says whether `base_inside` finds a base in a model."""
-    return any(True for _ in _with_alpha(model)) or _has_loras(model)
+    return any(True for _ in parts_with_alpha(model)) or _has_loras(model)
 
 
 def _has_loras(model: nn.Module) -> bool:
     return any(hasattr(module, "lora_A") for module in model.modules())
 
 
-def _with_alpha(model: nn.Module) -> Iterator[Any]:
-    parts = [part for of in (decoder_mlps, decoder_attentions, tower_mlps) for part in of(model).values()]
-    parts.append(find_projector(model))
-    return (part for part in parts if isinstance(part, (GrownMLP, GrownProjector, AdaptedMLP, Skilled)))
-
-
 @contextlib.contextmanager
 def base_inside(model: nn.Module) -> Iterator[None]:
     """Turns a grown or adapted model, or one with LoRAs, into its base within the context; afterwards each α is
     restored."""
-    before = {mlp: mlp.alpha for mlp in _with_alpha(model)}
+    before = {part: part.alpha for part in parts_with_alpha(model)}
     set_alpha(model, 0)
     try:
         with _loras_at_zero(model):
             yield
     finally:
-        for mlp, alpha in before.items():
-            mlp.alpha = alpha
+        for part, alpha in before.items():
+            part.alpha = alpha
 
 
 def _loras_at_zero(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -126,5 +126,5 @@ def grown_attentions(model: nn.Module) -> Iterator[Any]:
 
 
 def grown_parts(model: nn.Module) -> Iterator[Any]:
-    """Returns all that has grown in a model: MLPs, then attentions, then the MLPs of a tower."""
+    """Returns all that has grown and maps to units and back: MLPs, then attentions, then the MLPs of a tower."""
     return itertools.chain(grown_mlps(model), grown_attentions(model), grown_tower(model))

@@ -16,11 +16,9 @@ from grow.checkpoint.switch_record import read_switch
 from grow.errors import UserError
 from grow.model import bottleneck
 from grow.model.alpha import set_alpha
-from grow.model.attention_heads import add_heads
+from grow.model.grown import add_parts
 from grow.model.layouts import decoder_mlps
 from grow.model.lora import add_gates
-from grow.model.mlp import add_growth
-from grow.model.projector import add_projector
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
 from grow.names import canonical
@@ -45,10 +43,7 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return
         plan = GrowthPlan.from_config({"growth": config.growth})
         assert plan is not None
-        add_growth(self, plan)
-        add_heads(self, plan)
-        if plan.projector:
-            add_projector(self, plan.factor)
+        add_parts(self, plan)
 
     members = {"__init__": __init__, "__module__": cls.__module__, "stock_class": cls}
     # Under the stock class's name, which transformers writes to config.json and compares with those that it knows.

@@ -46,7 +46,7 @@ def check_same_run(run: Path, recipe: Recipe) -> None:
     old = before.get("recipe")
     if not isinstance(old, dict):
         raise UserError(f"{run / NAME}: not what a run writes; give another --output_dir or remove it")
-    unused = set() if recipe.make_method().grows else {"grown", "train_projector", *recipe.growth}
+    unused = set() if recipe.make_method().grows else {"grown", *recipe.growth}
     for name in [name for name in now if name not in _FREE | _ELSEWHERE | unused]:
         if name in old and not _is_same(name, old[name], now[name], before):
             raise UserError(

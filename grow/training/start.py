@@ -13,7 +13,7 @@ from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
 from grow.names import is_growth
-from grow.plan import GrowthPlan
+from grow.plan import Growth, GrowthPlan
 from grow.recipe import Recipe
 from grow.recipe_values import begun_with
 
@@ -65,7 +65,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     if not recipe.plans_growth or not recipe.make_method().grows:
         return
     there = GrowthPlan.from_config(grown.config)
-    wanted = plan_of(grown, checked_mlp_prefixes(grown), **recipe.growth)
+    wanted = plan_of(grown, checked_mlp_prefixes(grown), Growth(**recipe.growth))
     if there is None or there.as_expanded() != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"

@@ -20,7 +20,7 @@ from tests.checkpoint.test_attention_heads import move
 from tests.helpers.running import here
 from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, make_base, make_tokenizer, tokens
 
-BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "projector": True}
+BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "train_projector": True}
 
 
 def base_of(folder: Path, kind: str) -> Path:
@@ -60,7 +60,7 @@ def logits(model: Any, kind: str) -> torch.Tensor:
 def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """All logits are equal, in a pass and token by token; and once moved, at α = 0. The base comes out again."""
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(str(base), str(grown), **(BOTH | {"projector": kind == "gemma3"}))
+    expand(str(base), str(grown), **(BOTH | {"train_projector": kind == "gemma3"}))
     assert verify(str(grown), str(base))["problems"] == []
     models = [load(path, dtype) for path in (base, grown)]
     assert torch.equal(*(logits(model, kind) for model in models))
@@ -80,7 +80,9 @@ def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) ->
 def test_its_stock_form(tmp_path: Path, kind: str) -> None:
     """Of one layer of the tower, padded, with the projector and an MLP of the language model; at α = 0.5 too."""
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "projector": kind == "gemma3"}))
+    expand(
+        str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "train_projector": kind == "gemma3"})
+    )
     move(grown)
     model: Any = load(grown, torch.float32)
     for alpha in (1.0, 0.5):
@@ -95,7 +97,7 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
 
 def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
-    said = here(capsys, "expand", base, grown, "--tower", "vision", "--projector", "--attention", "queries")
+    said = here(capsys, "expand", base, grown, "--tower", "vision", "--train-projector", "--attention", "queries")
     assert "the queries of 4 (0-3) and 2 layers of the tower (0-1) and the projector" in said
     move(grown)
     extract_growth(str(grown), str(tmp_path / "package"))
@@ -107,7 +109,7 @@ def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureF
 
     model: Any = load(base, torch.float32)
     before = logits(model, "gemma3")
-    grow.grow_model(model, [], tower="vision", tower_layers=[1], projector=True)
+    grow.grow_model(model, [], tower="vision", tower_layers=[1], train_projector=True)
     assert torch.equal(logits(model, "gemma3"), before)
     trained = grow.trainable(model, "g_train")
     assert len(trained) == 4 + 2 + 1, "the copies, the original fc1 and its bias, the projector"
@@ -138,7 +140,8 @@ def test_mistakes(tmp_path: Path, how: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [({"tower": "vision"}, "no tower for images"), ({"projector": True}, "no projector that is")]
+    ("how", "message"),
+    [({"tower": "vision"}, "no tower for images"), ({"train_projector": True}, "no projector that is")],
 )
 def test_a_model_of_text_has_neither(text_base: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,5 +1,6 @@
 """Models and data from a hub: what prepare.sh fetches is found by every command, with network and without."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from PIL import Image
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.hub import Choose, Repository
@@ -34,7 +36,7 @@ TEMPLATE = (
 def stand_ins(root: Path) -> None:
     """The models and data sets that the recipes name, small: names, layouts, columns and templates are theirs."""
     kinds = {"gemma-3-1b-pt": "text", "gemma-3-1b-it": "text"}
-    kinds |= dict.fromkeys(("gemma-3-4b-pt", "gemma-3-12b-pt", "gemma-3-27b-pt"), "multimodal")
+    kinds |= dict.fromkeys(("gemma-3-4b-pt", "gemma-3-4b-it", "gemma-3-12b-pt", "gemma-3-27b-pt"), "multimodal")
     e2b = make(root / "models/google/gemma-4-E2B/main", "gemma4-e2b")
     make_tokenizer(e2b)
     for name, kind in kinds.items():
@@ -43,7 +45,8 @@ def stand_ins(root: Path) -> None:
         for other in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "original/params.json"):
             (folder / other).parent.mkdir(exist_ok=True)
             (folder / other).write_text("not wanted")
-    (root / "models/google/gemma-3-1b-it/main/chat_template.jinja").write_text(TEMPLATE)
+    for name in ("gemma-3-1b-it", "gemma-3-4b-it"):
+        (root / "models/google" / name / "main/chat_template.jinja").write_text(TEMPLATE)
     pairs = [{"translation": {"en": f"We saw {n} boats.", "fr": f"Nous avons vu {n} bateaux."}} for n in range(40)]
     claims = [{"premise": f"{n} is odd.", "hypothesis": f"{n} is a number.", "label": "entails"} for n in range(40)]
     sums = [{"Problem": f"{n} + 1?", "options": f"a ) {n} , b ) {n + 1}", "correct": "b"} for n in range(40)]
@@ -57,6 +60,15 @@ def stand_ins(root: Path) -> None:
         write(root / f"datasets/allenai/sciq/main/data/{split}-00000-of-00001.parquet", science)
     chats = [{"messages": [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": "No."}]}
              for n in range(2000)]  # fmt: skip
+    asked = [{"type": "text", "text": "Is it red?", "index": None}, {"type": "image", "text": None, "index": 0}]
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG")
+    pictured = {"images": [{"bytes": file.getvalue(), "path": None}]}
+    answer = [{"type": "text", "text": "Yes.", "index": None}]
+    pictured["messages"] = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    for split in ("train", "test"):
+        name = f"datasets/HuggingFaceH4/llava-instruct-mix-vsft/main/data/{split}-00000-of-00001.parquet"
+        write(root / name, [pictured] * (20 if split == "train" else 2000))
     ultrachat = root / "datasets/HuggingFaceH4/ultrachat_200k/main"
     files = {"train_sft": "data/train_sft-00000-of-00001.parquet", "test_sft": "data/test_sft-00000-of-00001.parquet"}
     for file in files.values():

@@ -126,7 +126,7 @@ def test_it_trains(base: Path, pictures: Path, tmp_path: Path, capsys: pytest.Ca
     is inside, bit for bit, also for images."""
     how = {"tower": "vision", "train_projector": True, "attention": "queries", "method": method}
     recipe = recipe_of(tmp_path, base, pictures, learning_rate=5e-3, train_batch_size=16, **how)
-    growth = ("--tower", "vision", "--projector", "--attention", "queries")
+    growth = ("--tower", "vision", "--train-projector", "--attention", "queries")
     here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
     weights = train_and_resume(recipe, 1)
     parts = {"vision_tower", "multi_modal_projector", "language_model"}
