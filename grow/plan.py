@@ -40,7 +40,8 @@ class Growth:
 
 def grows_beside(values: Mapping[str, Any]) -> bool:
     """Says whether something else than MLPs of the language model is asked to grow, by fields of Growth."""
-    return any(values.get(name) not in (None, "", False, "false") for name in ("attention", "tower", "train_projector"))
+    asked = (str(values.get(name) or "").lower() for name in ("attention", "tower", "train_projector"))
+    return any(value not in ("", "none", "null", "false", "no", "off", "0") for value in asked)
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ class GrowthPlan:
                 if kind not in ATTENTION or not attention or factor != 2:
                     raise ValueError
             images = version == TOWER_VERSION
-            tower, projector = (_ascending(growth["tower"]), growth["projector"] is True) if images else ((), False)
+            tower, projector = (_ascending(growth["tower"]), growth["projector"]) if images else ((), False)
             beside = bool(tower) or projector
-            if images != beside or not (_ascending(layers) or attention or beside):
+            if type(projector) is not bool or images != beside or not (_ascending(layers) or attention or beside):
                 raise ValueError
             alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
             if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):

@@ -21,7 +21,7 @@ _TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 
 _COUNTS = (
     "max_length", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
-    "eval_steps", "save_steps", "save_total_limit", "adapter_size", "lora_rank", "ewc_rows",
+    "eval_steps", "save_steps", "save_total_limit", "adapter_size", "lora_rank", "ewc_rows", "average",
 )  # fmt: skip
 # The least value of each number; one that is not here must only be finite.
 _LEAST = dict.fromkeys(_COUNTS, 1) | {"max_steps": -1} | dict.fromkeys(

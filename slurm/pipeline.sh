@@ -57,8 +57,8 @@ submit() { # submit PART AFTER OPTION…: prints the job's number
 }
 piloting=
 if [[ $pilot ]]; then
-    without "--method --max_steps --output_dir --switch" "$@"
-    arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --output_dir "$run-pilot")
+    without "--method --max_steps --output_dir --switch --average" "$@"
+    arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --average 1 --output_dir "$run-pilot")
     piloting=$(submit training "" "${gpu[@]}")
     without "--grown --layers --attention --attention_layers --tower --tower_layers --train_projector" "$@"
     arguments+=(--grown "$run-grown" --attention= --attention_layers= --tower= --tower_layers= --train_projector=false

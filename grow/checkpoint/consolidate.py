@@ -177,13 +177,12 @@ def _projector(
     source: TrainedWeights, plans: Mapping[str, GrowthPlan], alpha: float, dtype: str | None
 ) -> dict[str, LazyTensor]:
     """Returns the stock form of a projector that has trained."""
-    name, factors = projection_of(source.start), [plan.factor for plan in plans.values() if plan.projector]
-    if name is None or not factors:
+    name = projection_of(source.start)
+    if name is None or not any(plan.projector for plan in plans.values()):
         return {}
     own, copy = source.start.lazy(name), source.tensor(named_beside(f"{PROJECTOR}.grown.", name))
-    skills = [Grown(factor, alpha, {name: copy}, {}) for factor in factors]
     target = dtype or own.dtype
-    return stock_matrix(blocks({name: own}, skills, target), target)
+    return stock_matrix(blocks({name: own}, [Grown(2, alpha, {name: copy}, {})], target), target)
 
 
 def _heads(

@@ -28,6 +28,6 @@ def check_program(program: str, path: str, config: dict[str, Any]) -> str:
             f"with {heads} heads, where it is {scalar:g}: heads that have grown compute something else there; use "
             "vllm, or grow MLPs"
         )
-    if "vision_config" in config and program == "llama.cpp":
-        return f"{program}: takes the tower for images from a file of its own (mmproj), which has not been tried"
+    if "vision_config" in config:
+        return f"{program}: no grown {config.get('model_type')}, with a tower for images, has been tried there"
     return "" if kind in TRIED else f"{program}: no grown {kind} has been tried there"

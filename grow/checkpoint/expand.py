@@ -143,8 +143,8 @@ def added_tensors(
                     made = _divided(own, k, name, transposed)
                 added[f"{prefix}.grown.{projection}.{part}"] = made
     matrix = projection_of(base) if plan.projector else None
-    if matrix is not None:  # linear, so one copy does for any k
-        added[named_beside(f"{PROJECTOR}.grown.", matrix)] = base.lazy(matrix).scaled((k - 1) / k)
+    if matrix is not None:  # linear: one copy, half and half, does for any k, and is exact
+        added[named_beside(f"{PROJECTOR}.grown.", matrix)] = base.lazy(matrix).scaled(0.5)
     return added
 
 

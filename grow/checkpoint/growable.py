@@ -21,7 +21,7 @@ from grow.names import (
     mlp_prefixes,
     tower_prefixes,
 )
-from grow.plan import GrowthPlan, mlp_widths, parse_layers, setting, text_config
+from grow.plan import GrowthPlan, mlp_widths, parse_layers, ranges, setting, text_config
 
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
 PARTS = ("weight", "bias")
@@ -147,7 +147,19 @@ def checked_tower(base: Checkpoint, tower: str, layers: str) -> tuple[int, ...]:
         )
     for prefix in prefixes.values():
         _check_shapes(base, prefix, config.get("hidden_size"), config.get("intermediate_size"), None)
-    return parse_layers(layers, len(prefixes), "--tower-layers")
+    used = _used_layers(base.config, len(prefixes))
+    chosen = parse_layers(layers, len(prefixes), "--tower-layers")
+    unused = [layer for layer in chosen if layer >= used]
+    if unused and str(layers).strip() not in ("all", "upper"):
+        raise UserError(f"--tower-layers {layers}: what layers {ranges(unused)} compute is not used by {base.path}")
+    return tuple(layer for layer in chosen if layer < used)
+
+
+def _used_layers(config: dict[str, Any], count: int) -> int:
+    """Returns how many layers of a tower a model uses: LLaVA reads what comes out of one below the last."""
+    read = config.get("vision_feature_layer")
+    places = [place for place in (read if isinstance(read, list) else [read]) if isinstance(place, int)]
+    return max((place if place >= 0 else count + 1 + place for place in places), default=count)
 
 
 def check_projector(base: Checkpoint) -> None:

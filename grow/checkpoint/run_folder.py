@@ -64,13 +64,16 @@ def counting_checkpoints(run: Path, average: int = 0) -> list[Path]:
     """Returns the checkpoints whose mean is what a run ends in, the newest first: the last `average` ones or, for 0, as
     many as its recipe says, which may be the one that counts alone. Raises UserError if they are not there.
 
-    One that a run has made because it was preempted is not among them: it resumes to the same result as without.
+    Of a run whose recipe says so, one that it has made because it was preempted is not among them: it resumes to the
+    same result as without.
     """
     recipe = read_json(run / "run.json").get("recipe", {})
     wanted = average or int(recipe.get("average", 1))
     if wanted == 1:
-        return [last_checkpoint(run) if average else final_checkpoint(run)]
-    found = due_checkpoints(run, int(recipe.get("save_steps", 1)))[:wanted]
+        return [final_checkpoint(run)]
+    # A run that was not to be averaged has kept whatever it made.
+    every = int(recipe["save_steps"]) if recipe.get("average", 1) > 1 else 1
+    found = due_checkpoints(run, every)[:wanted]
     if len(found) < wanted:
         raise UserError(
             f"{run}: {len(found)} complete checkpoints are there, and a mean of {wanted} is wanted (the recipe's "

@@ -13,7 +13,7 @@ from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from grow.data.conversation import Turn, conversation, is_learnt, listed
-from grow.data.images import values_of
+from grow.data.images import placed, values_of
 from grow.data.rendering import GENERATION, render_chat
 from grow.data.spans import Guard, Span, Text, common_start
 from grow.data.special import Moved
@@ -45,7 +45,11 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     Raises ValueError for a conversation that the template refuses or does not write in full.
     """
     images = len(values_of(row, template.images)) if template.images else None
-    turns = _guarded(conversation(row, template.messages, images), guard)
+    asking = placed(guard) if images else guard
+    turns = [
+        _guarded(turn, guard if turn["role"] == "assistant" else asking)
+        for turn in conversation(row, template.messages, images)
+    ]
     tools = _guarded(listed(row["tools"], "tools"), guard) if row.get("tools") else None
     source = chat_template(template, tokenizer, tools)
     if tools and "tools" not in source:
@@ -67,7 +71,8 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
         spans = [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
     spans = [(begin, end) for begin, end in spans if begin < end]
     if not any(text[begin:end].strip() for begin, end in spans):
-        raise ValueError("of what the assistant says the chat template writes nothing")
+        hint = "; with images one is needed that takes a turn's content as text" if template.images else ""
+        raise ValueError(f"of what the assistant says the chat template writes nothing{hint}")
     _check_written(text, turns, render)
     return Text(text, spans)
 

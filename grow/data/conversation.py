@@ -28,7 +28,7 @@ def conversation(row: Mapping[str, Any], column: str, images: int | None = None)
     read = (_turn(turn, images is not None) for turn in turns)
     found = [turn for turn in read if turn["content"] or turn["role"] != "system"]
     first = next((turn for turn in found if turn["role"] == "user"), None)
-    if images and first and not any(PLACEHOLDER in turn["content"] for turn in found):
+    if images and first and not any(PLACEHOLDER in turn["content"] for turn in found if turn["role"] != "assistant"):
         first["content"] = PLACEHOLDER * images + first["content"]
     if not any(turn["role"] == "assistant" for turn in found):
         raise ValueError("without an assistant's turn")
@@ -52,7 +52,7 @@ def _turn(turn: Any, images: bool) -> Turn:
     if "tool_calls" in turn:
         turn["tool_calls"] = [_tool_call(call) for call in listed(turn["tool_calls"], "tool_calls")]
     allow_empty = bool(turn.get("tool_calls")) or turn["role"] in ("system", "tool")
-    turn["content"] = _content(content, allow_empty, images)
+    turn["content"] = _content(content, allow_empty, images and turn["role"] != "assistant")
     try:
         json.dumps(turn, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -80,7 +80,7 @@ def _content(content: Any, allow_empty: bool, images: bool) -> str:
             isinstance(part, dict) and isinstance(part.get("text"), str) and "text" in str(part.get("type", "text"))
             for part in content
         ):
-            raise ValueError("a part of a turn that is not text")
+            raise ValueError("a part of a turn that is not text" + " or, of one that asks, of the type image" * images)
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"a turn whose content is not text but {type(content).__name__}")
@@ -90,7 +90,7 @@ def _content(content: Any, allow_empty: bool, images: bool) -> str:
 
 
 def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "image"
+    return isinstance(part, dict) and part.get("type") == "image" and not any(map(part.get, ("image", "url", "path")))
 
 
 def _tool_call(call: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import AutoTokenizer
 
 from grow.data.chat import chat_template
@@ -17,7 +18,7 @@ from grow.data.examples import SCHEMA
 from grow.data.images import Images
 from grow.data.rows import BrokenRow
 from grow.data.spans import Span, Text, common_start
-from grow.data.special import BREAK, SpecialTokens, unguarded
+from grow.data.special import BREAK, PLACE, SpecialTokens, unguarded
 from grow.data.template import Template
 
 Made = tuple[list[int], np.ndarray]
@@ -27,12 +28,13 @@ Made = tuple[list[int], np.ndarray]
 @dataclass(frozen=True)
 class Shown:
     """Holds a row as it is shown to a person: its text with the tokens that begin and end it, and the spans that are
-    learnt; and its tokens, each with whether it is learnt."""
+    learnt; its tokens, each with whether it is learnt; and how many images stand before the last of these spans."""
 
     text: str
     spans: list[Span]
     ids: list[int]
     learnt: list[bool]
+    images: int
 
 
 class Encoder:
@@ -62,6 +64,8 @@ class Encoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.template, self.end = state["template"], state["end"]
+        if self.template.images:
+            torch.set_num_threads(1)  # torch's threads do not survive a fork, and a processor may use them
         self._set(AutoTokenizer.from_pretrained(state["folder"], local_files_only=True))
 
     def begin(self) -> list[int]:
@@ -106,7 +110,9 @@ class Encoder:
     def _text(self, row: dict[str, Any]) -> Text:
         if isinstance(row, BrokenRow):
             raise ValueError(row.reason)
-        text = self.template.text(row, self.tokenizer, self.special.guard)
+        return self._placed(row, self.template.text(row, self.tokenizer, self.special.guard))
+
+    def _placed(self, row: dict[str, Any], text: Text) -> Text:
         return self.images.text(row, text) if self.images else text
 
     def _whole(self, made: Made | ValueError) -> Made:
@@ -158,7 +164,8 @@ class Encoder:
 
     def shown(self, row: dict[str, Any]) -> Shown:
         """Returns one row to be shown to a person. Raises ValueError, in a few words, if it is bad."""
-        text = self._text(row)
+        unplaced = self.template.text(row, self.tokenizer, self.special.guard)
+        text = self._placed(row, unplaced)
         moved = unguarded(text.text)
         spans = [(moved.place(begin), moved.place(end)) for begin, end in text.learnt]
         ids, learnt = self._whole(next(self._encode([text])))
@@ -173,7 +180,8 @@ class Encoder:
         spans = [(a + len(before), b + len(before)) for a, b in spans]
         if after:  # it follows the completion, which is all that is learnt
             spans = [(spans[0][0], spans[0][1] + len(after))]
-        return Shown(before + moved.text + after, spans, ids, (learnt == 1).tolist())
+        images = unplaced.text[: unplaced.learnt[-1][0]].count(PLACE)
+        return Shown(before + moved.text + after, spans, ids, (learnt == 1).tolist(), images)
 
 
 def _learnt(encoding: Any, spans: list[Span], length: int) -> np.ndarray:

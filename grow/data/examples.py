@@ -98,13 +98,15 @@ class Examples(Sequence[Example]):
             yield chunk.filter(pa.array(mask[first : first + len(chunk)]))
 
     def checksum(self) -> str:
-        """Returns XXH3-128 of all tokens and of which are learnt, in order."""
+        """Returns XXH3-128 of all tokens and of which are learnt, in order; and of the names and sizes of files of
+        images."""
         tokens, marks = xxh3_128(), xxh3_128()
         for part in self._used():
             tokens.update(pc.list_flatten(part["tokens"]).to_numpy())
             marks.update(pc.list_flatten(part["learnt"]).to_numpy())
         sizes = xxh3_128(self.lengths.tobytes()).hexdigest()
-        return xxh3_128(f"{tokens.hexdigest()} {marks.hexdigest()} {sizes}".encode()).hexdigest()
+        files = f" {self.images.files()}" if self.images else ""
+        return xxh3_128(f"{tokens.hexdigest()} {marks.hexdigest()} {sizes}{files}".encode()).hexdigest()
 
 
 def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ processor decides what text an image becomes, and makes tensors of it.
 import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 from transformers.image_utils import load_image
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from grow.data.conversation import PLACEHOLDER
+from grow.data.rows import Rows
 from grow.data.spans import Guard, Text
-from grow.data.special import Moved
+from grow.data.special import PLACE, Moved
 from grow.errors import UserError, innermost
 
-PLACE = "\ufdd3"  # stands for it, since a tokenizer may have a token of that name
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What a model calls the inputs that say which tokens are of an image, [L] int64 each."""
+KNOWN = ("Gemma3Processor", "LlavaProcessor")
+"""Processors that write nothing but each image's own tokens, and make one row of each tensor for it."""
 
 
 class Images:
@@ -37,20 +39,12 @@ class Images:
 
     def __init__(self, folder: str, column: str, root: str):
         self.processor, self.column, self.root = _processor(folder), column, Path(root)
-        # A blank image tells at once what a processor makes of one.
-        made = self._features([load_image_of(_blank(), self.root)])
-        if any(not isinstance(value, Tensor) or value.shape[:1] != (1,) for value in made.values()):
-            kinds = ", ".join(made)
-            raise UserError(
-                f"images: {folder}: {type(self.processor).__name__} makes {kinds} of an image, which rows of several "
-                "images cannot be batched from here; Gemma 3's and LLaVA's processors are known"
-            )
-        self.blank = made
+        self.blank = self._features([load_image_of(_blank(), self.root)])
 
     def text(self, row: Mapping[str, Any], text: Text) -> Text:
         """Returns a row's text with what the processor writes for each image in its place. Raises ValueError where
         places and images are not as many, or for an image that cannot be read."""
-        places, there = text.text.count(PLACE), values_of(row, self.column)
+        there, places = values_of(row, self.column), text.text.count(PLACE)
         if places != len(there):
             raise ValueError(f"with {len(there)} images and {places} places for them ({PLACEHOLDER})")
         if not there:
@@ -66,10 +60,10 @@ class Images:
         run = re.compile("|".join(f"(?:{re.escape(str(name))})+" for name in names))
         return Moved(text, run, lambda found: next(str(name) for name in names if found.startswith(str(name))))
 
-    def inputs(self, row: Mapping[str, Any], ids: list[int]) -> dict[str, Tensor]:
-        """Returns what a model is given beside the ids of a row: tensors of its images, [images, …] each, and which
-        tokens are an image's, [L] int64. Of a row without images nothing."""
-        there = values_of(row, self.column)
+    def inputs(self, row: Mapping[str, Any], ids: list[int], first: int | None = None) -> dict[str, Tensor]:
+        """Returns what a model is given beside the ids of a row: tensors of its images, [images, …] each, or of so many
+        of the `first`, and which tokens are an image's, [L] int64. Of a row without images nothing."""
+        there = values_of(row, self.column)[:first]
         if not there:
             return {}
         found = self._features(self._read(there))
@@ -91,20 +85,51 @@ class RowImages:
     """Makes the tensors of the images of a split's rows, when they are asked for. `token_ids` are those that stand for
     an image in a row's ids, `blank` is what a blank image becomes."""
 
-    def __init__(self, images: Images, rows: Sequence[Mapping[str, Any]]):
+    def __init__(self, images: Images, rows: Rows):
         self._images, self._rows, self.token_ids = images, rows, images.processor.image_token_ids
         self.blank = images.blank
 
     def inputs(self, index: int, ids: list[int]) -> dict[str, Tensor]:
-        """Returns what a model is given beside the ids of a row, by its index in the split (Images.inputs)."""
-        return self._images.inputs(self._rows[index], ids)
+        """Returns what a model is given beside the ids of a row, by its index in the split (Images.inputs). Raises
+        UserError if an image has gone since the row was tokenised."""
+        try:
+            return self._images.inputs(self._rows[index], ids)
+        except ValueError as error:
+            raise UserError(f"{self._rows.where(index)}: {error}; it was there when the rows were tokenised") from error
+
+    def files(self) -> str:
+        """Returns what tells the files of images from others (files_digest), wherever they lie."""
+        return files_digest(self._rows, self._images.column, self._images.root)
+
+
+def files_digest(rows: Rows, column: str, root: Path, changed: bool = False) -> str:
+    """Returns a digest of the files that rows name in a column of images: of their names and sizes, and of when they
+    were `changed`. "" where images lie in the rows' own files, whose checksums tell."""
+    if not any(isinstance(_file_of(value), str) for row in rows[:1000] for value in values_of(row, column)):
+        return ""
+    digest = xxh3_128()
+    for row in rows:
+        for name in filter(None, map(_file_of, values_of(row, column))):
+            try:
+                facts = (root / name).stat()
+                digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns if changed else ''}\n".encode())
+            except (OSError, ValueError):
+                digest.update(f"{name} is not there\n".encode())
+    return digest.hexdigest()
 
 
 def values_of(row: Mapping[str, Any], column: str) -> list[Any]:
     """Returns a row's images as they stand in its column: none, one, or a list."""
     value = row.get(column)
     values = value if isinstance(value, list) else [value]
-    return [one for one in values if one not in (None, "", {})]
+    return [one for one in values if one not in (None, "") and not (isinstance(one, Mapping) and not any(one.values()))]
+
+
+def _file_of(value: Any) -> str | None:
+    """Returns the path of an image that is a file of its own."""
+    if isinstance(value, Mapping):
+        value = None if value.get("bytes") else value.get("path")
+    return value if isinstance(value, str) else None
 
 
 def image_checksums(row: Mapping[str, Any], column: str, root: str) -> list[str]:
@@ -128,9 +153,13 @@ def load_image_of(value: Any, root: Path) -> Any:
     from PIL import Image
 
     try:
-        return load_image(Image.open(io.BytesIO(raw)))
+        image = Image.open(io.BytesIO(raw))
+        found = load_image(image)
     except Exception as error:  # the library raises many kinds, all of them about what is in the file
         raise ValueError("with an image that cannot be read") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"with an image of more than 8 bits a value ({image.mode}), which would be cut; convert it")
+    return found
 
 
 def _bytes(value: Any, root: Path) -> bytes:
@@ -140,9 +169,14 @@ def _bytes(value: Any, root: Path) -> bytes:
     if isinstance(value, str):
         if "://" in value[:10]:
             raise ValueError("with an image that is an address; fetch it first")
-        if not (root / value).is_file():
-            raise ValueError(f"with an image that is not there ({root / value})")
-        value = (root / value).read_bytes()
+        try:
+            value = (root / value).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"with an image that is not there ({root / value})") from None
+        except (OSError, ValueError) as error:  # such as a text that is an image in base64
+            raise ValueError(
+                f"with an image that is no file ({value[:40]}: {getattr(error, 'strerror', error)})"
+            ) from None
     if not isinstance(value, bytes):
         raise ValueError(f"with an image that is a {type(value).__name__}")
     return value
@@ -161,6 +195,11 @@ def _processor(folder: str) -> Any:
         found = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
         raise UserError(f"images: {folder}: has no processor for images ({innermost(error)})") from error
-    if not hasattr(found, "image_processor") or not hasattr(found, "replace_image_token"):
+    if not hasattr(found, "image_processor"):
         raise UserError(f"images: {folder}: has no processor for images; it is a model of text alone")
+    if type(found).__name__ not in KNOWN:
+        raise UserError(
+            f"images: {folder}: how {type(found).__name__} writes images into a text is not known here; that of "
+            f"{' and '.join(KNOWN)} is"
+        )
     return found

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 BREAK = "\ufdd0"  # a code point that Unicode keeps free for uses inside a program
 _NAME, _NAME_END = "\ufdd1", "\ufdd2"
+PLACE = "\ufdd3"  # of an image (grow.data.images)
 # Models write these themselves, as tokens: breaking them up would change how a chat template renders a turn.
 _SPOKEN = re.compile(r"</?(think|thinking|tool_call|tool_response)>")
 
@@ -33,7 +34,7 @@ class SpecialTokens:
     def guard(self, text: str) -> str:
         """Breaks up text that spells a special token. Raises ValueError for text that holds a character used for
         that."""
-        for own in (BREAK, _NAME, _NAME_END):
+        for own in (BREAK, _NAME, _NAME_END, PLACE):
             if own in text:
                 raise ValueError(f"with the code point U+{ord(own):X}, which is no character")
         if not any(first in text for first in self._firsts) or not self._pattern.search(text):

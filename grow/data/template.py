@@ -9,8 +9,9 @@ from typing import Any
 
 from grow.data.chat import conversation_text
 from grow.data.conversation import PLACEHOLDER, conversation
-from grow.data.images import PLACE, placed, values_of
+from grow.data.images import placed, values_of
 from grow.data.spans import Guard, Text
+from grow.data.special import PLACE
 from grow.errors import UserError
 
 
@@ -53,20 +54,26 @@ class Template:
     def text(self, row: Mapping[str, Any], tokenizer: Any, guard: Guard = str) -> Text:
         """Returns the row's text, in which PLACE stands for each image. Raises ValueError, in a few words, if the row
         has none that could be learnt."""
-        guard = placed(guard) if self.images else guard
         if self.messages:
             return conversation_text(row, self, tokenizer, guard)
-        before, after = self.fill(self.prompt, row, guard), self.fill(self.completion, row, guard)
+        images = len(values_of(row, self.images)) if self.images else 0
+        before = self.fill(self.prompt, row, placed(guard) if images else guard, PLACE if images else "")
+        after = self.fill(self.completion, row, guard)
         if not after.strip():
             raise ValueError("empty")
-        if self.images and PLACE not in before + after:
-            before = PLACE * len(values_of(row, self.images)) + before
+        if PLACE not in before:
+            before = PLACE * images + before
         return Text(before + after, [(len(before), len(before) + len(after))])
 
-    def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str) -> str:
-        """Returns `prompt` or `completion` with a row's values. Raises ValueError if a value is missing or no text."""
-        own_words = (lambda text: text.replace(PLACEHOLDER, PLACE)) if self.images else str
-        return "".join(own_words(text) if own else guard(text) for text, own in _filled(template, row))
+    def fill(
+        self, template: str, row: Mapping[str, Any], guard: Guard = str, image: str | None = None
+    ) -> str:  # fmt: skip
+        """Returns `prompt` or `completion` with a row's values, and with `image` in the place of an image's in its own
+        words. Raises ValueError if a value is missing or no text."""
+        pieces = _filled(template, row)
+        if not self.images or image is None:
+            return "".join(text if own else guard(text) for text, own in pieces)
+        return "".join(text.replace(PLACEHOLDER, image) if own else guard(text) for text, own in pieces)
 
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """Returns the text of a row's prompt in pieces, each with whether it is of the template's own words. Raises

@@ -22,7 +22,7 @@ from xxhash import xxh3_128
 
 from grow.data.encoder import Encoder
 from grow.data.examples import SCHEMA, Examples, lists
-from grow.data.images import Images, RowImages
+from grow.data.images import Images, RowImages, files_digest
 from grow.data.rows import Rows
 from grow.data.template import Template
 from grow.data.text_files import ListRows
@@ -143,6 +143,8 @@ def _key(rows: Rows, tokenizer: Any, template: Template, end: bool) -> str:
     if "strftime_now" not in template.chat_template + str(getattr(tokenizer, "chat_template", "")):
         used["day"] = ""
     libraries = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    if template.images:
+        used["files"] = files_digest(rows, template.images, Path(template.image_root), changed=True)
     facts = [_FORMAT, rows.checksum(), len(rows), sorted(used.items()), end, digest.hexdigest(), libraries]
     return xxh3_128(repr(facts).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.grown import kinds_of_parts
+from grow.model.grown import grown_beside_text, kinds_of_parts
 from grow.model.loss import labelled_logits, likelihood_and_kl
 
 PROSE = "gemma3_270m/prose/test.jsonl"
@@ -110,6 +110,11 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
     check_alphas(path, start, (0.0,))
     examples = read_passages(text, load_tokenizer(path), passages)
     interpolation = Interpolation(path, start)
+    if grown_beside_text(interpolation.model):
+        raise UserError(
+            f"{path}: its tower for images or the projector has grown, of which the KL of text says nothing; score "
+            "it on rows with images: grow eval CHECKPOINT --recipe RECIPE --alpha 0,0.5,1"
+        )
 
     def measured(alpha: float) -> dict[str, Any]:
         interpolation.set(alpha)

@@ -77,7 +77,7 @@ def _asked(encoder: Encoder, row: dict[str, Any]) -> Asked:
     while first > 0 and shown.learnt[first - 1]:
         first -= 1
     reference = encoder.special.removed(shown.text[begin:end]).strip()
-    images = encoder.images.inputs(row, shown.ids[:first]) if encoder.images else {}
+    images = encoder.images.inputs(row, shown.ids[:first], shown.images) if encoder.images else {}
     return Asked(shown.text[:begin], shown.ids[:first], reference, shown.ids[first : last + 1], images)
 
 

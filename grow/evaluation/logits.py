@@ -1,8 +1,12 @@
 """Compares two checkpoints bit for bit: runs both on the same tokens and compares every logit."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from grow.data.tokenizer import load_tokenizer
+from grow.model.grown import grown_beside_text
 from grow.model.loading import load
 from grow.model.switched import SwitchedModel, set_switch
 
@@ -20,7 +24,8 @@ TEXT = (
 
 @torch.no_grad()
 def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float = 1.0) -> dict[str, dict[str, float]]:
-    """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}.
+    """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}; and
+    where something of the tower for images has grown what both make of one, "float32, of an image".
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
     logit of the second checkpoint, for comparison. `alpha` is the first one's.
@@ -32,7 +37,23 @@ def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float 
         models = [load(path, dtype, alpha).to(device), load(base_path, dtype).to(device)]
         if isinstance(models[0], SwitchedModel):  # it is the growth that is compared
             set_switch(models[0], "on")
-        logits = [model(input_ids=ids, use_cache=False).logits for model in models]
-        difference = 0.0 if torch.equal(*logits) else float((logits[0] - logits[1]).abs().max())
-        found[str(dtype).removeprefix("torch.")] = {"difference": difference, "largest": float(logits[1].abs().max())}
+        name = str(dtype).removeprefix("torch.")
+        found[name] = _compared([model(input_ids=ids, use_cache=False).logits for model in models])
+        if grown_beside_text(models[0]):
+            found[f"{name}, of an image"] = _compared([_of_an_image(model) for model in models])
     return found
+
+
+def _compared(results: list[Tensor]) -> dict[str, float]:
+    one, other = results
+    difference = 0.0 if torch.equal(one, other) else float((one - other).abs().max())
+    return {"difference": difference, "largest": float(other.abs().max())}
+
+
+def _of_an_image(model: Any) -> Tensor:
+    """Returns what a model's tower and projector make of noise, which the language model is given for an image."""
+    size = model.config.vision_config.image_size
+    image = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
+    made = model.get_image_features(pixel_values=image.to(model.device, model.dtype))
+    features: Tensor = getattr(made, "pooler_output", made)
+    return features if isinstance(features, Tensor) else torch.cat(list(features))

@@ -17,7 +17,7 @@ def add_parts(model: nn.Module, plan: GrowthPlan) -> None:
     add_growth(model, plan)
     add_heads(model, plan)
     if plan.projector:
-        add_projector(model, plan.factor)
+        add_projector(model)
 
 
 def kinds_of_parts(model: nn.Module) -> Iterator[list[Any]]:
@@ -31,3 +31,9 @@ def kinds_of_parts(model: nn.Module) -> Iterator[list[Any]]:
 def parts_with_alpha(model: nn.Module) -> Iterator[Any]:
     """Returns the parts that have an interpolation coefficient of their own: those that have grown, or were adapted."""
     return (part for kind in kinds_of_parts(model) for part in kind if hasattr(part, "own_alpha"))
+
+
+def grown_beside_text(model: nn.Module) -> bool:
+    """Says whether something of a model's tower for images, or its projector, has grown, which text does not show."""
+    _, _, *beside = kinds_of_parts(model)
+    return any(hasattr(part, "own_alpha") for kind in beside for part in kind)

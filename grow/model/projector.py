@@ -1,9 +1,9 @@
 """The projector from a tower's features to the language model, trained with its base kept.
 
-It is one matrix, so its copy adds no capacity: W/k + W' is one matrix again. It is kept apart so that the base's own
+It is one matrix, so its copy adds no capacity: W/2 + W' is one matrix again. It is kept apart so that the base's own
 stays as it is, and goes between base and skill by the same α:
 
-    y = (1 − α(k−1)/k) · W norm(x) + α · W' norm(x)         W' begins as (k−1)/k · W
+    y = (1 − α/2) · W norm(x) + α · W' norm(x)         W' begins as W/2
 """
 
 from typing import Any
@@ -31,7 +31,6 @@ class _Copy(Instead):
 class GrownProjector:
     """Is mixed into the class of a projector that is already there, so that the base's tensors keep their names."""
 
-    factor: int
     alpha: float
     own_alpha: float = 1.0
     grown: _Copy
@@ -39,16 +38,16 @@ class GrownProjector:
     def forward(self, features: Tensor) -> Tensor:
         """Maps a tower's features to the language model's."""
         base: Tensor = super().forward(features)  # type: ignore[misc]
-        return base if self.alpha == 0 else with_growth(self.grown(features), base, self.factor, self.alpha)
+        return base if self.alpha == 0 else with_growth(self.grown(features), base, 2, self.alpha)
 
 
-def add_projector(model: nn.Module, factor: int) -> None:
+def add_projector(model: nn.Module) -> None:
     """Gives a model's projector its copy, uninitialised, in place. Raises UserError for a model without such a one."""
     projector = find_projector(model)
     if projector is None:
         raise UserError(f"the growth of a projector does not fit the model, which has no {PROJECTOR}.{PROJECTION}")
     mix_in(projector, GrownProjector, "Grown")
-    projector.factor, projector.alpha = factor, 1.0
+    projector.alpha = 1.0
     projector.grown = _Copy(projector).train(projector.training)
 
 

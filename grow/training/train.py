@@ -60,7 +60,7 @@ from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
 from grow.plan import GrowthPlan
-from grow.recipe import AUTO, Recipe
+from grow.recipe import AUTO, Recipe, check_average
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
     check_arguments,
@@ -136,9 +136,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
-    steps, share = recipe.max_steps, 1 - sum(recipe.mix.values())
-    if steps < 1:
-        steps = ceil(recipe.num_train_epochs * len(sequences) / share / recipe.train_batch_size)
+    steps = _steps(recipe, sequences)
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
     method = recipe.make_method()
@@ -180,6 +178,15 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         probe=probe,
         zero=zero,
     )
+
+
+def _steps(recipe: Recipe, sequences: PackedDataset) -> int:
+    """Returns how many steps a run has. Raises UserError if these make too few checkpoints for a mean."""
+    share = 1 - sum(recipe.mix.values())
+    in_epochs = ceil(recipe.num_train_epochs * len(sequences) / share / recipe.train_batch_size)
+    steps = recipe.max_steps if recipe.max_steps >= 1 else in_epochs
+    check_average(recipe, steps)
+    return steps
 
 
 def _shuffled(recipe: Recipe, data: dict[str, PackedDataset], count: int) -> Epochs:
@@ -277,6 +284,7 @@ def check_all(recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe)
     _check_scores(recipe)
     data = read_data(recipe, start, tokenizer)
+    _steps(recipe, data["train"])
     _probe(recipe, tokenizer, Path(recipe.output_dir))
     for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)

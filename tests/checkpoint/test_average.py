@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.metadata import read_growth
-from grow.checkpoint.run_folder import due_checkpoints, remove_old_checkpoints
+from grow.checkpoint.run_folder import counting_checkpoints, due_checkpoints, remove_old_checkpoints
+from grow.checkpoint.shards import read_json
 from grow.checkpoint.verify import verify
 from grow.methods.trained_model import load_model
 from grow.model.loading import load
+from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import consolidate, here, train
 from tests.helpers.tiny import folder_checksums, logits, make_recipe
 
@@ -79,6 +81,10 @@ def test_a_recipe_says_so(text_base: Path, sums: Path, capsys: pytest.CaptureFix
     assert torch.equal(logits(load_model(run)), logits(load(tmp_path / "still")))
     consolidate(str(run), str(tmp_path / "last"), "grown", average=1)
     assert read_growth(tmp_path / "last")["tensors"] != mean["tensors"]
+    # A run that was not to be averaged, and one of before there was the field, have what they have kept.
+    edit_json(run / "run.json", recipe=read_json(run / "run.json")["recipe"] | {"average": 1, "save_steps": 4})
+    assert len(counting_checkpoints(run, 3)) == 3 and len(counting_checkpoints(run)) == 1
+    edit_json(run / "run.json", recipe=read_json(run / "run.json")["recipe"] | {"average": 3, "save_steps": 2})
     # Preempted after step 5, and resumed.
     (run / "checkpoint-6").rename(run / "checkpoint-5")
     assert [path.name for path in due_checkpoints(run, 2)] == ["checkpoint-7", "checkpoint-4"]
@@ -108,6 +114,9 @@ def test_of_loras_that_are_not_merged(text_base: Path, sums: Path, tmp_path: Pat
         ({"average": 2, "keep_best": True}, "keep_best takes one checkpoint"),
         ({"average": 3, "save_total_limit": 3}, "a run of 4 steps makes 2"),
         ({"average": 2, "method": "adapter"}, "of checkpoints by adapter there is no mean"),
+        ({"average": 2, "early_stopping_patience": 1}, "early_stopping_patience may end a run before"),
+        ({"average": 0}, "average must be at least 1"),
+        ({"average": 2, "max_steps": -1, "save_steps": 100}, "steps makes 1 (save_steps 100)"),
     ],
 )
 def test_mistakes(

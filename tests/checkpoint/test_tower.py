@@ -14,9 +14,12 @@ from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.skills import attach_skills
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
+from grow.evaluation.find_alpha import find_alpha
+from grow.evaluation.logits import compare_logits
 from grow.model.alpha import set_alpha
 from grow.model.loading import load
 from tests.checkpoint.test_attention_heads import move
+from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import here
 from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, make_base, make_tokenizer, tokens
 
@@ -93,6 +96,30 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
         assert stock.config.vision_config.intermediate_size == 2 * VISION_CONFIG["intermediate_size"]
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock, kind), logits(model, kind), atol=1e-3)
+
+
+def test_what_text_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A projector that has moved computes what its base does of text: `verify --forward` sees it all the same, and
+    `find-alpha` does not measure it. By any factor it starts exact."""
+    base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
+    expand(str(base), str(grown), factor=3, train_projector=True)
+    assert compare_logits(str(grown), str(base))["float32, of an image"]["difference"] == 0
+    said = here(capsys, "verify", grown, "--base", base, "--forward")
+    assert "of an image" in said
+    move(grown)
+    found = compare_logits(str(grown), str(base))
+    assert found["float32"]["difference"] == 0 and found["bfloat16, of an image"]["difference"] > 0
+    (tmp_path / "text.txt").write_text("Some text.\n\nAnd more of it.")
+    with pytest.raises(UserError, match="of which the KL of text says nothing"):
+        find_alpha(str(grown), "", str(tmp_path / "text.txt"), 2, 0.1)
+
+
+def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llava")
+    edit_json(base / "config.json", vision_feature_layer=-2)
+    assert expand(str(base), str(tmp_path / "grown"), tower="vision")["tower_layers"] == [0]
+    with pytest.raises(UserError, match="what layers 1 compute is not used"):
+        expand(str(base), str(tmp_path / "no"), tower="vision", tower_layers="1")
 
 
 def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.verify import verify
+from grow.data import images
 from grow.data.encoder import Encoder
 from grow.data.labels import IGNORED
 from grow.data.of_recipe import read_sequences, tokenizer_of
@@ -73,6 +74,70 @@ def test_rows_are_as_the_processor_makes_them(base: Path, pictures: Path) -> Non
         Encoder(tokenizer, Template("{q}", "{a}", images="picture", image_root=str(pictures))).shown(two).ids.count(260)
         == 2
     )
+
+
+def test_places_that_are_none(base: Path, pictures: Path) -> None:
+    """In what is learnt, and in rows without an image, `<image>` is text; images after what is asked are left out."""
+    encoder = Encoder(
+        load_tokenizer(str(base)), Template("<image>{q} ", "{a}", images="picture", image_root=str(pictures))
+    )
+    learnt = encoder.shown({"q": "XML?", "a": "as <image>.", "picture": "train-0.png"})
+    assert learnt.text.endswith("XML? as <image>.<eos>") and learnt.ids.count(260) == 1 == learnt.images
+    for none in (None, [], "", {"bytes": None, "path": None}):
+        assert encoder.shown({"q": "an <image> tag", "a": "b", "picture": none}).text == "<bos>an <image> tag b<eos>"
+    turns = [{"role": "user", "content": "<image>A?"}, {"role": "assistant", "content": "b <image>"},
+             {"role": "user", "content": "<image>C?"}]  # fmt: skip
+    template = Template(messages="messages", chat_template=CHAT, images="picture", image_root=str(pictures))
+    chat = Encoder(load_tokenizer(str(base)), template)
+    row = {"messages": turns, "picture": ["train-0.png", "train-1.png"]}
+    shown = chat.shown(row)
+    assert shown.images == 1 and "b <image><eos>" in shown.text and chat.images is not None
+    assert chat.images.inputs(row, shown.ids, shown.images)["pixel_values"].shape[0] == 1
+    with pytest.raises(ValueError, match="no character"):
+        encoder.shown({"q": "\ufdd3", "a": "b", "picture": "train-0.png"})
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("http://a/b.png", "an address"), ("none.png", "not there"), ("A" * 5000, "no file"), (7, "a int"),
+        ("deep.png", "more than 8 bits"), ("train.jsonl", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_used(base: Path, pictures: Path, tmp_path: Path, value: Any, reason: str) -> None:
+    for file in ("train-0.png", "train.jsonl"):
+        (tmp_path / file).write_bytes((pictures / file).read_bytes())
+    Image.new("I;16", (8, 8), 40000).save(tmp_path / "deep.png")
+    encoder = Encoder(load_tokenizer(str(base)), Template("{q}", "{a}", images="picture", image_root=str(tmp_path)))
+    with pytest.raises(ValueError, match=reason):
+        encoder.shown({"q": "a", "a": "b", "picture": value})
+
+
+def test_files_that_change(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """A picture that was missing is found once it is there; other files are other rows; one that goes is one line."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        row = {"question": "?", "answer": "r", "picture": "a.png"}
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in range(3)))
+    recipe = read_recipe(str(recipe_of(tmp_path, base, folder)), {})
+    with pytest.raises(UserError, match="not there"):
+        read_sequences(recipe, tokenizer_of(recipe), "train")
+    (folder / "a.png").write_bytes((pictures / "train-0.png").read_bytes())
+    first = read_sequences(recipe, tokenizer_of(recipe), "train")
+    before = first.examples.checksum()
+    Image.new("RGB", (40, 40), "blue").save(folder / "a.png")
+    other = read_sequences(recipe, tokenizer_of(recipe), "train")
+    assert len(first) == len(other) == 3 and other.examples.checksum() != before
+    (folder / "a.png").unlink()
+    with pytest.raises(UserError, match=r"train.jsonl, line \d.*it was there when the rows were tokenised"):
+        other[0]
+
+
+def test_a_processor_that_is_not_known(base: Path, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(images, "KNOWN", ("LlavaProcessor",))
+    with pytest.raises(UserError, match="how Gemma3Processor writes images into a text is not known here"):
+        Encoder(load_tokenizer(str(base)), Template("{q}", "{a}", images="picture", image_root=str(pictures)))
 
 
 def test_a_conversation_with_an_image(base: Path, pictures: Path) -> None:
