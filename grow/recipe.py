@@ -234,13 +234,15 @@ def field_types(methods: Methods) -> dict[str, Any]:
 def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
     """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
 
-    A switch in it is for the methods that can have one: where another is among the overrides, there is none. Raises
-    UserError for any mistake in either. grow.methods.read_recipe knows all methods.
+    A switch in it, and `average`, are for the methods that can have them: where another is among the overrides, there
+    is none. Raises UserError for any mistake in either. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     values, method = read_values(path), methods.get(str(overrides.get("method")))
     if method is not None and not method.switches:
         values.pop("switch", None)
+    if method is not None and not method.averages:
+        values.pop("average", None)
     return _checked(values | dict(overrides), path, methods)
 
 
@@ -328,33 +330,17 @@ def own_grown(output_dir: str) -> str:
     return os.path.join(output_dir, "grown")
 
 
-def check_average(recipe: Recipe, steps: int) -> None:
-    """Raises UserError if a run of so many steps makes fewer checkpoints than the mean is to be of."""
-    made = -(-steps // recipe.save_steps)
-    if made < recipe.average:
-        raise UserError(
-            f"average {recipe.average} is of as many checkpoints, and a run of {steps} steps makes {made} (save_steps "
-            f"{recipe.save_steps})"
-        )
-
-
 def _check_average(recipe: Recipe, path: str) -> None:
-    """Raises UserError where a run would not end with as many checkpoints as the mean is to be of."""
+    """Raises UserError where a run would not keep as many checkpoints as the mean is to be of."""
     if recipe.average == 1:
         return
     if recipe.keep_best:
         raise UserError(f"{path}: keep_best takes one checkpoint, average {recipe.average} the mean of several")
-    if recipe.early_stopping_patience:
-        raise UserError(
-            f"{path}: early_stopping_patience may end a run before it has {recipe.average} checkpoints (average)"
-        )
     if recipe.save_total_limit < recipe.average:
         raise UserError(
             f"{path}: average {recipe.average} is of as many checkpoints, and save_total_limit keeps "
             f"{recipe.save_total_limit}"
         )
-    if recipe.max_steps > 0:
-        check_average(recipe, recipe.max_steps)
 
 
 def _resolve(recipe: Recipe, path: str) -> Recipe:

@@ -62,7 +62,8 @@ def final_checkpoint(run: Path) -> Path:
 
 def counting_checkpoints(run: Path, average: int = 0) -> list[Path]:
     """Returns the checkpoints whose mean is what a run ends in, the newest first: the last `average` ones or, for 0, as
-    many as its recipe says, which may be the one that counts alone. Raises UserError if they are not there.
+    many as its recipe says, if it has made so many, which may be the one that counts alone. Raises UserError if they
+    are not there.
 
     Of a run whose recipe says so, one that it has made because it was preempted is not among them: it resumes to the
     same result as without.
@@ -74,7 +75,9 @@ def counting_checkpoints(run: Path, average: int = 0) -> list[Path]:
     # A run that was not to be averaged has kept whatever it made.
     every = int(recipe["save_steps"]) if recipe.get("average", 1) > 1 else 1
     found = due_checkpoints(run, every)[:wanted]
-    if len(found) < wanted:
+    if not found:
+        last_checkpoint(run)  # says so
+    if len(found) < average:
         raise UserError(
             f"{run}: {len(found)} complete checkpoints are there, and a mean of {wanted} is wanted (the recipe's "
             "save_steps and save_total_limit say how many a run keeps; --average takes fewer)"

@@ -60,7 +60,7 @@ from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
 from grow.plan import GrowthPlan
-from grow.recipe import AUTO, Recipe, check_average
+from grow.recipe import AUTO, Recipe
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
     check_arguments,
@@ -181,11 +181,17 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
 
 
 def _steps(recipe: Recipe, sequences: PackedDataset) -> int:
-    """Returns how many steps a run has. Raises UserError if these make too few checkpoints for a mean."""
+    """Returns how many steps a run has; says so on stderr if it makes fewer checkpoints than a mean is to be of."""
     share = 1 - sum(recipe.mix.values())
     in_epochs = ceil(recipe.num_train_epochs * len(sequences) / share / recipe.train_batch_size)
     steps = recipe.max_steps if recipe.max_steps >= 1 else in_epochs
-    check_average(recipe, steps)
+    made = ceil(steps / recipe.save_steps)
+    if made < recipe.average and os.environ.get("RANK", "0") == "0":
+        print(
+            f"average {recipe.average}: a run of {steps} steps makes {made} checkpoints (save_steps "
+            f"{recipe.save_steps}), and the mean is of these",
+            file=sys.stderr,
+        )
     return steps
 
 
