@@ -151,8 +151,8 @@ class Recipe:
     # What counts is the checkpoint with the lowest validation loss, not the last one; and the run ends after so many
     # validations in a row that are not lower (0: never).
     keep_best: bool = False
-    # What counts is the mean of so many of the last checkpoints (of every save_steps steps), for a rate that does not
-    # fall: lr_scheduler_type constant_with_warmup.
+    # What counts is the mean of so many of the last checkpoints (of every save_steps steps), which are kept for it; for
+    # a rate that does not fall: lr_scheduler_type constant_with_warmup.
     average: int = 1
     early_stopping_patience: int = 0
     report_to: str = "tensorboard"
@@ -200,6 +200,11 @@ class Recipe:
         return self.keep_best or self.early_stopping_patience > 0
 
     @property
+    def kept_checkpoints(self) -> int:
+        """Returns how many of its last checkpoints a run keeps."""
+        return max(self.save_total_limit, self.average)
+
+    @property
     def micro_batch(self) -> int:
         """Returns per_device_train_batch_size; 1 where it is still to be found."""
         size = self.per_device_train_batch_size
@@ -234,15 +239,14 @@ def field_types(methods: Methods) -> dict[str, Any]:
 def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
     """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
 
-    A switch in it, and `average`, are for the methods that can have them: where another is among the overrides, there
-    is none. Raises UserError for any mistake in either. grow.methods.read_recipe knows all methods.
+    A switch in it is for methods that add what can be off, and so is `average`, since checkpoints of these are small:
+    where another method is among the overrides, there is neither. Raises UserError for any mistake in file or
+    overrides. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     values, method = read_values(path), methods.get(str(overrides.get("method")))
     if method is not None and not method.switches:
-        values.pop("switch", None)
-    if method is not None and not method.averages:
-        values.pop("average", None)
+        values = {name: value for name, value in values.items() if name not in ("switch", "average")}
     return _checked(values | dict(overrides), path, methods)
 
 
@@ -330,19 +334,6 @@ def own_grown(output_dir: str) -> str:
     return os.path.join(output_dir, "grown")
 
 
-def _check_average(recipe: Recipe, path: str) -> None:
-    """Raises UserError where a run would not keep as many checkpoints as the mean is to be of."""
-    if recipe.average == 1:
-        return
-    if recipe.keep_best:
-        raise UserError(f"{path}: keep_best takes one checkpoint, average {recipe.average} the mean of several")
-    if recipe.save_total_limit < recipe.average:
-        raise UserError(
-            f"{path}: average {recipe.average} is of as many checkpoints, and save_total_limit keeps "
-            f"{recipe.save_total_limit}"
-        )
-
-
 def _resolve(recipe: Recipe, path: str) -> Recipe:
     output_dir = recipe.output_dir.replace("{method}", recipe.method)
     if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
@@ -371,7 +362,8 @@ def _resolve(recipe: Recipe, path: str) -> Recipe:
         raise UserError(f"{path}: options: one is empty, or stands in it twice: {recipe.options}")
     if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
         raise UserError(f"{path}: an environment variable in it is not set")
-    _check_average(recipe, path)
+    if recipe.average > 1 and recipe.keep_best:
+        raise UserError(f"{path}: keep_best takes one checkpoint, average {recipe.average} the mean of several")
     if recipe.chat_template and recipe.completion:
         raise UserError(f"{path}: chat_template is for messages, of which there are none")
     return dataclasses.replace(

@@ -124,7 +124,8 @@ doing "4/6 training: g_freeze, with a switch" "$ROOT/launch/train.sh" "$recipe" 
     --output_dir "$OUT/g_freeze" ${STEPS:+--max_steps "$STEPS"}
 result "It opens for"
 doing "4/6 training: sft" \
-    "$ROOT/launch/train.sh" "$recipe" --method sft --output_dir "$OUT/sft" ${STEPS:+--max_steps "$STEPS"}
+    "$ROOT/launch/train.sh" "$recipe" --method sft --output_dir "$OUT/sft" --lr_scheduler_type cosine --save_steps 24 \
+    ${STEPS:+--max_steps "$STEPS"}
 [[ -d $OUT/g_freeze-switched ]] ||
     doing "5/6 making a grown checkpoint, with its switch" \
         grow consolidate "$OUT/g_freeze" "$OUT/g_freeze-switched" --format grown

@@ -90,7 +90,7 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
         "activations_estimate": activations_of(recipe.micro_batch, str(zero.get("stage", 0))),
         **({"gpu_bytes": gpu, "largest_micro_batch": fitting} if gpu else {}),
         "checkpoint_bytes": checkpoint,
-        "disk_bytes": checkpoint * (recipe.save_total_limit + 1),
+        "disk_bytes": checkpoint * (recipe.kept_checkpoints + 1),
         "disk_rate": DISK_RATE,
         "lead_seconds": ceil(checkpoint / DISK_RATE),
     }

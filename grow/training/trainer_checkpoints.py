@@ -98,7 +98,7 @@ class CheckpointingTrainer(transformers.Trainer):
             mark_complete(folder, {name: facts for part in parts for name, facts in part.items()})
             best = best_step(losses_of(self.state.log_history)) if self.recipe.keep_best else 0
             every = self.recipe.save_steps if self.recipe.average > 1 else 1
-            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.save_total_limit, best, every)
+            remove_old_checkpoints(folder.parent, self.state.global_step, self.recipe.kept_checkpoints, best, every)
         self.accelerator.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:

@@ -69,7 +69,7 @@ def test_a_recipe_says_so(text_base: Path, sums: Path, capsys: pytest.CaptureFix
     """The run's own result is the mean then, and whatever opens the run has it; a checkpoint that was made because the
     run was preempted is not among them."""
     expand(str(text_base), str(tmp_path / "grown"))
-    fields = {"max_steps": 7, "save_steps": 2, "save_total_limit": 3, "average": 3, "learning_rate": 1e-2}
+    fields = {"max_steps": 7, "save_steps": 2, "average": 3, "learning_rate": 1e-2}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
     train(recipe, 1)
     run = tmp_path / "run"
@@ -97,7 +97,7 @@ def test_a_recipe_says_so(text_base: Path, sums: Path, capsys: pytest.CaptureFix
 
 def test_of_loras_that_are_not_merged(text_base: Path, sums: Path, tmp_path: Path) -> None:
     """Their folder, as PEFT has it, is of the sum of their ranks, and computes what the mean of merged weights does."""
-    fields = {"method": "lora", "max_steps": 6, "save_steps": 2, "save_total_limit": 3, "average": 3}
+    fields = {"method": "lora", "max_steps": 6, "save_steps": 2, "average": 3}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 1, learning_rate=1e-2, **fields)
     train(recipe, 1)
     run = tmp_path / "run"
@@ -112,7 +112,6 @@ def test_of_loras_that_are_not_merged(text_base: Path, sums: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"average": 3}, "save_total_limit keeps 2"),
         ({"average": 2, "keep_best": True}, "keep_best takes one checkpoint"),
         ({"average": 2, "method": "adapter"}, "of checkpoints by adapter there is no mean"),
         ({"average": 0}, "average must be at least 1"),
