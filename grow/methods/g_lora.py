@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from grow.errors import UserError
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
 from grow.names import check_matrices, is_copy, own_name
@@ -22,6 +23,8 @@ class GLora(Lora, GFreeze):
     def check(self, recipe: Any) -> None:
         """Raises UserError as LoRA does; remembers of what copies will be made."""
         super().check(recipe)
+        if self.grown_matrices:
+            raise UserError("grown_matrices: g_lora has its LoRAs in lora_targets")
         if recipe.attention:
             self._growing = (".self_attn.", *([".mlp."] if recipe.layers != "none" else []))
 

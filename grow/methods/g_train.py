@@ -9,7 +9,7 @@ from grow.methods.g_freeze import GFreeze
 from grow.model.attention_heads import grown_parts
 from grow.model.gather import gathered
 from grow.model.layouts import up_layers
-from grow.names import is_copy, is_down, is_growth, own_name
+from grow.names import is_copy, is_down, own_name
 
 
 @dataclass
@@ -29,8 +29,8 @@ class GTrain(GFreeze):
         return {name.replace(".grown.", ".trained."): shapes[own_name(name)] for name in copies}
 
     def trains(self, name: str) -> bool:
-        """Says whether a parameter was added by growth."""
-        return is_growth(name)
+        """Says whether a parameter was added by growth, and is of a chosen matrix."""
+        return self.chosen(name)
 
 
 def _copy_up(mlp: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from grow.checkpoint.expand import expand
+from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
@@ -15,7 +16,7 @@ from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
 from grow.model.loading import load
 from grow.model.mlp import grown_mlps
-from tests.helpers.running import consolidate, train_and_resume
+from tests.helpers.running import consolidate, here, train_and_resume
 from tests.helpers.tiny import folder_checksums, logits, make_recipe
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +119,25 @@ def test_g_lora(text_base: Path, sums: Path, stage: int, ranks: int, tmp_path: P
         weight = stock.get_parameter(f"{name.replace('.grown', '')}.weight")
         copy = weight[:, -start.shape[1] :] if "down_proj" in name else weight[-start.shape[0] :]
         assert torch.linalg.matrix_rank(copy - start, rtol=1e-4) == 4
+
+
+@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
+def test_some_matrices_of_the_copies(
+    method: str, text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """gate and up alone: the copy of down stays half of the base's, and goes with the growth all the same."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
+    fields = {"method": method, "grown_matrices": ["gate_proj", "up_proj"]}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
+    weights = train_and_resume(recipe, 1)
+    kinds = {"grown"} | ({"trained"} if method == "g_train" else set())
+    assert {tuple(name.split(".")[4:6]) for name in weights} == {
+        (kind, part) for kind in kinds for part in ("gate_proj", "up_proj")
+    }
+    package, start = read_growth(tmp_path / "run" / "result"), read_growth(tmp_path / "grown")
+    same = {name for name, sums in start["tensors"].items() if package["tensors"].get(name) == sums}
+    assert same == {name for name in start["tensors"] if "down_proj" in name}
+    wrong = here(capsys, "train", recipe, "--check", "--grown_matrices", "q_proj", "--output_dir", tmp_path, code=2)
+    assert "grown_matrices: q_proj is not a matrix" in wrong
+    wrong = here(capsys, "train", recipe, "--check", "--method", "g_lora", "--output_dir", tmp_path / "x", code=2)
+    assert "has its LoRAs in lora_targets" in wrong
