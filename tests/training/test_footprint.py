@@ -9,8 +9,8 @@ import pytest
 from grow.checkpoint.expand import expand
 from grow.methods import read_recipe
 from grow.training.footprint import describe_run
-from tests.helpers.running import rank_here, start
-from tests.helpers.tiny import grow, make_recipe
+from tests.helpers.running import here, rank_here, start
+from tests.helpers.tiny import make_recipe
 
 
 def bytes_of(tensors: Any) -> int:
@@ -95,11 +95,11 @@ def test_what_methods_hold_beside_is_counted(text_base: Path, sums: Path, tmp_pa
     )
 
 
-def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
+def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 2, method="sft")
-    said = grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3").stdout
+    said = here(capsys, "plan", recipe, "--world-size", "8", "--save_total_limit", "3")
     assert "2, the recipe's" in said and "estimated" in said and "--signal" in said
-    planned = json.loads(grow("plan", recipe, "--world-size", "8", "--save_total_limit", "3", "--json").stdout)
+    planned = json.loads(here(capsys, "plan", recipe, "--world-size", "8", "--save_total_limit", "3", "--json"))
     assert planned["disk_bytes"] == 4 * planned["checkpoint_bytes"]
     assert planned["stages"]["3 with CPU offload"]["optimizer"] == 0
     for words, message in (
@@ -109,24 +109,24 @@ def test_what_is_said(text_base: Path, sums: Path, tmp_path: Path) -> None:
         (["--base", str(tmp_path / "none")], "no such folder"),
         (["--methud", "sft"], "did you mean --method"),
     ):
-        error = grow("plan", recipe, *words, code=2).stderr
-        assert error.count("\n") == 1 and message in error
-    assert "is for a recipe" in grow("plan", text_base, "--method", "sft", code=2).stderr
+        error = here(capsys, "plan", recipe, *words, code=2)
+        assert message in error
+    assert "is for a recipe" in here(capsys, "plan", text_base, "--method", "sft", code=2)
 
 
-def test_what_fits_a_gpu(text_base: Path, sums: Path, tmp_path: Path) -> None:
+def test_what_fits_a_gpu(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The largest power of two for each ZeRO stage, of which the global batch is a multiple; or that nothing fits."""
     expand(str(text_base), str(tmp_path / "grown"))
     fields = {"method": "g_freeze", "train_batch_size": 48, "max_length": 256}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, 1, **fields)
     sizes = []
     for gpu in ("1GB", "1100MB", "80GB"):
-        planned = json.loads(grow("plan", recipe, "--gpu", gpu, "--json").stdout)
+        planned = json.loads(here(capsys, "plan", recipe, "--gpu", gpu, "--json"))
         sizes.append(planned["largest_micro_batch"]["1"])
         assert set(planned["largest_micro_batch"]) == set(planned["stages"])
     assert sizes == [0, 8, 16]
-    assert "ZeRO-1 does not fit" in grow("plan", recipe, "--gpu", "1GB").stdout
-    assert "largest" not in grow("plan", recipe).stdout
-    assert "write a GPU's memory with its unit" in grow("plan", recipe, "--gpu", "80", code=2).stderr
-    assert "--gpu some: a size is needed" in grow("plan", recipe, "--gpu", "some", code=2).stderr
-    assert "--gpu is for a recipe" in grow("plan", text_base, "--gpu", "80GB", code=2).stderr
+    assert "ZeRO-1 does not fit" in here(capsys, "plan", recipe, "--gpu", "1GB")
+    assert "largest" not in here(capsys, "plan", recipe)
+    assert "write a GPU's memory with its unit" in here(capsys, "plan", recipe, "--gpu", "80", code=2)
+    assert "--gpu some: a size is needed" in here(capsys, "plan", recipe, "--gpu", "some", code=2)
+    assert "--gpu is for a recipe" in here(capsys, "plan", text_base, "--gpu", "80GB", code=2)

@@ -218,7 +218,7 @@ def test_it_trains(base: Path, pictures: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(at_1["samples"]) == 2 and "failed" not in at_1
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2)), 3])
 def test_ranks_with_and_without_images(base: Path, pictures: Path, tmp_path: Path, stage: int) -> None:
     """Half of the rows are text, so that at most steps one rank has an image and the other has none: as on one rank."""
     rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
