@@ -42,7 +42,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     if layers:
         parts.append(f"the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} times as wide")
     parts += [f"the attention of {len(heads)} layers ({ranges(heads)}) has twice as many {kind}"] if heads else []
-    parts += [f"{what} copied" for what in _beside_text(growth)]
+    parts += [f"{what} {verb} copied" for what, verb in _beside_text(growth)]
     text = f"Grown from `{base['name']}`: {', and '.join(parts)}. "
     text += "The base's weights are in it, bit for bit (`grow base` takes them out again). "
     elsewhere = growth.get("copies_from")
@@ -85,7 +85,7 @@ def stock_card(
         layers, kind, heads = growth["layers"], *_heads(growth)
         parts = [f"its MLPs (layers {ranges(layers)}, {growth['factor']} times as wide)"] if layers else []
         parts += [f"its {kind} (layers {ranges(heads)}, twice as many)"] if heads else []
-        parts += [what.partition(" are ")[0].partition(" is ")[0] for what in _beside_text(growth)]
+        parts += [what for what, _ in _beside_text(growth)]
         text = (
             f"Made from `{base['name']}` by growing {' and '.join(parts)} and training the added copies, then joined "
             "to one plain model. "
@@ -103,11 +103,11 @@ def _heads(growth: dict[str, Any]) -> tuple[str, list[int]]:
     return {"queries": "query heads", "heads": "heads"}[attention["kind"]], attention["layers"]
 
 
-def _beside_text(growth: dict[str, Any]) -> list[str]:
-    """Returns what has grown of a tower for images and its projector, in words."""
+def _beside_text(growth: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what has grown of a tower for images and its projector, in words, each with "is" or "are"."""
     tower = growth.get("tower") or []
-    found = [f"the MLPs of {len(tower)} layers ({ranges(tower)}) of its tower for images are"] if tower else []
-    return found + (["its projector from the tower is"] if growth.get("projector") else [])
+    found = [(f"the MLPs of {len(tower)} layers ({ranges(tower)}) of its tower for images", "are")] if tower else []
+    return found + ([("its projector from the tower", "is")] if growth.get("projector") else [])
 
 
 def _own_alphas(growth: dict[str, Any]) -> str:

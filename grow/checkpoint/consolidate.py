@@ -6,7 +6,8 @@ memory at a time.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +127,10 @@ def stock_tensors(
     """
     start = source.start
     prefixes = mlp_prefixes(start.tensors) if plans else {}
-    made = {layer: _blocks(source, plans, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
-    transposed = is_transposed(start.config)
-    units = {layer: hidden_units(parts, transposed) for layer, parts in made.items()}
-    widths = _widths(start.config, units)
-    narrow = [layer for layer, count in units.items() if count < widths[layer]]
-    _check_padded(
-        narrow, uniform, "layers {} are not grown as wide as others, and stock models have one width", "them with zeros"
-    )
-    mlps: dict[str, LazyTensor] = {}
-    for layer, prefix in prefixes.items():
-        own = made[layer][0][0]
-        joined = stock_mlp(made[layer], widths[layer], dtype or next(iter(own.values())).dtype, transposed)
-        mlps |= {f"{prefix}.{end}": tensor for end, tensor in joined.items()}
+    mlps = _mlps(
+        source, plans, prefixes, partial(_widths, start.config), uniform, alpha, dtype,
+        "layers {} are not grown as wide as others, and stock models have one width", "them with zeros",
+    )  # fmt: skip
     mlps |= _tower(source, plans, uniform, alpha, dtype) | _heads(source, plans, prefixes, uniform, alpha, dtype)
     mlps |= _projector(source, plans, alpha, dtype)
     tensors = {}
@@ -158,17 +150,35 @@ def _tower(
     towers = {name: dataclasses.replace(plan, layers=plan.tower, alphas=()) for name, plan in plans.items()}
     if not any(plan.tower for plan in towers.values()):
         return {}
-    prefixes = tower_prefixes(source.start.tensors)
-    made = {layer: _blocks(source, towers, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
-    units = {layer: hidden_units(parts, False) for layer, parts in made.items()}
-    width = max(units.values())
-    narrow = [layer for layer, count in units.items() if count < width]
-    _check_padded(
-        narrow, uniform, "layers {} of the tower are not grown as wide as others, and it has one width", "with zeros"
-    )
+    return _mlps(
+        source, towers, tower_prefixes(source.start.tensors), lambda units: dict.fromkeys(units, max(units.values())),
+        uniform, alpha, dtype, "layers {} of the tower are not grown as wide as others, and it has one width",
+        "with zeros",
+    )  # fmt: skip
+
+
+def _mlps(
+    source: TrainedWeights,
+    plans: Mapping[str, GrowthPlan],
+    prefixes: dict[int, str],
+    widths_of: Callable[[dict[int, int]], dict[int, int]],
+    uniform: bool,
+    alpha: float,
+    dtype: str | None,
+    problem: str,
+    padding: str,
+) -> dict[str, LazyTensor]:
+    """Returns the stock form of the MLPs with these key prefixes, each as wide as `widths_of` makes of their hidden
+    units; `problem` and `padding` are for _check_padded."""
+    made = {layer: _blocks(source, plans, layer, prefix, alpha, dtype) for layer, prefix in prefixes.items()}
+    transposed = is_transposed(source.start.config)
+    units = {layer: hidden_units(parts, transposed) for layer, parts in made.items()}
+    widths = widths_of(units)
+    _check_padded([layer for layer, count in units.items() if count < widths[layer]], uniform, problem, padding)
     found: dict[str, LazyTensor] = {}
     for layer, parts in made.items():
-        joined = stock_mlp(parts, width, dtype or next(iter(parts[0][0].values())).dtype, False)
+        own = next(iter(parts[0][0].values()))
+        joined = stock_mlp(parts, widths[layer], dtype or own.dtype, transposed)
         found |= {f"{prefixes[layer]}.{end}": tensor for end, tensor in joined.items()}
     return found
 

@@ -105,7 +105,7 @@ class Examples(Sequence[Example]):
             tokens.update(pc.list_flatten(part["tokens"]).to_numpy())
             marks.update(pc.list_flatten(part["learnt"]).to_numpy())
         sizes = xxh3_128(self.lengths.tobytes()).hexdigest()
-        files = f" {self.images.files()}" if self.images else ""
+        files = f" {self.images.files}" if self.images else ""
         return xxh3_128(f"{tokens.hexdigest()} {marks.hexdigest()} {sizes}{files}".encode()).hexdigest()
 
 

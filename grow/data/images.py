@@ -9,6 +9,7 @@ import contextlib
 import io
 import re
 from collections.abc import Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ class RowImages:
         except ValueError as error:
             raise UserError(f"{self._rows.where(index)}: {error}; it was there when the rows were tokenised") from error
 
+    @cached_property
     def files(self) -> str:
-        """Returns what tells the files of images from others (files_digest), wherever they lie."""
+        """What tells the files of images from others (files_digest), wherever they lie."""
         return files_digest(self._rows, self._images.column, self._images.root)
 
 
@@ -191,10 +193,7 @@ def _blank() -> bytes:
 
 
 def _processor(folder: str) -> Any:
-    try:
-        found = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
-        raise UserError(f"images: {folder}: has no processor for images ({innermost(error)})") from error
+    found = _loaded(folder)
     if not hasattr(found, "image_processor"):
         raise UserError(f"images: {folder}: has no processor for images; it is a model of text alone")
     if type(found).__name__ not in KNOWN:
@@ -203,3 +202,12 @@ def _processor(folder: str) -> Any:
             f"{' and '.join(KNOWN)} is"
         )
     return found
+
+
+@cache
+def _loaded(folder: str) -> Any:
+    """Loads a processor, which brings a tokenizer of its own, once for all splits."""
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"images: {folder}: has no processor for images ({innermost(error)})") from error

@@ -14,7 +14,8 @@ from grow.data.examples import Examples
 from grow.data.images import TOKEN_TYPES
 from grow.data.labels import IGNORED
 
-_OF_TOKENS = ("input_ids", "position_ids", "labels", "rows")
+OF_TOKENS = ("input_ids", "position_ids", "labels", "rows")
+"""What a sequence has of its tokens."""
 
 
 def pack(lengths: np.ndarray, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +184,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         if name in TOKEN_TYPES:
             none = torch.zeros_like(items[0]["input_ids"])
             batch[name] = torch.stack([item.get(name, none) for item in items])
-        elif name in _OF_TOKENS:
+        elif name in OF_TOKENS:
             batch[name] = torch.stack([item[name] for item in items])
         else:
             batch[name] = torch.cat([item[name] for item in items if name in item])

@@ -57,7 +57,8 @@ class Template:
         if self.messages:
             return conversation_text(row, self, tokenizer, guard)
         images = len(values_of(row, self.images)) if self.images else 0
-        before = self.fill(self.prompt, row, placed(guard) if images else guard, PLACE if images else "")
+        own_image = (PLACE if images else "") if self.images else None
+        before = self.fill(self.prompt, row, placed(guard) if images else guard, own_image)
         after = self.fill(self.completion, row, guard)
         if not after.strip():
             raise ValueError("empty")
@@ -65,15 +66,12 @@ class Template:
             before = PLACE * images + before
         return Text(before + after, [(len(before), len(before) + len(after))])
 
-    def fill(
-        self, template: str, row: Mapping[str, Any], guard: Guard = str, image: str | None = None
-    ) -> str:  # fmt: skip
+    def fill(self, template: str, row: Mapping[str, Any], guard: Guard = str, image: str | None = None) -> str:
         """Returns `prompt` or `completion` with a row's values, and with `image` in the place of an image's in its own
         words. Raises ValueError if a value is missing or no text."""
+        own_image = PLACEHOLDER if image is None else image
         pieces = _filled(template, row)
-        if not self.images or image is None:
-            return "".join(text if own else guard(text) for text, own in pieces)
-        return "".join(text.replace(PLACEHOLDER, image) if own else guard(text) for text, own in pieces)
+        return "".join(text.replace(PLACEHOLDER, own_image) if own else guard(text) for text, own in pieces)
 
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """Returns the text of a row's prompt in pieces, each with whether it is of the template's own words. Raises

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grow.data.tokenizer import load_tokenizer
 from grow.model.grown import grown_beside_text
+from grow.model.images import image_features
 from grow.model.loading import load
 from grow.model.switched import SwitchedModel, set_switch
 
@@ -51,9 +52,7 @@ def _compared(results: list[Tensor]) -> dict[str, float]:
 
 
 def _of_an_image(model: Any) -> Tensor:
-    """Returns what a model's tower and projector make of noise, which the language model is given for an image."""
+    """Returns what a model's tower and projector make of noise."""
     size = model.config.vision_config.image_size
     image = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
-    made = model.get_image_features(pixel_values=image.to(model.device, model.dtype))
-    features: Tensor = getattr(made, "pooler_output", made)
-    return features if isinstance(features, Tensor) else torch.cat(list(features))
+    return torch.cat(image_features(model, {"pixel_values": image.to(model.device, model.dtype)}))

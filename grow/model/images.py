@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.data.packing import OF_TOKENS
 from grow.errors import UserError
 from grow.names import of_language_model
 from grow.recipe import AUTO, Recipe
 
-TEXT = ("input_ids", "position_ids", "labels", "rows")
-"""What a batch has of its tokens (grow.data.packing)."""
-
 
 def of_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns what a model is given of a batch's images."""
-    return {name: tensor for name, tensor in batch.items() if name not in TEXT}
+    return {name: tensor for name, tensor in batch.items() if name not in OF_TOKENS}
 
 
 @contextlib.contextmanager
@@ -30,21 +28,26 @@ def passing_the_tower(model: Any, batch: dict[str, Tensor]) -> Iterator[None]:
     """Lets a batch without images pass through a model's tower within the context, if the model's `blank_image` has the
     tensors of one (blank_for) and other ranks may wait for it."""
     blank = model.__dict__.get("blank_image")
-    if not blank or of_images(batch) or not (_partitioned(model) or (model.training and torch.is_grad_enabled())):
+    if not blank or of_images(batch) or not ((model.training and torch.is_grad_enabled()) or _partitioned(model)):
         yield
         return
 
     def add_nothing(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
-        made = model.get_image_features(**{name: tensor.to(embedded.device) for name, tensor in blank.items()})
-        features = getattr(made, "pooler_output", made)
-        parts = features if isinstance(features, (list, tuple)) else [features]
-        return embedded + 0 * sum(part.sum() for part in parts).to(embedded.dtype)
+        parts = image_features(model, {name: tensor.to(embedded.device) for name, tensor in blank.items()})
+        return embedded + 0 * torch.stack([part.sum() for part in parts]).sum().to(embedded.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(add_nothing)
     try:
         yield
     finally:
         handle.remove()
+
+
+def image_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Returns what a model's tower and projector make of images, which the language model is given for them."""
+    made = model.get_image_features(**inputs)
+    features = getattr(made, "pooler_output", made)
+    return list(features) if isinstance(features, (list, tuple)) else [features]
 
 
 def check_images(recipe: Recipe, tower: bool, config: Any) -> None:

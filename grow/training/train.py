@@ -261,8 +261,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     check_attention(recipe.attn_implementation, cls, config)
     plan = GrowthPlan.from_config(start.config)
     beside_text = bool(plan.tower or plan.projector if plan else recipe.tower or recipe.train_projector)
-    check_images(recipe, recipe.make_method().grows and beside_text, config)
     method = recipe.make_method()
+    check_images(recipe, method.grows and beside_text, config)
     method.check(recipe)
     method.check_names(start.tensors)
     if isinstance(method, PeftMethod) and is_transposed(start.config):

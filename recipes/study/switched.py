@@ -47,7 +47,7 @@ def scores(study: "Study", cell: Cell, run: Path, trained: Path) -> dict[str, An
             put(study, cell, run, kind)
             scored = trained.with_name(f"{trained.name}-{kind}")
             if not scored.exists():
-                grow("consolidate", run, scored, "--format", "grown", f"--average={cell.average}")
+                grow("consolidate", run, scored, "--format", "grown")
         study.score(scored, out, f"--against={study.base_scores()}", write=cell.write and kind == cell.switches[0])
         found[kind] = study.point(read_json(out))
         if scored != trained and not study.keep:
