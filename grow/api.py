@@ -17,60 +17,54 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grow.checkpoint.card import base_facts
-from grow.checkpoint.consolidate import stock_config, stock_tensors
-from grow.checkpoint.expand import added_tensors, base_identity, make_plan
+from grow.checkpoint.copies import added_tensors
+from grow.checkpoint.expand import base_identity
+from grow.checkpoint.growable import make_plan
 from grow.checkpoint.hub import locate
 from grow.checkpoint.metadata import without_checksums, write_growth
 from grow.checkpoint.output import OutputFolder, no_progress, refuse_existing, side_files
 from grow.checkpoint.package import check_base_tensors, matches, open_package
 from grow.checkpoint.shards import Checkpoint
+from grow.checkpoint.stock import stock_config, stock_tensors
 from grow.checkpoint.trained_weights import TrainedWeights
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, checksum, parse_size, split_into_shards
-from grow.errors import UserError
+from grow.errors import UserError, unknown
 from grow.methods import METHODS
 from grow.methods.g_freeze import GFreeze
 from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
-from grow.model.attention_heads import grown_parts
-from grow.model.grown import add_parts, parts_with_alpha
+from grow.model.grown import add_parts, grown_mlps, grown_parts, parts_with_alpha
 from grow.model.in_memory import InMemoryCheckpoint, fill
-from grow.model.mlp import grown_mlps
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
+from grow.parts import FIELDS
 from grow.plan import GrowthPlan
 
 __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "set_switch", "to_stock", "trainable"]
 
 
 def grow_model(
-    model: PreTrainedModel,
-    layers: str | Iterable[int] = "all",
-    factor: int = 2,
-    attention: str = "",
-    attention_layers: str | Iterable[int] = "",
-    tower: str = "",
-    tower_layers: str | Iterable[int] = "",
-    train_projector: bool = False,
+    model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2, **parts: Any
 ) -> PreTrainedModel:
-    """Grows a loaded model's MLPs, or heads of its attention, in place, and returns it: with factor 2 its outputs stay
-    exactly the same.
+    """Grows a loaded model's MLPs, or other parts, in place, and returns it: with factor 2 its outputs stay exactly the
+    same.
 
     Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
-    of these MLPs becomes `factor` times as wide. With `attention` "queries" or "heads" those are copied too, in
-    `attention_layers` or all, with `tower` "vision" the MLPs of the tower for images, in `tower_layers` or all;
-    with `train_projector` the projector from it trains; `layers` may be "none", or empty, then. Raises UserError for a
-    model that cannot grow.
+    of these MLPs becomes `factor` times as wide. `parts` are the further flags of `grow expand`: `attention` "queries"
+    or "heads" in `attention_layers` or all, `tower` "vision" (the MLPs of the tower for images) in `tower_layers` or
+    all, `train_projector`; `layers` may be "none", or empty, then. Raises UserError for a model that cannot grow, and
+    for a part that there is not.
     """
+    for name in parts:
+        if name not in FIELDS:
+            raise UserError(f"grow_model: {unknown(name, FIELDS, 'part')}")
     base = InMemoryCheckpoint(model)
-    plan, prefixes = make_plan(
-        base, factor=factor, layers=_listed(layers) or "none", attention=attention,
-        attention_layers=_listed(attention_layers), tower=tower, tower_layers=_listed(tower_layers),
-        train_projector=train_projector,
-    )  # fmt: skip
+    named = {name: value if isinstance(value, bool) else _listed(value) for name, value in parts.items()}
+    plan = make_plan(base, factor=factor, layers=_listed(layers) or "none", **named)
     _add(model, plan)
-    fill(model, added_tensors(base, plan, prefixes))
+    fill(model, added_tensors(base, plan))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
     return model
 

@@ -20,15 +20,12 @@ ATTENTION = {"queries": ("q_proj", "o_proj"), "heads": ("q_proj", "k_proj", "v_p
 """The matrices of attention that grow, by kind; as an MLP's, the last maps back to the hidden size. Query heads share
 the keys and values that are there, whole heads have their own."""
 QUERY, OUTPUT = "q_proj", "o_proj"
-PROJECTOR, PROJECTION = "multi_modal_projector", "mm_input_projection_weight"
-"""Gemma 3's projector from its tower to the language model, and its matrix."""
 TRANSPOSED = ("gpt2",)
 """Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
 LAYERS = "(?:layers|h)"
 """What the list of decoder layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 _MATRIX = "|".join(MATRICES)
-_GROWING = f"(mlp|self_attn|{PROJECTOR})"
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
@@ -42,10 +39,9 @@ _NOT_PLAIN = {
     ".qweight": "quantized weights",
     ".lora_A.": "an adapter (merge it first)",
 }  # fmt: skip
-_ADDED = re.compile(
-    rf"(?:^|(?<=\.)){_GROWING}\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.)?"
-    rf"(?=(?:{_MATRIX}|{'|'.join(ATTENTION['heads'])})\.|{PROJECTION}$)"
-)
+_SKILLED = f"{_MATRIX}|{'|'.join(ATTENTION['heads'])}"  # what skills have, of which a name says whose it is
+_ADDED = re.compile(rf"\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.(?=(?:{_SKILLED})\.))?")
+_UP = {*MATRICES, *ATTENTION["heads"]} - {*DOWN, OUTPUT}
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
 _TOWER_WRAPPER = re.compile(r"^(vision_tower)\.vision_model\.")
 _OTHER_NAMES = {
@@ -97,11 +93,6 @@ def _prefixes(keys: Iterable[str]) -> dict[int, str]:
     return prefixes
 
 
-def attention_prefix(mlp: str) -> str:
-    """Returns the prefix of a layer's attention, by that of its MLP."""
-    return f"{mlp.removesuffix('.mlp')}.self_attn"
-
-
 def check_matrices(field: str, wanted: Iterable[str], keys: Iterable[str]) -> None:
     """Raises UserError for the name of a matrix, such as gate_proj, that no decoder layer has; a recipe's `field` names
     it."""
@@ -119,41 +110,45 @@ def is_growth(key: str) -> bool:
 
 
 def is_copy(key: str) -> bool:
-    """Says whether a tensor is of an added copy."""
-    return ".mlp.grown." in key or ".self_attn.grown." in key or f"{PROJECTOR}.grown." in key
+    """Says whether a tensor is of an added copy, `….grown.…`."""
+    return ".grown." in key
 
 
 def is_trained_up(key: str) -> bool:
-    """Says whether a tensor is of what g_train trained beside the base's own: gate and up, or q, k and v."""
-    return ".mlp.trained." in key or ".self_attn.trained." in key
+    """Says whether a tensor is of what g_train trained beside the base's own, `….trained.…`: gate and up, or q, k and
+    v."""
+    return ".trained." in key
 
 
 def own_name(key: str) -> str:
     """Returns the name of the base's own tensor that an added one is a copy of."""
-    return _ADDED.sub(r"\1.", key)
+    return _ADDED.sub(".", key)
 
 
 def is_down(key: str) -> bool:
     """Says whether a tensor is of a matrix that growth divides by k: the one that maps hidden units, or heads, back to
-    the hidden size, or a projector's."""
-    return key.endswith(PROJECTION) or key.split(".")[-2] in (*DOWN, OUTPUT)
+    the hidden size, or one that is copied as it is."""
+    return key.split(".")[-2] not in _UP
 
 
 def skill_of(key: str) -> str:
     """Returns the skill that an added tensor belongs to, by its name `….mlp.grown.<skill>.gate_proj.weight`; "" where a
     single one has no name."""
     match = _ADDED.search(key)
-    return (match[3] or "") if match else ""
+    return (match[2] or "") if match else ""
 
 
 def of_skill(key: str, skill: str) -> str:
     """Returns the name of an added tensor as that of a skill; of "", without a name."""
-    return _ADDED.sub(lambda match: f"{match[1]}.{match[2]}." + f"{skill}." * bool(skill), key)
+    return _ADDED.sub(lambda match: f".{match[1]}." + f"{skill}." * bool(skill), key)
 
 
 def named_beside(key: str, own: str) -> str:
-    """Returns the name of an added tensor beside the base's own tensor `own`, in the layout of its name."""
-    return re.sub(rf"(?:^|(?<=\.)){_GROWING}\.", r"\1.grown." if is_copy(key) else r"\1.trained.", own)
+    """Returns the name of an added tensor beside the base's own tensor `own`, in the layout of its name; "" for ""."""
+    match = _ADDED.search(key)
+    assert match, key
+    end = key[match.end() :]
+    return f"{own.removesuffix(end)}{match[1]}.{end}" if own else ""
 
 
 def canonical(key: str) -> str:

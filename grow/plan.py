@@ -1,88 +1,68 @@
-"""GrowthPlan: which layers grow, and by which factor. It stands in a grown checkpoint's config.json under "growth"."""
+"""GrowthPlan: what grows, in which layers, by which factor. It stands in a grown checkpoint's config.json under
+"growth"."""
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grow.errors import UserError
-from grow.names import ATTENTION
 
-FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION, TOWER_VERSION = 1, 2, 3, 4
+FORMAT_VERSION, SKILLS_VERSION, ATTENTION_VERSION, TOWER_VERSION, PARTS_VERSION = 1, 2, 3, 4, 5
+_KNOWN = (FORMAT_VERSION, ATTENTION_VERSION, TOWER_VERSION, PARTS_VERSION)
 _COUPLED = "the MLP keeps its largest neurons alone (activation_sparsity_pattern)"
 MAX_FACTOR = 64  # a larger one is a typing error, or malicious
 
 
 @dataclass(frozen=True)
-class Growth:
-    """Holds what is asked to grow, as the fields of a recipe and the flags of `expand` say it, by the same names.
+class Where:
+    """Says where a kind of part (grow.parts) grows: in which layers, ascending, and which kind of it. What has no
+    layers is layer 0."""
 
-    `layers` are those whose MLPs grow by `factor`; `attention`, "queries" or "heads", grows in `attention_layers`;
-    `tower`, "vision", in `tower_layers`; `train_projector` trains a copy of the projector from it. Layers are written
-    as parse_layers reads them; empty means all, but for `layers`, where it means none if something else grows.
-    """
-
-    factor: int | str = 2
-    layers: str = ""
-    attention: str = ""
-    attention_layers: str = ""
-    tower: str = ""
-    tower_layers: str = ""
-    train_projector: bool = False
-
-    @property
-    def mlps(self) -> str:
-        """Returns the layers whose MLPs grow; "none" unless they are given, where something else grows."""
-        return str(self.layers).strip() or ("none" if grows_beside(vars(self)) else "all")
-
-
-def grows_beside(values: Mapping[str, Any]) -> bool:
-    """Says whether something else than MLPs of the language model is asked to grow, by fields of Growth."""
-    asked = (str(values.get(name) or "").lower() for name in ("attention", "tower", "train_projector"))
-    return any(value not in ("", "none", "null", "false", "no", "off", "0") for value in asked)
+    layers: tuple[int, ...]
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Says which MLPs of a model and of its tower, and in which layers heads of attention, have added copies.
+    """Says what of a model has added copies.
 
     `factor` is k: the MLP's hidden width becomes k·intermediate_size, the base's own and k−1 added copies. `layers` are
-    the indices of the grown decoder layers, ascending. `trained_up` says that these layers hold trained up-projections,
-    made by g_train, beside their own. `alphas` has the coefficient that each of these layers has at α = 1; if it is
-    empty, that is 1. `attention` are the layers whose heads have grown, ascending, of the kind "queries" or "heads"
-    (grow.names.ATTENTION); there k is 2. `tower` are the layers whose MLPs have grown in the tower for images,
-    ascending; `projector` says that the projector from it has a copy that trains.
+    the indices of the decoder layers whose MLPs have grown, ascending. `trained_up` says that what has grown holds
+    trained up-projections, made by g_train, beside its own. `alphas` has the coefficient that each of these layers has
+    at α = 1; if it is empty, that is 1. `beside` says what else has grown, by the names of grow.parts. `alpha` is the
+    coefficient, at α = 1, of one of several skills.
     """
 
     factor: int
     layers: tuple[int, ...]
     trained_up: bool = False
     alphas: tuple[float, ...] = ()
-    attention: tuple[int, ...] = ()
-    attention_kind: str = ""
-    tower: tuple[int, ...] = ()
-    projector: bool = False
+    beside: Mapping[str, Where] = field(default_factory=dict)
+    alpha: float = 1.0
+
+    @property
+    def parts(self) -> dict[str, Where]:
+        """Returns all that grows, by name, the MLPs of the decoder layers among it."""
+        return ({"mlps": Where(self.layers)} if self.layers else {}) | dict(self.beside)
 
     def own_alpha(self, layer: int) -> float:
-        """Returns the factor that α is multiplied by in a grown layer."""
-        return self.alphas[self.layers.index(layer)] if self.alphas else 1.0
+        """Returns the factor that α is multiplied by in the MLP of a grown layer."""
+        return self.alpha * (self.alphas[self.layers.index(layer)] if self.alphas else 1.0)
 
     def facts(self) -> dict[str, Any]:
         """Returns what the "growth" object of a checkpoint's config says of it before training."""
         facts: dict[str, Any] = {"format_version": FORMAT_VERSION, "factor": self.factor, "layers": list(self.layers)}
-        if self.attention:
-            facts["format_version"] = ATTENTION_VERSION
-            facts["attention"] = {"kind": self.attention_kind, "layers": list(self.attention)}
-        if self.tower or self.projector:
-            facts["format_version"] = TOWER_VERSION
-            facts |= {"tower": list(self.tower), "projector": self.projector}
-        return facts
+        beside = {name: {"kind": where.kind, "layers": list(where.layers)} for name, where in self.beside.items()}
+        if set(beside) == {"attention"}:
+            return facts | {"format_version": ATTENTION_VERSION} | beside
+        return facts | ({"format_version": PARTS_VERSION, "parts": beside} if beside else {})
 
     def as_expanded(self) -> "GrowthPlan":
         """Returns the plan as it was before training, and before layers got an α of their own."""
-        return replace(self, trained_up=False, alphas=())
+        return replace(self, trained_up=False, alphas=(), alpha=1.0)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GrowthPlan | None":
@@ -96,32 +76,39 @@ class GrowthPlan:
                 f"it holds several skills ({', '.join(growth.get('skills', {}))}), which this does not work on; take "
                 "one out (grow growth SOURCE OUT --name SKILL), and attach it alone"
             )
-        if version not in (FORMAT_VERSION, ATTENTION_VERSION, TOWER_VERSION):
+        if version not in _KNOWN:
             raise UserError(
                 f"growth format version {version!r} is not known here "
-                f"(those up to {TOWER_VERSION} are): use the release that wrote the checkpoint"
+                f"(those up to {max(_KNOWN)} are): use the release that wrote the checkpoint"
             )
         try:
-            factor, layers = parse_factor(growth["factor"]), growth["layers"]
-            attention: tuple[int, ...] = ()
-            kind = ""
-            if version == ATTENTION_VERSION or (version == TOWER_VERSION and "attention" in growth):
-                attention, kind = _ascending(growth["attention"]["layers"]), growth["attention"]["kind"]
-                if kind not in ATTENTION or not attention or factor != 2:
-                    raise ValueError
-            images = version == TOWER_VERSION
-            tower, projector = (_ascending(growth["tower"]), growth["projector"]) if images else ((), False)
-            beside = bool(tower) or projector
-            if type(projector) is not bool or images != beside or not (_ascending(layers) or attention or beside):
+            factor, layers = parse_factor(growth["factor"]), _ascending(growth["layers"])
+            beside = {name: Where(_ascending(own["layers"]), own["kind"]) for name, own in _beside(growth).items()}
+            kinds = [where.kind for where in beside.values()]
+            if not all(isinstance(kind, str) for kind in kinds) or not (layers or beside):
                 raise ValueError
             alphas = tuple(float(alpha) for alpha in growth.get("alphas", ()))
             if len(alphas) not in (0, len(layers)) or not all(0 <= alpha <= 1 for alpha in alphas):
                 raise ValueError
-            return cls(factor, tuple(layers), bool(growth.get("trained_up")), alphas, attention, kind, tower, projector)
-        except (KeyError, TypeError, ValueError, OverflowError, UserError):
+            return cls(factor, layers, bool(growth.get("trained_up")), alphas, beside)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
                 "the growth in the checkpoint's config.json has no factor and layers that make sense"
             ) from None
+
+
+def _beside(growth: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a "growth" object says of other parts than MLPs, in any version of the format."""
+    version = growth["format_version"]
+    if version == PARTS_VERSION:
+        parts: dict[str, Any] = growth["parts"]
+        return parts
+    known = version == ATTENTION_VERSION or (version == TOWER_VERSION and "attention" in growth)
+    found = {"attention": growth["attention"]} if known else {}
+    if version == TOWER_VERSION:
+        found |= {"tower": {"kind": "vision", "layers": growth["tower"]}} if growth["tower"] else {}
+        found |= {"projector": {"kind": "", "layers": [0]}} if growth["projector"] else {}
+    return found
 
 
 def _ascending(layers: Any) -> tuple[int, ...]:
@@ -136,8 +123,7 @@ def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns the "growth" object that one of several skills would have alone."""
     own = growth["skills"][name]
     version = ATTENTION_VERSION if "attention" in own else FORMAT_VERSION
-    version = TOWER_VERSION if "tower" in own else version
-    alone: dict[str, Any] = {"format_version": version}
+    alone: dict[str, Any] = {"format_version": PARTS_VERSION if "parts" in own else version}
     for key, value in own.items():
         alone |= {} if key == "alpha" else {key: value}
         alone |= {"base": growth["base"]} if key == "trained" else {}  # where it stood before
@@ -145,7 +131,8 @@ def growth_of_skill(growth: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def skill_plans(growth: dict[str, Any] | None) -> dict[str, GrowthPlan]:
-    """Returns the plans of several skills by name, from the "growth" object of a config; {} if it has not several.
+    """Returns the plans of several skills by name, each with its α, from the "growth" object of a config; {} if it has
+    not several.
 
     Raises UserError as GrowthPlan.from_config does.
     """
@@ -155,7 +142,7 @@ def skill_plans(growth: dict[str, Any] | None) -> dict[str, GrowthPlan]:
     for name in growth["skills"]:
         plan = GrowthPlan.from_config({"growth": growth_of_skill(growth, name)})
         assert plan is not None
-        plans[name] = plan
+        plans[name] = replace(plan, alpha=growth["skills"][name]["alpha"])
     return plans
 
 
@@ -306,3 +293,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the language model's part of a config: multimodal configs keep it under "text_config"."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def with_text_config(config: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config whose language model's part has other settings."""
+    text = {**text_config(config), **settings}
+    return {**config, "text_config": text} if "text_config" in config else text

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from grow.errors import UserError, unknown
-from grow.plan import Growth, grows_beside, parse_factor
+from grow.parts import FIELDS, grow_beside
+from grow.plan import parse_factor
 from grow.recipe_values import (
     FITTED,
     begun_with,
@@ -33,8 +34,7 @@ AUTO = "auto"
 METRICS = ("loss", "chrf", "accuracy")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-_GROWTH = tuple(spec.name for spec in dataclasses.fields(Growth))
-_NO_FIELDS = ("method_class", "method_fields", "day")
+_NO_FIELDS = ("method_class", "method_fields", "part_fields", "day")
 # ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
 _PLACES = {
     "base", "grown", "data", "data_dir", "mix", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
@@ -51,18 +51,12 @@ class Recipe:
     base_revision: str | None = None
     method: str = "g_freeze"
     # Growth methods start from `grown`, an expanded checkpoint. Where none is named, launch/train.sh makes one in the
-    # run's folder, of these layers (as for `expand --layers`) and by this factor. `attention` grows heads, "queries" or
-    # "heads", in `attention_layers` (all unless given), `tower: vision` the MLPs of the tower for images, in
-    # `tower_layers`, and `train_projector` trains a copy of the projector from it; with one of them MLPs of the
-    # language model grow only in the `layers` that are given. One that is named has grown so, or is refused.
+    # run's folder, of these layers (as for `expand --layers`) and by this factor. What else grows is said by the fields
+    # of grow.parts, such as `attention`; with one of them MLPs grow only in the `layers` that are given. One that is
+    # named has grown so, or is refused.
     grown: str = ""
     layers: str = "all"
     factor: int = 2
-    attention: str = ""
-    attention_layers: str = ""
-    tower: str = ""
-    tower_layers: str = ""
-    train_projector: bool = False
 
     # When what was trained acts (grow.model.switch): always unless given; "row", in rows that are like the task's, and
     # elsewhere the model is its base; "answer", in their answers alone; "token", decided for each token; "call:TEXT",
@@ -157,10 +151,12 @@ class Recipe:
     early_stopping_patience: int = 0
     report_to: str = "tensorboard"
 
-    # Not lines of the file: the class of the method (grow.methods.METHODS), the method's own fields in the file, and
-    # the day that is given to a chat template which writes the date (today, unless the run has begun).
+    # Not lines of the file: the class of the method (grow.methods.METHODS), the method's own fields in the file, those
+    # of the parts that can grow, and the day that is given to a chat template which writes the date (today, unless the
+    # run has begun).
     method_class: Any = None
     method_fields: dict[str, Any] = field(default_factory=dict)
+    part_fields: dict[str, Any] = field(default_factory=dict)
     day: str = ""
 
     @property
@@ -176,12 +172,20 @@ class Recipe:
     @property
     def plans_growth(self) -> bool:
         """Says whether anything of `growth` is other than its default."""
-        return any(getattr(self, name) != getattr(Recipe, name) for name in _GROWTH)
+        return (self.layers, self.factor) != (Recipe.layers, Recipe.factor) or any(
+            value != FIELDS[name].default for name, value in self.part_fields.items()
+        )
 
     @property
     def growth(self) -> dict[str, Any]:
         """Returns what a run's own grown checkpoint is to be, as grow.checkpoint.expand takes it."""
-        return {name: getattr(self, name) for name in _GROWTH}
+        parts = {name: self.part_fields.get(name, spec.default) for name, spec in FIELDS.items()}
+        return {"layers": self.layers, "factor": self.factor} | parts
+
+    @property
+    def growth_flags(self) -> list[str]:
+        """Returns the same as flags of `grow expand`."""
+        return [f"--{name}" + f"={value}" * (value is not True) for name, value in self.growth.items() if value]
 
     @property
     def start(self) -> str:
@@ -226,13 +230,15 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """Returns every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS} | own
+        general = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS}
+        return general | self.growth | own
 
 
 def field_types(methods: Methods) -> dict[str, Any]:
     """Returns the types of all fields that a recipe may have: one recipe serves several methods."""
     classes = (*methods.values(), Recipe)
     types_ = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
+    types_ |= {name: type(spec.default) for name, spec in FIELDS.items()}
     return {name: kind for name, kind in types_.items() if name not in _NO_FIELDS}
 
 
@@ -268,7 +274,7 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
         if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
             raise UserError(f"{path}: the field {spec.name} is missing")
     upper = {"layers": "upper", "lora_layers": "upper"} if values.get("switch") and not values.get("grown") else {}
-    values = upper | ({"layers": "none"} if grows_beside(values) else {}) | values
+    values = upper | ({"layers": "none"} if grow_beside(values) else {}) | values
     checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
     chosen = checked.get("method", Recipe.method)
     if chosen not in methods:
@@ -285,6 +291,7 @@ def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
         **{name: value for name, value in checked.items() if name in general},
         method_class=method,
         method_fields=method_fields,
+        part_fields={name: value for name, value in checked.items() if name in FIELDS},
     )
     return _resolve(recipe, path)
 

@@ -16,19 +16,20 @@ help_if_asked "$@"
 check_numbers FACTOR
 enter "$@"
 install "$ROOT/requirements.txt"
-shown=$(grow show "$1" grows base grown factor layers attention attention_layers tower tower_layers train_projector "${@:2}")
+shown=$(grow show "$1" grows base grown plans_growth growth "${@:2}")
 mapfile -t shown <<<"$shown"
-grows=${shown[0]} base=${shown[1]} grown=${shown[2]} factor=${shown[3]} layers=${shown[4]}
+grows=${shown[0]} base=${shown[1]} grown=${shown[2]} growth=("${shown[@]:4}")
 [[ $grows == True ]] || exit 0
-[[ -z ${FACTOR:-}${LAYERS:-} || "$factor $layers ${shown[5]:-}${shown[7]:-} ${shown[9]:-}" == "2 all  False" ]] ||
-    die 2 "FACTOR, LAYERS: $1 says what grows (layers $layers, attention ${shown[5]:-none}); give --factor or --layers"
-[[ ! -d $grown || -n ${FACTOR:-}${LAYERS:-} ]] || exit 0
-projector=$([[ ${shown[9]:-} != True ]] || echo --train-projector)
+if [[ ${FACTOR:-}${LAYERS:-} ]]; then
+    [[ ${shown[3]} == False ]] ||
+        die 2 "FACTOR, LAYERS: $1 says what grows (${growth[*]}); give --factor or --layers"
+    growth=("--factor=${FACTOR:-2}" "--layers=${LAYERS:-all}")
+elif [[ -d $grown ]]; then
+    exit 0
+fi
 mkdir -p "$(dirname "$grown")"
 # Several jobs may need the same one: the first makes it, the others find it there.
 exec 9>"$grown.lock"
 flock 9 2>/dev/null || say "$grown.lock: this file system has no locks; see that no other job expands"
-grow expand "$base" "$grown" --keep --factor "${FACTOR:-$factor}" --layers "${LAYERS:-$layers}" \
-    --attention "${shown[5]:-}" --attention-layers "${shown[6]:-}" --tower "${shown[7]:-}" --tower-layers "${shown[8]:-}" \
-    ${projector:+"$projector"}
+grow expand "$base" "$grown" --keep "${growth[@]}"
 rm -f "$grown.lock"

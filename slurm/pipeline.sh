@@ -60,9 +60,9 @@ if [[ $pilot ]]; then
     without "--method --max_steps --output_dir --switch --average" "$@"
     arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --average 1 --output_dir "$run-pilot")
     piloting=$(submit training "" "${gpu[@]}")
-    without "--grown --layers --attention --attention_layers --tower --tower_layers --train_projector" "$@"
-    arguments+=(--grown "$run-grown" --attention= --attention_layers= --tower= --tower_layers= --train_projector=false
-        "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
+    mapfile -t nothing_else < <(grow show "$1" growth_defaults "${@:2}")
+    without "--grown --layers ${nothing_else[*]%%=*}" "$@"
+    arguments+=(--grown "$run-grown" "${nothing_else[@]}" "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
     export PILOT=$run-pilot
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")

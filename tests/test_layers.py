@@ -10,13 +10,14 @@ import pytest
 from tests.helpers.tiny import ROOT
 
 # What a package may import; each may also import itself.
-FOUNDATION = {"errors", "names", "plan", "recipe", "recipe_values"}
+FOUNDATION = {"errors", "names", "plan", "parts", "recipe", "recipe_values"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "names": {"errors"},
-    "plan": {"errors", "names"},
+    "plan": {"errors"},
+    "parts": {"errors", "names", "plan"},
     "recipe_values": {"errors"},
-    "recipe": {"errors", "plan", "recipe_values"},
+    "recipe": {"errors", "parts", "plan", "recipe_values"},
     "checkpoint": FOUNDATION,
     "data": FOUNDATION | {"checkpoint"},
     "model": FOUNDATION | {"checkpoint", "data"},

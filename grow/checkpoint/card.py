@@ -8,7 +8,8 @@ import yaml
 
 from grow.checkpoint.hub import hub_name
 from grow.checkpoint.shards import Checkpoint
-from grow.plan import ranges
+from grow.parts import grown_words
+from grow.plan import GrowthPlan, growth_of_skill
 
 _MAX_CARD = 2**16  # characters; reading YAML is slow
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -37,13 +38,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     base = growth["base"]
     if "skills" in growth:
         return _card(base, "With several skills", _skills(growth))
-    layers, kind, heads = growth["layers"], *_heads(growth)
-    parts = []
-    if layers:
-        parts.append(f"the MLPs of {len(layers)} layers ({ranges(layers)}) are {growth['factor']} times as wide")
-    parts += [f"the attention of {len(heads)} layers ({ranges(heads)}) has twice as many {kind}"] if heads else []
-    parts += [f"{what} {verb} copied" for what, verb in _beside_text(growth)]
-    text = f"Grown from `{base['name']}`: {', and '.join(parts)}. "
+    text = f"Grown from `{base['name']}` by a factor of {growth['factor']}: {_grown(growth)}. "
     text += "The base's weights are in it, bit for bit (`grow base` takes them out again). "
     elsewhere = growth.get("copies_from")
     if elsewhere:
@@ -66,7 +61,7 @@ def _skills(growth: dict[str, Any]) -> str:
         trained = own["trained"] or {}
         learnt = f"trained by `{trained['method']}` on `{trained['data']}`" if "method" in trained else "growth"
         switch = ", with a switch" if "switch" in own else ""
-        lines.append(f"- `{name}`: layers {ranges(own['layers'])}, {learnt}, α = {own['alpha']:g}{switch}")
+        lines.append(f"- `{name}`: {_grown(growth_of_skill(growth, name))}, {learnt}, α = {own['alpha']:g}{switch}")
     return "\n".join(lines)
 
 
@@ -82,13 +77,9 @@ def stock_card(
         names = ", ".join(f"`{name}` (α = {own['alpha']:g})" for name, own in growth["skills"].items())
         text = f"Made from `{base['name']}` with the skills {names}, all on, joined to one plain MLP a layer. "
     elif growth:
-        layers, kind, heads = growth["layers"], *_heads(growth)
-        parts = [f"its MLPs (layers {ranges(layers)}, {growth['factor']} times as wide)"] if layers else []
-        parts += [f"its {kind} (layers {ranges(heads)}, twice as many)"] if heads else []
-        parts += [what for what, _ in _beside_text(growth)]
         text = (
-            f"Made from `{base['name']}` by growing {' and '.join(parts)} and training the added copies, then joined "
-            "to one plain model. "
+            f"Made from `{base['name']}` by growing {_grown(growth)} by a factor of {growth['factor']} and training "
+            "the added copies, then joined to one plain model. "
         ) + _own_alphas(growth)
     else:
         text = f"Made from `{base['name']}`, with its own shape. "
@@ -97,17 +88,10 @@ def stock_card(
     return _card(base, "Trained", text + _training(about) + _scores(scores))
 
 
-def _heads(growth: dict[str, Any]) -> tuple[str, list[int]]:
-    """Returns which heads of attention have grown, in words, and in which layers."""
-    attention = growth.get("attention", {"kind": "heads", "layers": []})
-    return {"queries": "query heads", "heads": "heads"}[attention["kind"]], attention["layers"]
-
-
-def _beside_text(growth: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns what has grown of a tower for images and its projector, in words, each with "is" or "are"."""
-    tower = growth.get("tower") or []
-    found = [(f"the MLPs of {len(tower)} layers ({ranges(tower)}) of its tower for images", "are")] if tower else []
-    return found + ([("its projector from the tower", "is")] if growth.get("projector") else [])
+def _grown(growth: dict[str, Any]) -> str:
+    plan = GrowthPlan.from_config({"growth": growth})
+    assert plan is not None
+    return " and ".join(grown_words(plan))
 
 
 def _own_alphas(growth: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """One of several skills, seen as a grown checkpoint that has it alone (grow.checkpoint.skills)."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,12 @@ def has_skills_at(path: str) -> bool:
 
 
 def plans_of(config: Mapping[str, Any]) -> dict[str, GrowthPlan]:
-    """Returns the growth plans of a checkpoint by skill, with each skill's α in the layers' own; a single one has the
-    name "". {} if the checkpoint is not grown."""
+    """Returns the growth plans of a checkpoint by skill, each with its α; a single one has the name "". {}
+    if the checkpoint is not grown."""
     if not has_skills(config):
         plan = GrowthPlan.from_config(dict(config))
         return {} if plan is None else {"": plan}
-    skills = config["growth"]["skills"]
-    return {
-        name: dataclasses.replace(plan, alphas=tuple(skills[name]["alpha"] * plan.own_alpha(n) for n in plan.layers))
-        for name, plan in skill_plans(config["growth"]).items()
-    }
+    return skill_plans(config["growth"])
 
 
 def has_skills(config: Mapping[str, Any]) -> bool:

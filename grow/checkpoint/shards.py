@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from grow.checkpoint.dtypes import DTYPES, Rows, itemsize
+from grow.checkpoint.dtypes import DTYPES, Rows, is_float, itemsize
 from grow.checkpoint.hub import locate
 from grow.checkpoint.lazy import LazyTensor
 from grow.errors import UserError
@@ -39,6 +39,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def is_float(self) -> bool:
+        """Says whether its type is a floating-point type."""
+        return is_float(self.dtype)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -20,7 +20,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.writer import GROWTH_SHARD_SIZE, files_of, parse_size, split_into_shards
 from grow.errors import UserError
 from grow.names import MATRICES, of_skill
-from grow.plan import SKILLS_VERSION
+from grow.parts import parts_of
+from grow.plan import SKILLS_VERSION, GrowthPlan
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -79,15 +80,11 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
         twice = next((other for other, known_sums in sums_of.items() if known_sums == facts["tensors"]), None)
         if twice is not None:
             raise UserError(f"attach: {name} and {twice} are the same growth; attach it once")
-        if facts.get("attention", {}).get("kind") == "heads":
-            raise UserError(
-                f"attach: {package}: heads with keys of their own have grown in it; attach it alone (query heads can "
-                "be one of several skills)"
-            )
-        if facts.get("tower") or facts.get("projector"):
-            raise UserError(
-                f"attach: {package}: the tower for images, or the projector from it, has grown in it; attach it alone"
-            )
+        plan = GrowthPlan.from_config({"growth": facts})
+        assert plan is not None
+        for part, where in parts_of(plan):
+            if part.must_be_alone(where):
+                raise UserError(f"attach: {package}: {part.must_be_alone(where)}; attach it alone")
         sums_of[name] = facts["tensors"]
         known |= {key: facts[key] for key in ("base", "base_tensors")} | check_same_base(own, facts)
         made |= {of_skill(key, name): tensor for key, tensor in added_as_of(own, added).items()}

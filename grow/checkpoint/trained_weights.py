@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.card import base_facts
-from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.copies import expected_growth
 from grow.checkpoint.lazy import LazyTensor, mean
 from grow.checkpoint.metadata import check_growth
 from grow.checkpoint.one_skill import OneSkill, has_skills
@@ -48,6 +48,10 @@ class TrainedWeights:
     def tensor(self, name: str) -> LazyTensor:
         """Returns a tensor as trained; a master weight is in fp32."""
         return self.trained[name] if name in self.trained else self.start.lazy(name)
+
+    def has(self, name: str) -> bool:
+        """Says whether there is such a tensor."""
+        return name in self.trained or name in self.start.tensors
 
     def growth(self) -> dict[str, LazyTensor]:
         """Returns all tensors that growth has added, as trained, each in the base's dtype."""

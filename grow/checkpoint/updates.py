@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.copies import expected_growth
 from grow.checkpoint.lazy import LazyTensor, elementwise
 from grow.checkpoint.trained_weights import ExportFunction, TrainedWeights, as_trained, load_trained
 from grow.errors import UserError

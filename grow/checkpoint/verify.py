@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from grow.checkpoint.expand import expected_growth
+from grow.checkpoint.copies import expected_growth
 from grow.checkpoint.hub import locate
 from grow.checkpoint.lazy import sound
 from grow.checkpoint.metadata import GROWTH_NAME, changed_files, read_growth

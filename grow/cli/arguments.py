@@ -7,11 +7,13 @@ its value, would make a number of a file called 12, and takes as long to import 
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from keyword import iskeyword
 from typing import Any
 
 from grow.errors import UserError, one_line, unknown
+from grow.parts.part import Field
 
 _HELP = ("-h", "--help")
 
@@ -100,6 +102,31 @@ def _complete(name: str, positional: list[str], flags: dict[str, Any], parameter
         raise UserError(f"{name}: {what} is missing (see grow {name} --help)")
     if len(positional) > len(places) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
         raise UserError(f"{name}: {positional[len(places)]!r} is too much; options have names (see {name} --help)")
+
+
+def with_flags(fields: Mapping[str, Field]) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Returns a decorator that gives a command flags for fields, and their help above that of --json. The command
+    takes them in its last parameter, which stays in sight only if it is called `fields`, for those of a recipe."""
+
+    def give(command: Callable[..., str]) -> Callable[..., str]:
+        signature = inspect.signature(command)
+        *own, last = signature.parameters.values()
+        flags = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=spec.default, annotation=type(spec.default))
+            for name, spec in fields.items()
+        ]
+        shown = signature.replace(parameters=[*own, *flags, *([last] if last.name == "fields" else [])])
+        command.__signature__ = shown  # type: ignore[attr-defined]
+        said = [
+            textwrap.fill(f"{name}: {spec.help}", 118, initial_indent=" " * 8, subsequent_indent=" " * 12)
+            for name, spec in fields.items()
+        ]
+        before, json, after = str(command.__doc__).rpartition("        json: ")
+        before = before.removesuffix("        parts: What else grows.\n")
+        command.__doc__ = before + "\n".join([*said, json]) + after
+        return command
+
+    return give
 
 
 def number(flag: str, value: str, kind: type = int) -> Any:

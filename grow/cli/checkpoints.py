@@ -6,15 +6,16 @@ Heavy imports happen inside a command, so that --help answers at once.
 import os
 from typing import Any
 
-from grow.cli.arguments import number
+from grow.cli.arguments import number, with_flags
 from grow.cli.format import Bar, memory_text, plan_text, say, verify_text
 from grow.errors import UserError
+from grow.parts import FIELDS
 
 
+@with_flags(FIELDS)
 def plan(
-    source: str, factor: str | None = None, layers: str | None = None, attention: str | None = None,
-    attention_layers: str | None = None, tower: str | None = None, tower_layers: str | None = None,
-    train_projector: bool = False, world_size: str = "1", gpu: str = "", json: bool = False, **fields: str,
+    source: str, factor: str | None = None, layers: str | None = None, world_size: str = "1", gpu: str = "",
+    json: bool = False, **fields: Any,
 ) -> str:  # fmt: skip
     """Shows what would be grown: layers, parameters added and trained, bytes on disk. Writes nothing.
 
@@ -28,24 +29,15 @@ def plan(
         source: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the
             cache; or a recipe, FILE.yaml.
         factor: k: every grown MLP becomes k times as wide; 2 unless given.
-        layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
-            top:6:ranking.json or top:6:DIR (learn-alphas); "all" if nothing is said of attention.
-        attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
-            values of their own) are copied as well, or alone where --layers is not given.
-        attention_layers: The layers whose attention grows, written as in --layers; all if not given.
-        tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
-        tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
-        train_projector: The projector from the tower trains as well, with its base kept.
+        layers: "all", "upper" (above a third of the depth), 0,3,7-9, or top:6:FILE, the best of a ranking or of what
+            learn-alphas wrote; "all" if nothing else is to grow.
         world_size: For a recipe: how many GPUs.
         gpu: For a recipe: the memory of one, such as 80GB, to be told what fits.
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
     """
-    named = {
-        "factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers,
-        "tower": tower, "tower_layers": tower_layers, "train_projector": train_projector or None,
-    }  # fmt: skip
-    growth: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    growth = {name: fields.pop(name) for name in FIELDS if name in fields}
+    growth |= {name: value for name, value in (("factor", factor), ("layers", layers)) if value is not None}
     if source.endswith((".yaml", ".yml")):
         from grow.checkpoint.writer import parse_size
         from grow.methods import read_recipe
@@ -61,18 +53,20 @@ def plan(
     if fields:
         raise UserError(f"plan: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a checkpoint")
 
-    from grow.checkpoint.expand import added_tensors, describe_growth, make_plan
+    from grow.checkpoint.copies import added_tensors
+    from grow.checkpoint.expand import describe_growth
+    from grow.checkpoint.growable import make_plan
     from grow.checkpoint.shards import Checkpoint
 
     checkpoint = Checkpoint(source)
-    grown, prefixes = make_plan(checkpoint, **growth)
-    return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown, prefixes)), plan_text, json)
+    grown = make_plan(checkpoint, **growth)
+    return say(describe_growth(checkpoint, grown, added_tensors(checkpoint, grown)), plan_text, json)
 
 
+@with_flags(FIELDS)
 def expand(
     base: str, out: str, factor: str = "2", layers: str = "", max_shard_size: str = "1GB", keep: bool = False,
-    copies_from: str = "", attention: str = "", attention_layers: str = "", tower: str = "", tower_layers: str = "",
-    train_projector: bool = False, json: bool = False,
+    copies_from: str = "", json: bool = False, **parts: Any,
 ) -> str:  # fmt: skip
     """Grows a checkpoint, offline: base shards linked, added copies streamed; no model is built.
 
@@ -84,19 +78,13 @@ def expand(
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.
         out: The grown checkpoint; must not exist yet.
         factor: k: every grown MLP becomes k times as wide.
-        layers: "all", "upper" (above a third of the depth), indices and ranges (0,3,7-9), or the best of a ranking,
-            top:6:ranking.json or top:6:DIR (learn-alphas); "none", as it is without this, where only attention, the
-            tower or the projector grows.
+        layers: "all", "upper" (above a third of the depth), 0,3,7-9, or top:6:FILE, the best of a ranking or of what
+            learn-alphas wrote; "none", as it is without this, where something else is to grow.
         max_shard_size: The largest file of growth, such as 1GB.
         keep: An OUT that is there already stays, if it grew in these layers by this factor.
         copies_from: A checkpoint of the same shape, whose MLPs are copied in place of the base's; the start is then the
             mean of both, and the base at α = 0 alone.
-        attention: "queries" (query heads, which share the keys and values that are there) or "heads" (with keys and
-            values of their own) are copied as well, or alone where --layers is not given.
-        attention_layers: The layers whose attention grows, written as in --layers; all if not given.
-        tower: "vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.
-        tower_layers: The layers of the tower that grow, written as in --layers; all if not given.
-        train_projector: The projector from the tower trains as well, with its base kept.
+        parts: What else grows.
         json: Print one JSON object.
     """
     # On import, numpy would start threads for matrix products, which spin for a while and have nothing to do here.
@@ -105,10 +93,7 @@ def expand(
     from grow.checkpoint.expand import check_grown
     from grow.checkpoint.expand import expand as run
 
-    growth: dict[str, Any] = {
-        "factor": factor, "layers": layers, "attention": attention, "attention_layers": attention_layers,
-        "tower": tower, "tower_layers": tower_layers, "train_projector": train_projector,
-    }  # fmt: skip
+    growth = {"factor": factor, "layers": layers} | parts
     if keep and os.path.isdir(out):
         there = check_grown(base, out, copies_from, **growth)
         return say(there, lambda r: f"is there already: {r['out']}", json)

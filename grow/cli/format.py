@@ -4,22 +4,14 @@ import json as json_module
 from collections.abc import Callable
 from typing import Any
 
-from grow.plan import ranges
-
 
 def plan_text(r: dict[str, Any]) -> str:
     """Returns the text of `plan` and `expand`."""
     added, base = r["added_parameters"], r["base_parameters"]
     trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
-    layers, heads, kind = r["layers"], r.get("attention_layers", []), r.get("attention", "")
-    grown = f"{len(layers)} layers ({ranges(layers)})" if layers else ""
-    grown += (" and " * bool(grown) + f"the {kind} of {len(heads)} ({ranges(heads)})") if heads else ""
-    tower = r.get("tower_layers", [])
-    grown += (" and " * bool(grown) + f"{len(tower)} layers of the tower ({ranges(tower)})") if tower else ""
-    grown += (" and " * bool(grown) + "the projector") if r.get("projector") else ""
     return (
         f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
-        f"grown by a factor of {r['factor']}: {grown}\n"
+        f"grown by a factor of {r['factor']}: {' and '.join(r['grown'])}\n"
         f"added: {added / 1e6:,.1f} M parameters ({added / base:.0%} of the base), {r['added_bytes'] / 1e9:.2f} GB\n"
         f"trained: {trained}"
     )

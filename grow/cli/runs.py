@@ -10,6 +10,7 @@ from pathlib import Path
 from grow.cli.arguments import number
 from grow.cli.format import Bar, say, train_text
 from grow.errors import UserError, unknown
+from grow.parts import FIELDS
 
 
 def fetch(recipe: str, json: bool = False, **fields: str) -> str:
@@ -58,7 +59,10 @@ def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, 
 
 
 def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
-    """Prints what fields of a recipe come to, one a line, for scripts: `grows` says whether its method starts grown.
+    """Prints what fields of a recipe come to, one a line, for scripts.
+
+    Beside the fields there are `grows` (its method starts grown), `plans_growth` (it says what grows), `growth` (the
+    flags of `grow expand`), `growth_defaults` (the fields for what grows beside MLPs, as if nothing did).
 
     Example: grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
 
@@ -72,7 +76,9 @@ def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
 
     settings = read_recipe(recipe, fields)
     values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
-    values["base"] = settings.base_name
+    values |= {"base": settings.base_name, "plans_growth": settings.plans_growth}
+    values["growth"] = "\n".join(settings.growth_flags)
+    values["growth_defaults"] = "\n".join(f"--{name}={spec.default}" for name, spec in FIELDS.items())
     for name in names:
         if name not in values:
             raise UserError(unknown(name, values, "field"))

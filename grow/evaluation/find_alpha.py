@@ -16,8 +16,10 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.bootstrap import interval
 from grow.evaluation.interpolation import Interpolation, check_alphas
-from grow.model.grown import grown_beside_text, kinds_of_parts
+from grow.model.grown import grown_beside_text
+from grow.model.layouts import modules_of
 from grow.model.loss import labelled_logits, likelihood_and_kl
+from grow.parts import PARTS
 
 PROSE = "gemma3_270m/prose/test.jsonl"
 """The default text in the cache: English fiction."""
@@ -135,7 +137,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
 
 def _next(interpolation: Interpolation, path: str, start: str) -> str:
     model = interpolation.model
-    kinds = [[hasattr(part, "grown") for part in parts] for parts in kinds_of_parts(model)]
+    kinds = [[hasattr(one, "grown") for one in modules_of(model, part).values()] for part in PARTS.values()]
     if not start and not any(map(any, kinds)):
         return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
     options = (" --uniform" if any(any(grown) and not all(grown) for grown in kinds) else "") + (

@@ -19,8 +19,8 @@ from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
 from grow.evaluation.interpolation import Interpolation
 from grow.methods.kl import sampled_kl
+from grow.model.grown import grown_mlps
 from grow.model.loss import labelled_logits, loss_sum
-from grow.model.mlp import grown_mlps
 from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 
@@ -38,7 +38,7 @@ def learn_alphas(path: str, out: str, recipe: Recipe, text: list[str], kl_weight
     """
     refuse_existing(Path(out))
     plan = GrowthPlan.from_config(Checkpoint(path).config)
-    if plan is not None and (plan.attention or plan.tower or plan.projector):
+    if plan is not None and plan.beside:
         raise UserError(
             f"{path}: more than MLPs of its decoder layers has grown, and only these have an α of their own so far"
         )

@@ -8,6 +8,8 @@ from grow.errors import UserError
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
 from grow.names import check_matrices, is_copy, own_name
+from grow.parts import MLPS, grow_beside
+from grow.parts.part import Part
 
 
 @dataclass
@@ -18,21 +20,21 @@ class GLora(Lora, GFreeze):
 
     def __post_init__(self) -> None:
         """Growth is of MLPs, as far as nothing else is known."""
-        self._growing: tuple[str, ...] = (".mlp.",)
+        self._growing: list[Part] = [MLPS]
 
     def check(self, recipe: Any) -> None:
         """Raises UserError as LoRA does; remembers of what copies will be made."""
         super().check(recipe)
         if self.grown_matrices:
             raise UserError("grown_matrices: g_lora has its LoRAs in lora_targets")
-        if recipe.attention:
-            self._growing = (".self_attn.", *([".mlp."] if recipe.layers != "none" else []))
+        self._growing = [*([MLPS] if recipe.layers != "none" else []), *grow_beside(recipe.growth)]
 
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a matrix that has not grown."""
         super().check_names(names)
         grown = [own_name(name) for name in names if is_copy(name)]
-        will = [name for name in names if any(part in name for part in self._growing)]
+        prefixes = tuple(f"{prefix}." for part in self._growing for prefix in part.prefixes(names).values())
+        will = [name for name in names if name.startswith(prefixes)]
         check_matrices("lora_targets", self.lora_targets, grown or will)
 
     def targets(self, name: str) -> bool:

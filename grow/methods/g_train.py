@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from grow.methods.g_freeze import GFreeze
-from grow.model.attention_heads import grown_parts
 from grow.model.gather import gathered
+from grow.model.grown import grown_parts
 from grow.model.layouts import up_layers
 from grow.names import is_copy, is_down, own_name
 

@@ -22,14 +22,11 @@ _RATES = {
     "stm": (2e-5, 1e-5),
 }
 
-_HEADS = 3
-"""Query heads alone take a rate so many times as high (recipes/study/attention.yaml)."""
 
-
-def default_rate(method: str, parameters: int, heads: bool = False) -> float:
-    """Returns the rate for a base of so many parameters; `heads`: where heads of attention grow, and no MLPs. Raises
-    UserError for a method that has none."""
+def default_rate(method: str, parameters: int, times: float = 1.0) -> float:
+    """Returns the rate for a base of so many parameters; growth that trains what it adds takes it so many times as high
+    (Part.rate of what grows). Raises UserError for a method that has none."""
     if method not in _RATES:
         raise UserError(f"learning_rate: there is no default for {method}; give one")
     rate = _RATES[method][parameters > _SMALL]
-    return rate * _HEADS if heads and method in ("g_freeze", "g_train") else rate
+    return rate * times if method in ("g_freeze", "g_train") else rate

@@ -11,18 +11,14 @@ Where a switch (grow.model.switch) is off for a token, its own output is the bas
 values: those of whole heads that were copied are read by tokens for which it is on.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grow.errors import UserError
-from grow.model.layouts import decoder_attentions, down_layer, mix_in, stock_class, width
-from grow.model.mlp import Between, GrownBranch, GrownMLP, grown_mlps, grown_tower, with_growth
-from grow.names import ATTENTION
-from grow.plan import GrowthPlan
+from grow.model.layouts import down_layer, mix_in, stock_class, width
+from grow.model.mlp import Between, GrownBranch, GrownMLP, with_growth
 
 
 class GrownAttention(GrownMLP):
@@ -97,34 +93,11 @@ def _keys(attend: Any, branch: Any, x: Tensor, args: Any, kwargs: dict[str, Any]
     raise AssertionError("an attention that asks no KV cache")
 
 
-def planned_attentions(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
-    """Returns the attentions of a plan's layers, whose layout is that of what grows. Raises UserError, after the words
-    of `whose`, where the model has no such attention."""
-    there: dict[int, Any] = decoder_attentions(model) if plan.attention else {}
-    missing = sorted(set(plan.attention) - set(there))
-    if missing:
-        raise UserError(f"{whose}growth of the attention of layers {missing} does not fit the model")
-    for layer in plan.attention:
-        there[layer].__dict__["layout"] = ATTENTION[plan.attention_kind]
-    return {layer: there[layer] for layer in plan.attention}
-
-
-def add_heads(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives the attention of a plan's layers copies of its heads, uninitialised, in place. Raises UserError where the
-    model has no such attention."""
-    for attention in planned_attentions(model, plan).values():
-        mix_in(attention, GrownAttention, "Grown")
-        attention.factor, attention.alpha, attention.trained = plan.factor, 1.0, None
-        attention.grown = GrownBranch(attention, width(attention)).train(attention.training)
-        if plan.trained_up:
-            attention.add_trained()
-
-
-def grown_attentions(model: nn.Module) -> Iterator[Any]:
-    """Returns the attentions of a model whose heads have grown, lowest layer first."""
-    return (part for _, part in sorted(decoder_attentions(model).items()) if isinstance(part, GrownAttention))
-
-
-def grown_parts(model: nn.Module) -> Iterator[Any]:
-    """Returns all that has grown and maps to units and back: MLPs, then attentions, then the MLPs of a tower."""
-    return itertools.chain(grown_mlps(model), grown_attentions(model), grown_tower(model))
+def grow_attention(attention: Any, factor: int, trained_up: bool = False) -> None:
+    """Gives an attention copies of the heads of its layout, uninitialised, in place, and where `trained_up` says so
+    projections that take the place of its own."""
+    mix_in(attention, GrownAttention, "Grown")
+    attention.factor, attention.alpha, attention.trained = factor, 1.0, None
+    attention.grown = GrownBranch(attention, (factor - 1) * width(attention)).train(attention.training)
+    if trained_up:
+        attention.add_trained()

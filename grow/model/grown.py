@@ -1,39 +1,65 @@
 """All that can grow in a model, put there by a plan and found again."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from grow.model.attention_heads import add_heads
-from grow.model.layouts import decoder_attentions, decoder_mlps, tower_mlps
-from grow.model.mlp import add_growth
-from grow.model.projector import add_projector, find_projector
+from grow.errors import UserError
+from grow.model.attention_heads import grow_attention
+from grow.model.layouts import decoder_mlps, modules_of
+from grow.model.matrix import grow_matrix
+from grow.model.mlp import GrownMLP, grow_mlp
+from grow.parts import MLPS, PARTS, parts_of
+from grow.parts.part import Part
 from grow.plan import GrowthPlan
+
+_GROW = {"units": grow_mlp, "heads": grow_attention, "matrix": grow_matrix}
 
 
 def add_parts(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives a model whatever a plan says, uninitialised, in place. Raises UserError where it does not fit."""
-    add_growth(model, plan)
-    add_heads(model, plan)
-    if plan.projector:
-        add_projector(model)
+    """Gives a model whatever a plan says, uninitialised, in place: a checkpoint's loader fills it. Raises UserError
+    where it does not fit."""
+    for part, modules in planned_parts(model, plan):
+        for layer, module in modules.items():
+            _GROW[part.made_of](module, plan.factor, plan.trained_up)
+            if part is MLPS:
+                module.own_alpha = plan.own_alpha(layer)
 
 
-def kinds_of_parts(model: nn.Module) -> Iterator[list[Any]]:
-    """Yields what can grow in a model, kind by kind, whether it has or not: MLPs, attentions, the MLPs of a tower, its
-    projector."""
-    for find in (decoder_mlps, decoder_attentions, tower_mlps):
-        yield [module for _, module in sorted(find(model).items())]
-    yield [module for module in [find_projector(model)] if module is not None]
+def planned_parts(model: nn.Module, plan: GrowthPlan, whose: str = "") -> Iterator[tuple[Part, dict[int, Any]]]:
+    """Yields the modules that grow by a plan, by kind of part and layer, each with the layout of what grows. Raises
+    UserError, after the words of `whose`, for what the model does not have."""
+    for part, where in parts_of(plan):
+        there = modules_of(model, part)
+        missing = sorted(set(where.layers) - set(there))
+        if missing:
+            raise UserError(
+                f"{whose}growth of layers {missing} ({part.name}) does not fit the model, which has layers "
+                f"{sorted(there)} of this kind"
+            )
+        for layer in where.layers:
+            there[layer].__dict__["layout"] = part.matrices(functools.partial(hasattr, there[layer]), where.kind)
+        yield part, {layer: there[layer] for layer in where.layers}
+
+
+def grown_mlps(model: nn.Module) -> Iterator[Any]:
+    """Returns the grown MLPs of a model's decoder layers, lowest first; none if none has grown."""
+    return (mlp for mlp in decoder_mlps(model).values() if isinstance(mlp, GrownMLP))
+
+
+def grown_parts(model: nn.Module) -> Iterator[Any]:
+    """Returns all that has grown and maps to units, or heads, and back."""
+    return (part for kind in PARTS.values() for part in modules_of(model, kind).values() if isinstance(part, GrownMLP))
 
 
 def parts_with_alpha(model: nn.Module) -> Iterator[Any]:
     """Returns the parts that have an interpolation coefficient of their own: those that have grown, or were adapted."""
-    return (part for kind in kinds_of_parts(model) for part in kind if hasattr(part, "own_alpha"))
+    return (part for kind in PARTS.values() for part in modules_of(model, kind).values() if hasattr(part, "own_alpha"))
 
 
 def grown_beside_text(model: nn.Module) -> bool:
-    """Says whether something of a model's tower for images, or its projector, has grown, which text does not show."""
-    _, _, *beside = kinds_of_parts(model)
-    return any(hasattr(part, "own_alpha") for kind in beside for part in kind)
+    """Says whether something has grown that text does not show, such as a tower for images."""
+    beside = (part for part in PARTS.values() if not part.text_reaches_it)
+    return any(hasattr(module, "own_alpha") for part in beside for module in modules_of(model, part).values())

@@ -8,41 +8,29 @@ by the code of its base's class, in which dtype and in which order that may be.
 """
 
 import functools
-import re
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.names import ATTENTION, FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, VISION
+from grow.names import FUSED, LAYOUTS
+from grow.parts import MLPS
+from grow.parts.part import Part
 
-_MLP_MODULE, _ATTENTION_MODULE = (re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.{part}$") for part in ("mlp", "self_attn"))
+
+def modules_of(model: nn.Module, part: Part) -> dict[int, Any]:
+    """Returns the modules of a kind of part, by layer, lowest first; those whose matrices are known."""
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        layer = part.layer_of(name)
+        if layer is not None and part.matrices(functools.partial(hasattr, module)):
+            found[layer] = module
+    return dict(sorted(found.items()))
 
 
-def decoder_mlps(model: nn.Module) -> dict[int, nn.Module]:
+def decoder_mlps(model: nn.Module) -> dict[int, Any]:
     """Returns the MLPs of the decoder layers, by layer; not those of towers for images and sound."""
-    found = {}
-    for name, module in model.named_modules():
-        match = _MLP_MODULE.search(name)
-        if match and not OTHER_TOWERS.search(name) and layout_of(module):
-            found[int(match[1])] = module
-    return found
-
-
-def tower_mlps(model: nn.Module) -> dict[int, nn.Module]:
-    """Returns the MLPs of the tower for images, by layer; none if there is none that is known."""
-    matches = ((_MLP_MODULE.search(name), name, module) for name, module in model.named_modules())
-    return {int(m[1]): module for m, name, module in matches if m and VISION in name.split(".") and layout_of(module)}
-
-
-def decoder_attentions(model: nn.Module) -> dict[int, nn.Module]:
-    """Returns the attentions of the decoder layers, by layer, that have q_proj, k_proj, v_proj and o_proj."""
-    found = {}
-    for name, module in model.named_modules():
-        match = _ATTENTION_MODULE.search(name)
-        if match and not OTHER_TOWERS.search(name) and all(hasattr(module, part) for part in ATTENTION["heads"]):
-            found[int(match[1])] = module
-    return found
+    return modules_of(model, MLPS)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

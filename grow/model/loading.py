@@ -39,7 +39,7 @@ def grown_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         cls.__init__(self, config, *args, **kwargs)
         plans = skill_plans(config.growth)
         if plans:
-            add_skills(self, plans, {name: config.growth["skills"][name]["alpha"] for name in plans})
+            add_skills(self, plans)
             return
         plan = GrowthPlan.from_config({"growth": config.growth})
         assert plan is not None

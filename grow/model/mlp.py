@@ -14,16 +14,14 @@ At step 0 grown(x) is (k−1)/k · base(x). For k = 2 the halving is exact in bi
 two halves: the grown model's output is the base's bit for bit. One concatenated MLP would sum in another order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from grow.errors import UserError
 from grow.model.layouts import (
     Instead,
-    decoder_mlps,
     down_layer,
     down_name,
     hidden_size,
@@ -32,12 +30,10 @@ from grow.model.layouts import (
     mix_in,
     sizes,
     stock_class,
-    tower_mlps,
     up_names,
     width,
 )
 from grow.model.where_on import where_on
-from grow.plan import GrowthPlan
 
 
 class GrownBranch(Instead):
@@ -160,37 +156,3 @@ def add_up(module: nn.Module, mlp: Any, units: int, **kind: Any) -> None:
         own = getattr(mlp, name)
         # Keys and values have fewer heads than queries, gate and up in one matrix are twice the units.
         module.add_module(name, layer_like(own, hidden_size(mlp), units * sizes(own)[1] // width(mlp), **kind))
-
-
-def planned_mlps(model: nn.Module, plan: GrowthPlan, whose: str = "") -> dict[int, Any]:
-    """Returns the MLPs of a plan's layers. Raises UserError, after the words of `whose`, for one that does not fit."""
-    mlps = decoder_mlps(model)
-    return _planned(mlps, plan.layers, f"{whose}growth of layers {{}} does not fit the model")
-
-
-def _planned(there: dict[int, Any], layers: tuple[int, ...], problem: str) -> dict[int, Any]:
-    missing = sorted(set(layers) - set(there))
-    if missing:
-        raise UserError(f"{problem.format(missing)}: it has MLPs in layers {sorted(there)}")
-    return {layer: there[layer] for layer in layers}
-
-
-def add_growth(model: nn.Module, plan: GrowthPlan) -> None:
-    """Gives the MLPs of a plan's layers, of the decoder and of a tower, their added copies, uninitialised, in place."""
-    for layer, mlp in planned_mlps(model, plan).items():
-        grow_mlp(mlp, plan.factor, plan.trained_up)
-        mlp.own_alpha = plan.own_alpha(layer)
-    if plan.tower:
-        problem = "growth of layers {} of its tower does not fit the model"
-        for mlp in _planned(tower_mlps(model), plan.tower, problem).values():
-            grow_mlp(mlp, plan.factor, plan.trained_up)
-
-
-def grown_mlps(model: nn.Module) -> Iterator[Any]:
-    """Returns the grown MLPs of a model's decoder layers, lowest first; none if none has grown."""
-    return (mlp for _, mlp in sorted(decoder_mlps(model).items()) if isinstance(mlp, GrownMLP))
-
-
-def grown_tower(model: nn.Module) -> Iterator[Any]:
-    """Returns the grown MLPs of a model's tower for images, lowest layer first."""
-    return (mlp for _, mlp in sorted(tower_mlps(model).items()) if isinstance(mlp, GrownMLP))

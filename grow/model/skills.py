@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grow.model.attention_heads import SameKeys, planned_attentions
+from grow.errors import UserError
+from grow.model.attention_heads import SameKeys
+from grow.model.grown import planned_parts
 from grow.model.layouts import mix_in, stock_class, width
-from grow.model.mlp import Between, GrownBranch, planned_mlps, trained_base, up_projection, with_growth
+from grow.model.mlp import Between, GrownBranch, trained_base, up_projection, with_growth
+from grow.parts import MLPS, parts_of
 from grow.plan import GrowthPlan
 
 
@@ -112,13 +115,17 @@ class SkilledAttention(Skilled):
         return y, *others
 
 
-def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan], alphas: Mapping[str, float]) -> None:
-    """Gives a model the parameters of several skills, uninitialised, in place: `plans` and `alphas` by name."""
+def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan]) -> None:
+    """Gives a model the parameters of several skills, uninitialised, in place, by their plans. Raises UserError where
+    one does not fit, or cannot stand beside others."""
     for name, plan in plans.items():
-        for layer, mlp in planned_mlps(model, plan, f"{name}: ").items():
-            _add(mlp, SkilledMLP, name, plan, alphas[name] * plan.own_alpha(layer))
-        for attention in planned_attentions(model, plan, f"{name}: ").values():
-            _add(attention, SkilledAttention, name, plan, alphas[name])
+        for part, where in parts_of(plan):
+            if part.must_be_alone(where):
+                raise UserError(f"{name}: {part.must_be_alone(where)}")
+        for part, modules in planned_parts(model, plan, f"{name}: "):
+            kind = SkilledAttention if part.made_of == "heads" else SkilledMLP
+            for layer, module in modules.items():
+                _add(module, kind, name, plan, plan.own_alpha(layer) if part is MLPS else plan.alpha)
 
 
 def _add(part: Any, kind: type[Skilled], name: str, plan: GrowthPlan, alpha: float) -> None:

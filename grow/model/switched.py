@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from grow.checkpoint.switch_record import SwitchRecord
 from grow.errors import UserError
-from grow.model.attention_heads import GrownAttention, grown_parts
 from grow.model.features import opens
-from grow.model.layouts import decoder_attentions, decoder_mlps, hidden_size
+from grow.model.grown import grown_beside_text, grown_parts
+from grow.model.layouts import decoder_mlps, hidden_size, modules_of
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
-from grow.model.mlp import GrownMLP, grown_tower
-from grow.model.skills import Skilled, SkilledAttention, SkilledMLP
+from grow.model.mlp import GrownMLP
+from grow.model.skills import Skilled
 from grow.model.switch import Switch
+from grow.parts import PARTS
 
 MODES = ("auto", "on", "off")
 
@@ -104,21 +105,25 @@ def put_switches(model: Any, records: dict[str, SwitchRecord]) -> None:
     """Gives skills of a model with several their switches, by name, in place. Raises UserError if one does not fit."""
     switches = {name: _prepared(model, record) for name, record in records.items()}
     _mix_in(model, Switches(switches))
-    for part in (*decoder_mlps(model).values(), *decoder_attentions(model).values()):
-        for name, skill in part.skills.items() if isinstance(part, Skilled) else ():
-            skill.switch = switches.get(name)
+    for part in PARTS.values():
+        for module in modules_of(model, part).values():
+            for name, skill in module.skills.items() if isinstance(module, Skilled) else ():
+                skill.switch = switches.get(name)
 
 
 def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
     mlps, loras = decoder_mlps(model), lora_layers(model)
-    if any(True for _ in grown_tower(model)):
-        raise UserError("a switch is decided by text, after the tower for images, which has grown, has computed")
-    changed = [layer for layer, mlp in mlps.items() if isinstance(mlp, (GrownMLP, SkilledMLP))]
-    growing = (GrownAttention, SkilledAttention)
-    below = [layer - 1 for layer, part in decoder_attentions(model).items() if isinstance(part, growing)]
-    unchanged = min([*changed, *below, *([highest_unchanged(list(loras))] if loras else [])], default=len(mlps))
-    first_pass = record.layer > unchanged
+    if grown_beside_text(model):
+        raise UserError("a switch is decided by text, after the tower for images, or its projector, which have grown")
+    unchanged = [
+        layer - part.reads_below
+        for part in PARTS.values()
+        for layer, module in modules_of(model, part).items()
+        if isinstance(module, (GrownMLP, Skilled))
+    ]
+    unchanged += [highest_unchanged(list(loras))] if loras else []
+    first_pass = record.layer > min(unchanged, default=len(mlps))
     check_fits(record, mlps, first_pass)
     switch = Switch(record, first_pass)
     model.register_forward_pre_hook(switch.begin, with_kwargs=True)

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grow.checkpoint.expand import make_plan
 from grow.checkpoint.files import write_json
+from grow.checkpoint.growable import make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import SwitchRecord, switch_file, switch_of_run
 from grow.data.of_recipe import rows_of, template_of, tokenizer_of
@@ -16,6 +16,7 @@ from grow.errors import UserError, unknown
 from grow.model.loading import compute_device, compute_dtype, load
 from grow.model.lora import highest_unchanged
 from grow.names import mlp_prefixes
+from grow.parts import parts_of
 from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.recipe_values import FITTED
@@ -87,13 +88,14 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
     method = recipe.make_method()
     if not method.grows:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
-    plan = GrowthPlan.from_config(start.config) or make_plan(start, **recipe.growth)[0]
-    if plan.tower or plan.projector:
+    plan = GrowthPlan.from_config(start.config) or make_plan(start, **recipe.growth)
+    grown = list(parts_of(plan))
+    if not all(part.text_reaches_it for part, _ in grown):
         raise UserError(
             "switch: is decided by text, after the tower for images has computed; take it out, or leave the tower as "
             "it is"
         )
-    return min([*plan.layers, *(layer - 1 for layer in plan.attention)])
+    return min(min(where.layers) - part.reads_below for part, where in grown)
 
 
 def reading_layer(layer: str, lowest: int, count: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.model.attention_heads import grown_parts
+from grow.model.grown import grown_parts
 from grow.model.layouts import sizes, up_layers
 from grow.names import canonical, of_language_model
 

@@ -10,7 +10,8 @@ import re
 from math import ceil, gcd, prod
 from typing import Any
 
-from grow.checkpoint.expand import added_tensors, make_plan
+from grow.checkpoint.copies import added_tensors
+from grow.checkpoint.growable import make_plan
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
@@ -50,8 +51,8 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
     shapes = model_shapes(start)
     if recipe.makes_grown and "growth" not in start.config:
-        plan, prefixes = make_plan(start, **recipe.growth)
-        shapes |= {name: tensor.shape for name, tensor in added_tensors(start, plan, prefixes).items()}
+        added = added_tensors(start, make_plan(start, **recipe.growth))
+        shapes |= {name: tensor.shape for name, tensor in added.items()}
     shapes |= method.added_shapes(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
     zero = recipe.zero

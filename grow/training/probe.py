@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grow.data.packing import PackedDataset
-from grow.model.attention_heads import grown_parts
 from grow.model.gather import gathered
+from grow.model.grown import grown_parts
 from grow.model.layouts import down_layer, halves, matrix, up_layers
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.switched import switch_decided

@@ -4,8 +4,8 @@ import dataclasses
 from math import prod
 from pathlib import Path
 
-from grow.checkpoint.expand import expand, make_plan, plan_of
-from grow.checkpoint.growable import checked_mlp_prefixes
+from grow.checkpoint.expand import expand
+from grow.checkpoint.growable import make_plan, plan_of
 from grow.checkpoint.hub import locate
 from grow.checkpoint.output import Progress, no_progress
 from grow.checkpoint.shards import Checkpoint
@@ -13,7 +13,9 @@ from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
 from grow.names import is_growth
-from grow.plan import Growth, GrowthPlan
+from grow.parts import MLPS, grow_beside, parts_of
+from grow.parts.part import Part
+from grow.plan import GrowthPlan
 from grow.recipe import Recipe
 from grow.recipe_values import begun_with
 
@@ -26,9 +28,7 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
         _base(recipe)
         how = f"grow expand {recipe.base_name} {recipe.grown}"
         if recipe.makes_grown or recipe.plans_growth:
-            named = ((name.replace("_", "-"), value) for name, value in recipe.growth.items() if value)
-            options = (f"--{name}" + f" {value}" * (value is not True) for name, value in named)
-            how = "launch/train.sh does, or: " * recipe.makes_grown + f"{how} {' '.join(options)}"
+            how = "launch/train.sh does, or: " * recipe.makes_grown + f"{how} {' '.join(recipe.growth_flags)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")
     start = Checkpoint(recipe.grown if grows else _base(recipe))
     if grows != ("growth" in start.config):
@@ -65,7 +65,7 @@ def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     if not recipe.plans_growth or not recipe.make_method().grows:
         return
     there = GrowthPlan.from_config(grown.config)
-    wanted = plan_of(grown, checked_mlp_prefixes(grown), Growth(**recipe.growth))
+    wanted = plan_of(grown, **recipe.growth)
     if there is None or there.as_expanded() != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"
@@ -86,17 +86,20 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
     if not isinstance(rate, float):
         base = Checkpoint(_base(recipe))
         size = sum(prod(info.shape) for info in base.tensors.values())
-        rate = default_rate(recipe.method, size, _only_heads_grow(recipe))
+        growing = growing_parts(recipe)
+        rate = default_rate(recipe.method, size, growing[0].rate if len(growing) == 1 else 1.0)
     return dataclasses.replace(recipe, learning_rate=rate)
 
 
-def _only_heads_grow(recipe: Recipe) -> bool:
+def growing_parts(recipe: Recipe) -> list[Part]:
+    """Returns which kinds of parts grow in a run: those of the grown checkpoint, or, before it is there, those that are
+    asked for."""
     if not recipe.method_class.grows:
-        return False
+        return []
     there = GrowthPlan.from_config(Checkpoint(recipe.grown).config) if Path(recipe.grown).is_dir() else None
     if there:
-        return bool(there.attention) and not there.layers and not there.tower and not there.projector
-    return bool(recipe.attention) and recipe.layers == "none" and not recipe.tower and not recipe.train_projector
+        return [part for part, _ in parts_of(there)]
+    return ([] if recipe.layers == "none" else [MLPS]) + grow_beside(recipe.growth)
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:

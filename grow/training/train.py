@@ -26,7 +26,6 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grow.checkpoint.growable import is_transposed
 from grow.checkpoint.run_folder import (
     MARKER,
     complete_checkpoints,
@@ -59,7 +58,7 @@ from grow.model.loading import check_loads, checkpoint_activations, class_of, lo
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
-from grow.plan import GrowthPlan
+from grow.parts.mlps import is_transposed
 from grow.recipe import AUTO, Recipe
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
@@ -79,7 +78,7 @@ from grow.training.quiet import hush_accumulation, quiet
 from grow.training.resume import needs_universal
 from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, made_once, write_run_file
 from grow.training.same_run import check_same_run
-from grow.training.start import planned_start, starting_checkpoint, with_learning_rate
+from grow.training.start import growing_parts, planned_start, starting_checkpoint, with_learning_rate
 from grow.training.trainer import GrowTrainer, compare_frozen
 
 
@@ -259,10 +258,8 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     check_liger(recipe)
     config, cls = class_of(start.path)
     check_attention(recipe.attn_implementation, cls, config)
-    plan = GrowthPlan.from_config(start.config)
-    beside_text = bool(plan.tower or plan.projector if plan else recipe.tower or recipe.train_projector)
     method = recipe.make_method()
-    check_images(recipe, method.grows and beside_text, config)
+    check_images(recipe, any(not part.text_reaches_it for part in growing_parts(recipe)), config)
     method.check(recipe)
     method.check_names(start.tensors)
     if isinstance(method, PeftMethod) and is_transposed(start.config):

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from grow.data.labels import IGNORED
 from grow.model.attention import chosen_attention
+from grow.model.grown import add_parts, grown_mlps
 from grow.model.head import head_loss_sum, known_head
 from grow.model.loss import labelled_logits
-from grow.model.mlp import add_growth, grown_mlps
 from grow.names import is_growth, own_name
 from grow.plan import GrowthPlan, parse_layers
 from grow.training.compiling import compile_layers, missing_compiler
@@ -104,7 +104,7 @@ def grow_in_memory(model: Any, layers: str) -> None:
     count = model.config.num_hidden_layers
     chosen = tuple(range(count - count // 3, count)) if layers == "upper third" else parse_layers(layers, count)
     with device():
-        add_growth(model, GrowthPlan(2, chosen))
+        add_parts(model, GrowthPlan(2, chosen))
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in own.items():

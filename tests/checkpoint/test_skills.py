@@ -138,13 +138,17 @@ def test_step_0_of_each(text_base: Path, tmp_path: Path, capsys: Any, dtype: tor
     assert torch.allclose(logits(half).float(), logits(reference).float(), atol=atol)
 
 
-@pytest.mark.parametrize("alpha", ["1", "0.5", "0"])
-def test_the_stock_form(world: Path, text_base: Path, tmp_path: Path, capsys: Any, alpha: str) -> None:
-    """All on, joined: what the skills compute together, with both kinds of growth; α = 0 is the base."""
-    out = tmp_path / "stock"
-    here(capsys, "consolidate", world / "both", out, "--uniform", "--without-switch", "--alpha", alpha,
+@pytest.mark.parametrize(("alpha", "own"), [("1", ""), ("0.5", ""), ("0", ""), ("1", "french=0.5")])
+def test_the_stock_form(world: Path, text_base: Path, tmp_path: Path, capsys: Any, alpha: str, own: str) -> None:
+    """All on, joined: what the skills compute together, with both kinds of growth, and where one has an α of its own; α
+    = 0 is the base."""
+    out, start = tmp_path / "stock", world / "both"
+    if own:
+        start = tmp_path / "both"
+        here(capsys, "attach", text_base, world / "french", f"logic={world / 'sums'}", start, "--alpha", own)
+    here(capsys, "consolidate", start, out, "--uniform", "--without-switch", "--alpha", alpha,
          "--dtype", "float32")  # fmt: skip
-    both = load(world / "both", torch.float32, float(alpha))
+    both = load(start, torch.float32, float(alpha))
     grow.set_switch(both, "on")
     found = logits(load(out), input_ids=PROMPTS)
     assert torch.allclose(found, logits(both, input_ids=PROMPTS), atol=2e-3)

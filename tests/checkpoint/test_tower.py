@@ -117,7 +117,7 @@ def test_what_text_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture) 
 def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "llava")
     edit_json(base / "config.json", vision_feature_layer=-2)
-    assert expand(str(base), str(tmp_path / "grown"), tower="vision")["tower_layers"] == [0]
+    assert "1 layer (0) of the tower" in expand(str(base), str(tmp_path / "grown"), tower="vision")["grown"][0]
     with pytest.raises(UserError, match="what layers 1 compute is not used"):
         expand(str(base), str(tmp_path / "no"), tower="vision", tower_layers="1")
 
@@ -125,13 +125,13 @@ def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
 def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
     said = here(capsys, "expand", base, grown, "--tower", "vision", "--train-projector", "--attention", "queries")
-    assert "the queries of 4 (0-3) and 2 layers of the tower (0-1) and the projector" in said
+    assert "the query heads of 4 layers (0-3) and the MLPs of 2 layers (0-1) of the tower for images and" in said
     move(grown)
     extract_growth(str(grown), str(tmp_path / "package"))
     attach_growth(str(base), str(tmp_path / "package"), str(tmp_path / "again"))
     expected = logits(load(grown, torch.float32), "gemma3")
     assert torch.equal(logits(load(tmp_path / "again", torch.float32), "gemma3"), expected)
-    with pytest.raises(UserError, match="the tower for images, or the projector"):
+    with pytest.raises(UserError, match="tower for images cannot be one of several"):
         attach_skills(str(base), {"a": str(tmp_path / "package"), "b": str(tmp_path / "package")}, "no", {})
 
     model: Any = load(base, torch.float32)
@@ -156,7 +156,7 @@ def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureF
         ({"tower": "audio"}, "--tower audio: there is vision"),
         ({"tower": "vision", "tower_layers": "7"}, "--tower-layers 7: layer 7 does not exist"),
         ({"tower_layers": "1"}, "--tower-layers: says where, with --tower vision"),
-        ({"tower": "vision", "copies_from": "BASE"}, "--copies-from: copies MLPs of the language model"),
+        ({"tower": "vision", "copies_from": "BASE"}, "--copies-from: copies MLPs of the language model alone"),
     ],
 )
 def test_mistakes(tmp_path: Path, how: dict[str, Any], message: str) -> None:

@@ -19,9 +19,9 @@ from grow.evaluation.learn_alphas import learn_alphas
 from grow.methods import read_recipe
 from grow.methods.kl import sampled_kl
 from grow.model.alpha import set_alpha
+from grow.model.grown import grown_mlps
 from grow.model.loading import load
 from grow.model.loss import labelled_logits, loss_sum
-from grow.model.mlp import grown_mlps
 from grow.plan import parse_layers
 from tests.helpers.running import consolidate, train
 from tests.helpers.tiny import grow, logits, make_recipe

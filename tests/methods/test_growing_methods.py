@@ -14,8 +14,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.verify import verify
 from grow.methods.g_lora import GLora
 from grow.methods.g_train import GTrain
+from grow.model.grown import grown_mlps
 from grow.model.loading import load
-from grow.model.mlp import grown_mlps
 from tests.helpers.running import consolidate, here, train_and_resume
 from tests.helpers.tiny import folder_checksums, logits, make_recipe
 

@@ -14,8 +14,8 @@ from grow.checkpoint.expand import expand
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
 from grow.evaluation.logits import TEXT, compare_logits
+from grow.model.grown import grown_mlps
 from grow.model.loading import load
-from grow.model.mlp import grown_mlps
 from grow.plan import parse_layers
 from tests.helpers.tiny import folder_checksums, logits, tokens
 

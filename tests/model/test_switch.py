@@ -15,10 +15,10 @@ from grow.checkpoint.switch_record import SwitchRecord
 from grow.data.examples import all_learnt
 from grow.data.packing import PackedDataset, collate
 from grow.errors import UserError
+from grow.model.grown import grown_mlps
 from grow.model.layouts import decoder_mlps
 from grow.model.loading import load, load_lora
 from grow.model.loss import labelled_logits
-from grow.model.mlp import grown_mlps
 from grow.model.switched import by_decision, put_switch, set_switch
 from tests.helpers.tiny import make_base
 

@@ -1,0 +1,146 @@
+"""The MLPs of the decoder layers."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from grow.errors import UserError, one_line
+from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, TRANSPOSED, is_growth, mlp_prefixes
+from grow.parts.part import TENSORS, Base, Part, in_layers
+from grow.plan import Where, growing_layers, mlp_widths, setting, text_config, width_key, with_text_config
+
+_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
+_WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
+_NOT_ALONE = {
+    "bloom": "its MLP adds what goes past it",
+    "gpt_neox_japanese": "its config has no width of its own for the MLPs",
+    "openai-gpt": "its class fixes the width of the MLPs",
+}
+"""Kinds of model (model_type) whose MLPs look plain by their tensors, and why they cannot grow."""
+
+
+class Mlps(Part):
+    """Gate, up and down, in any of grow.names.LAYOUTS. They grow unless only something else is asked to; `layers` says
+    which."""
+
+    name = "mlps"
+    narrower = "layers {} are not grown as wide as others, and stock models have one width"
+
+    def planned(self, base: Base, fields: Mapping[str, Any], factor: int) -> Where | None:
+        """Returns the layers that grow; checks the base whether any do. Raises UserError where they cannot."""
+        layers = str(fields["layers"])
+        count = len(self.checked_prefixes(base))
+        return None if layers == "none" else Where(growing_layers(layers, count, base.config))
+
+    def checked_prefixes(self, base: Base) -> dict[int, str]:
+        """Returns what `prefixes` does. Raises UserError if an MLP is missing or its shapes do not fit."""
+        try:
+            prefixes = self.prefixes(base.tensors)
+        except UserError as error:
+            raise UserError(f"{base.path}: {error}") from None
+        text = text_config(base.config)
+        if text.get("model_type") in _NOT_ALONE:
+            raise UserError(f"{base.path}: {text['model_type']}: {_NOT_ALONE[text['model_type']]}, so it cannot grow")
+        count = setting(text, "num_hidden_layers") or len(prefixes)
+        if list(prefixes) != list(range(len(prefixes))) or len(prefixes) != count:
+            raise UserError(f"{base.path}: has MLPs in layers {list(prefixes)}, its config speaks of {count} layers")
+        try:
+            widths = mlp_widths(base.config, count)
+        except UserError as error:
+            raise UserError(f"{base.path}: {error}") from None
+        for layer, prefix in prefixes.items():
+            width = widths[layer] if widths else None
+            check_mlp(base, prefix, setting(text, "hidden_size"), width, text.get("model_type"))
+        return prefixes
+
+    def prefixes(self, names: Iterable[str]) -> dict[int, str]:
+        """Maps each layer to the prefix of its MLP's tensors. Raises UserError for models whose MLPs cannot grow."""
+        return mlp_prefixes(names)
+
+    def layer_of(self, module: str) -> int | None:
+        """Returns the layer of an MLP; None for other modules, and those of towers for images and sound."""
+        match = _MODULE.search(module)
+        return int(match[1]) if match and not OTHER_TOWERS.search(module) else None
+
+    def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
+        """Returns all that are known."""
+        return LAYOUTS
+
+    def words(self, where: Where) -> str:
+        """Returns what has grown, in words."""
+        return f"the MLPs of {in_layers(where)}"
+
+    def must_be_alone(self, where: Where) -> str:
+        """Returns "": MLPs can be one of several skills."""
+        return ""
+
+    def stock_widths(self, base: Base, units: dict[int, int]) -> dict[int, int]:
+        """Returns the width of each layer's stock MLP: its own where the config has a list of them, else one for all;
+        or, in Gemma 4, one for layers with keys of their own and twice as much for others."""
+        own, size = mlp_widths(base.config, len(units)), setting(text_config(base.config), "intermediate_size")
+        if isinstance(size, list):
+            return units
+        times = {layer: own[layer] // size if own and size else 1 for layer in units}
+        one = max((-(-count // times[layer]) for layer, count in units.items()), default=0)
+        return {layer: one * times[layer] for layer in units}
+
+    def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Writes the width, or the widths, of the MLPs."""
+        text, prefixes = text_config(config), self.prefixes(base.tensors).values()
+        axis = 0 if is_transposed(config) else 1
+        widths = [shapes[f"{prefix}.{layout_of(base, prefix)[-1]}.weight"][axis] for prefix in prefixes]
+        before, size = mlp_widths(base.config, len(widths)), setting(text, "intermediate_size")
+        one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
+        return with_text_config(config, {width_key(text): widths if isinstance(size, list) else one_for_all})
+
+
+def check_mlp(base: Base, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None) -> None:
+    """Raises UserError unless the tensors with a prefix are those of a plain MLP of these sizes, in one float type."""
+    layout = layout_of(base, prefix)
+    if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
+        raise UserError(
+            f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
+        )
+    for name in base.tensors:
+        if (
+            name.startswith(f"{prefix}.")
+            and not is_growth(name)
+            and name.split(".")[-2] not in (*layout, *_ACTIVATIONS)
+        ):
+            raise UserError(
+                f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
+            )
+    infos = [base.tensors[f"{prefix}.{name}.weight"] for name in layout]
+    order = -1 if is_transposed(base.config) else 1
+    h, p = infos[-1].shape[::order] if len(infos[-1].shape) == 2 else (0, 0)
+    rows = 2 * p if layout[0] == FUSED else p
+    expected = (width or p, hidden_size or h)
+    if any(info.shape[::order] != (rows, h) for info in infos[:-1]) or (p, h) != expected or 0 in (p, h):
+        shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(layout, infos, strict=True))
+        raise UserError(
+            f"{base.path}: {prefix} has {shapes}, which do not fit together and with the config's "
+            f"intermediate_size {expected[0]} and hidden_size {expected[1]}"
+        )
+    biases = [base.tensors.get(f"{prefix}.{name}.bias") for name in layout]
+    for name, bias, length in zip(layout, biases, (*[rows] * (len(layout) - 1), h), strict=True):
+        if bias is not None and bias.shape != (length,):
+            raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
+    check_floats(base, prefix, [f"{prefix}.{name}.{tensor}" for name in layout for tensor in TENSORS])
+
+
+def check_floats(base: Base, what: str, names: Iterable[str]) -> None:
+    """Raises UserError unless the tensors of these names, as far as there are such, are in one float type."""
+    infos = [base.tensors[name] for name in names if name in base.tensors]
+    dtypes = {info.dtype for info in infos}
+    if len(dtypes) > 1 or not all(info.is_float for info in infos):
+        raise UserError(f"{base.path}: {what} is in {', '.join(sorted(dtypes))}; one float type is needed")
+
+
+def is_transposed(config: dict[str, Any]) -> bool:
+    """Says whether the matrices of a model with this config lie in its files as [in, out]."""
+    return text_config(config).get("model_type") in TRANSPOSED
+
+
+def layout_of(base: Base, prefix: str) -> tuple[str, ...]:
+    """Returns the names of the matrices of an MLP."""
+    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))

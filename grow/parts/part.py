@@ -1,0 +1,139 @@
+"""What each kind of part of a transformer that can grow says of itself; grow.parts has the table of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from grow.errors import UserError
+from grow.plan import Where, parse_layers, ranges
+
+TENSORS = ("weight", "bias")
+"""What a linear layer consists of."""
+_NO = ("", "none", "null", "false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of recipes, and a flag of `plan` and `expand`, that says what grows. Its type is that of its default."""
+
+    default: str | bool
+    help: str
+
+
+class Base(Protocol):
+    """What is read of a base, on disk or in memory (grow.checkpoint.shards.Checkpoint): the config, and the shape and
+    dtype of its tensors by name."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Returns what is known of the tensors, by name: shape, dtype, is_float."""
+
+
+class Part:
+    """A kind of part: what is asked of it, where it is, which matrices it has, and what its stock form needs.
+
+    What is then computed, on disk and in memory, depends on what it is `made_of`:
+
+    - "units": hidden units, whose copies stand beside the base's own, and whose last matrix is divided by k;
+    - "heads": heads of attention, in the same way;
+    - "matrix": one linear map W, of which a copy is added to W/2 and adds no capacity.
+    """
+
+    name: ClassVar[str]
+    """What it is called in a plan."""
+    made_of: ClassVar[Literal["units", "heads", "matrix"]] = "units"
+    fields: ClassVar[Mapping[str, Field]] = {}
+    """The first says whether it grows, or which kind of it; `NAME_layers` says in which layers."""
+    kinds: ClassVar[tuple[str, ...]] = ("",)
+    text_reaches_it: ClassVar[bool] = True
+    """Whether a gradient of text does."""
+    reads_below: ClassVar[int] = 0
+    """A switch for it reads the MLP input of so many layers below the lowest that grows."""
+    rate: ClassVar[float] = 1.0
+    """Where it grows alone, the default learning rate is so many times as high."""
+    narrower: ClassVar[str] = ""
+    """What is wrong where only some layers have grown; {} are the others."""
+    padding: ClassVar[str] = "them with zeros"
+
+    def asked(self, fields: Mapping[str, Any]) -> bool:
+        """Says whether fields of a recipe, or flags, ask that it grows."""
+        return str(fields.get(next(iter(self.fields), "")) or "").lower() not in _NO
+
+    def planned(self, base: Base, fields: Mapping[str, Any], factor: int) -> Where | None:
+        """Returns what of a base grows; None if that is not asked. Raises UserError where it cannot."""
+        kind, layers = str(fields.get(self.name) or ""), fields.get(f"{self.name}_layers")
+        flag = f"--{self.name}"
+        if layers and not kind:
+            raise UserError(f"{flag}-layers: says where, with {flag} {' or '.join(self.kinds)}")
+        if not kind:
+            return None
+        if kind not in self.kinds:
+            raise UserError(f"{flag} {kind}: there {'are' if self.kinds[1:] else 'is'} {' and '.join(self.kinds)}")
+        return Where(self.checked(base, kind, str(layers or "all"), factor), kind)
+
+    def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
+        """Returns the layers that are asked for, ascending. Raises UserError where it cannot grow there."""
+        return parse_layers(layers, len(self.prefixes(base.tensors)), f"--{self.name}-layers")
+
+    def prefixes(self, names: Iterable[str]) -> dict[int, str]:
+        """Maps each layer that has one to the prefix of its tensors' names; what has no layers is layer 0."""
+        modules = dict.fromkeys(part for name in names for part in _above(name))
+        found = ((self.layer_of(module), module) for module in modules)
+        return {layer: module for layer, module in found if layer is not None}
+
+    def layer_of(self, module: str) -> int | None:
+        """Returns the layer of the module of this name; None for a module of another kind."""
+        raise NotImplementedError
+
+    def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
+        """Returns the names that its matrices, in a class of transformers, may have; the last maps back."""
+        raise NotImplementedError
+
+    def matrices(self, has: Callable[[str], bool], kind: str = "") -> tuple[str, ...]:
+        """Returns the names of its matrices where a module `has` them all; () where it does not."""
+        return next((names for names in self.layouts(kind) if all(map(has, names))), ())
+
+    def ends(self, base: Base, prefix: str, kind: str = "") -> list[str]:
+        """Returns how the names of its tensors end, behind a prefix."""
+        if self.made_of == "matrix":
+            return list(self.matrices(lambda name: f"{prefix}.{name}" in base.tensors, kind))
+        named = self.matrices(lambda name: f"{prefix}.{name}.weight" in base.tensors, kind)
+        ends = [f"{matrix}.{tensor}" for matrix in named for tensor in TENSORS]
+        return [end for end in ends if f"{prefix}.{end}" in base.tensors]
+
+    def words(self, where: Where) -> str:
+        """Returns what has grown, in words."""
+        return f"the {self.name} of {in_layers(where)}"
+
+    def must_be_alone(self, where: Where) -> str:
+        """Returns why what has grown cannot be one of several skills on a base, in words; "" if it can."""
+        return f"{self.words(where)} cannot be one of several skills"
+
+    def stock_widths(self, base: Base, units: dict[int, int]) -> dict[int, int]:
+        """Returns how many hidden units each layer of a stock model has, which are `units` at least."""
+        return dict.fromkeys(units, max(units.values()))
+
+    def groups(self, base: Base, prefix: str, kind: str) -> int:
+        """Returns how many groups of heads share keys and values with their copies."""
+        return 1
+
+    def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Returns the config of a stock model whose tensors have these shapes, by name; `base` has those before."""
+        return config
+
+
+def in_layers(where: Where) -> str:
+    """Returns in which layers something grows, in words."""
+    count = len(where.layers)
+    return f"{count} layer{'s' * (count != 1)} ({ranges(list(where.layers))})"
+
+
+def _above(name: str) -> tuple[str, str]:
+    """Returns the modules that a tensor may belong to, by its name: `….mlp.gate_proj.weight` to `….mlp.gate_proj`, and
+    as a matrix to `….mlp`."""
+    module = name.rpartition(".")[0]
+    return module, module.rpartition(".")[0]

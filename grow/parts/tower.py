@@ -1,0 +1,81 @@
+"""The MLPs of a tower for images: SigLIP's in Gemma 3, CLIP's in LLaVA and its kin."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from grow.errors import UserError
+from grow.names import LAYERS, LAYOUTS, VISION, tower_prefixes
+from grow.parts.mlps import check_mlp, layout_of
+from grow.parts.part import Base, Field, Part, in_layers
+from grow.plan import Where, parse_layers, ranges
+
+_CONFIG = "vision_config"
+_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
+
+
+class Tower(Part):
+    """They grow as the MLPs of the decoder do."""
+
+    name = "tower"
+    kinds = ("vision",)
+    fields: ClassVar = {
+        "tower": Field(
+            "", '"vision": the MLPs of the tower for images grow as well, or alone where --layers is not given.'
+        ),
+        "tower_layers": Field("", "The layers of the tower that grow, written as in --layers; all if not given."),
+    }
+    text_reaches_it = False
+    narrower = "layers {} of the tower are not grown as wide as others, and it has one width"
+
+    def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
+        """Returns the layers whose MLPs grow, of those that the model uses. Raises UserError where they cannot."""
+        prefixes, config = self.prefixes(base.tensors), base.config.get(_CONFIG)
+        if not isinstance(config, dict) or not any(VISION in name.split(".") for name in base.tensors):
+            raise UserError(f"--tower {kind}: {base.path} has no tower for images ({VISION}) that is known here")
+        count = config.get("num_hidden_layers")
+        if list(prefixes) != list(range(len(prefixes))) or not prefixes or len(prefixes) != count:
+            raise UserError(
+                f"--tower {kind}: {base.path}: a plain MLP in each of its {count} layers is needed, and there are "
+                f"{len(prefixes)} that can grow"
+            )
+        for prefix in prefixes.values():
+            check_mlp(base, prefix, config.get("hidden_size"), config.get("intermediate_size"), None)
+        used = _used_layers(base.config, len(prefixes))
+        chosen = parse_layers(layers, len(prefixes), "--tower-layers")
+        unused = [layer for layer in chosen if layer >= used]
+        if unused and layers.strip() not in ("all", "upper"):
+            raise UserError(f"--tower-layers {layers}: what layers {ranges(unused)} compute is not used by {base.path}")
+        return tuple(layer for layer in chosen if layer < used)
+
+    def prefixes(self, names: Iterable[str]) -> dict[int, str]:
+        """Maps each layer of the tower to the prefix of its MLP's tensors; {} without one."""
+        return tower_prefixes(names)
+
+    def layer_of(self, module: str) -> int | None:
+        """Returns the layer of an MLP of the tower; None for other modules."""
+        match = _MODULE.search(module)
+        return int(match[1]) if match and VISION in module.split(".") else None
+
+    def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
+        """Returns all that are known."""
+        return LAYOUTS
+
+    def words(self, where: Where) -> str:
+        """Returns what has grown, in words."""
+        return f"the MLPs of {in_layers(where)} of the tower for images"
+
+    def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Writes the width of the tower's MLPs."""
+        prefix = next(iter(self.prefixes(base.tensors).values()), "")
+        name = f"{prefix}.{layout_of(base, prefix)[-1]}.weight" if prefix else ""
+        if not name or shapes[name] == base.tensors[name].shape:
+            return config
+        return {**config, _CONFIG: {**config[_CONFIG], "intermediate_size": shapes[name][1]}}
+
+
+def _used_layers(config: dict[str, Any], count: int) -> int:
+    """Returns how many layers of a tower a model uses: LLaVA reads what comes out of one below the last."""
+    read = config.get("vision_feature_layer")
+    places = [place for place in (read if isinstance(read, list) else [read]) if isinstance(place, int)]
+    return max((place if place >= 0 else count + 1 + place for place in places), default=count)
