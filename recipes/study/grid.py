@@ -1,8 +1,9 @@
 """The grid of a study: its cells, each one training run.
 
 A grid is a YAML file such as translation.yaml: a recipe and its fields, what is scored, and at which α. Under `methods`
-it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers`, `factor` and `attention`
-of a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
+it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers`, `factor`, `attention` (a
+kind, or a kind and layers) and `copies_from` (a cell that was run with `--keep`, whose MLPs are copied in place of the
+base's) of a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
 `learn_alphas`, the arguments of that command; `switches`, the kinds of switch with which it is scored besides, the
 first while it trains; `two_models`, a cell with a switch, whose decisions choose between this row's whole model and the
 base; `write`, the seeds for which what the model writes is scored, which takes longest ([] for none; all, unless it is
@@ -25,14 +26,16 @@ from grow.methods import METHODS
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """Describes one training run of a grid. `layers` is empty for methods that do not grow, "none" where `attention`
-    grows alone; `fields` are the recipe's; `average` is how many of the last checkpoints are scored as one;
-    `learn_alphas` has the arguments of that command, if each layer gets an α of its own; `switches` are kinds of
-    switch, and `two_models` is the cell that decides between whole models."""
+    grows alone; `copies_from` is the cell whose MLPs are copied, if not the base's; `fields` are the recipe's;
+    `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
+    if each layer gets an α of its own; `switches` are kinds of switch, and `two_models` is the cell that decides
+    between whole models."""
 
     label: str
     method: str
     layers: str = ""
     attention: str = ""
+    copies_from: str = ""
     factor: int = 2
     fields: dict[str, Any] = field(default_factory=dict)
     average: int = 1
@@ -64,6 +67,7 @@ _ROW = (
     "method",
     "layers",
     "attention",
+    "copies_from",
     "factor",
     "learning_rate",
     "fields",

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,15 @@ class Study:
         """Returns the checkpoint that the cell's training starts from: the base, or the base grown."""
         if not cell.layers:
             return Path(self.base)
-        grown = self.work / "-".join(
-            ["grown", cell.layers.replace("/", "_"), str(cell.factor), *cell.attention.split()]
-        )
+        words = ["grown", cell.layers.replace("/", "_"), str(cell.factor), *cell.attention.split()]
+        more = [*chain(*zip(("--attention", "--attention-layers"), cell.attention.split(), strict=False))]
+        if cell.copies_from:
+            copies = self.folder(cell.copies_from, "-trained")
+            words, more = [*words, copies.name], [*more, "--copies-from", str(copies)]
+        grown = self.work / "-".join(words)
         with self.lock(grown.name):
             if not grown.exists():
-                attention = ("--attention", cell.attention) if cell.attention else ()
-                grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}", *attention)
+                grow("expand", self.base, grown, "--layers", cell.layers, f"--factor={cell.factor}", *more)
         return grown
 
     def run(self, cell: Cell) -> None:
