@@ -34,7 +34,7 @@ from grow.methods.g_freeze import GFreeze
 from grow.methods.trained_model import load_model
 from grow.model import loading
 from grow.model.alpha import set_alpha
-from grow.model.grown import add_parts, grown_mlps, grown_parts, parts_with_alpha
+from grow.model.grown import add_parts, grown_mlps, grown_units, parts_with_alpha
 from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.switched import SwitchedModel, set_switch
 from grow.names import canonical, is_growth, named_beside, own_name
@@ -84,7 +84,7 @@ def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Param
         raise UserError(f"trainable: {method}: there are g_freeze and g_train; other methods train by a recipe")
     _plan_of(model)
     cls().prepare(model)
-    model.config.growth["trained_up"] = any(part.trained is not None for part in grown_parts(model))
+    model.config.growth["trained_up"] = any(part.trained is not None for part in grown_units(model))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

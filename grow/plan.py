@@ -48,9 +48,10 @@ class GrowthPlan:
         """Returns all that grows, by name, the MLPs of the decoder layers among it."""
         return ({"mlps": Where(self.layers)} if self.layers else {}) | dict(self.beside)
 
-    def own_alpha(self, layer: int) -> float:
-        """Returns the factor that α is multiplied by in the MLP of a grown layer."""
-        return self.alpha * (self.alphas[self.layers.index(layer)] if self.alphas else 1.0)
+    def own_alpha(self, part: str, layer: int) -> float:
+        """Returns the factor that α is multiplied by in a layer's part, by the name of its kind."""
+        by_layer = self.alphas and part == "mlps"
+        return self.alpha * (self.alphas[self.layers.index(layer)] if by_layer else 1.0)
 
     def facts(self) -> dict[str, Any]:
         """Returns what the "growth" object of a checkpoint's config says of it before training."""
@@ -102,6 +103,8 @@ def _beside(growth: dict[str, Any]) -> dict[str, Any]:
     version = growth["format_version"]
     if version == PARTS_VERSION:
         parts: dict[str, Any] = growth["parts"]
+        if not parts:
+            raise ValueError
         return parts
     known = version == ATTENTION_VERSION or (version == TOWER_VERSION and "attention" in growth)
     found = {"attention": growth["attention"]} if known else {}
@@ -254,7 +257,7 @@ def _by_alpha(checkpoint: Path) -> list[int]:
     plan = GrowthPlan.from_config(_read(checkpoint / "config.json"))
     if plan is None or not plan.alphas:
         raise UserError(f"{checkpoint}: its layers have no α of their own; name what grow learn-alphas wrote")
-    return sorted(plan.layers, key=plan.own_alpha, reverse=True)
+    return sorted(plan.layers, key=lambda layer: plan.own_alpha("mlps", layer), reverse=True)
 
 
 def _read(file: Path) -> Any:

@@ -7,7 +7,9 @@
 #     ./launch/test.sh --setup-only    only installs what the tests need
 #     ./launch/test.sh tests/test_x.py -k name …    other arguments go to pytest, which then runs alone
 #
-# Variables: PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
+# Variables:
+#   TEST_PROCESSES   how many processes share all tests (default: 2)
+#   PYTHON, VENV, TORCH_INDEX, GROW_CACHE: see launch/demo.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -41,4 +43,11 @@ if [[ $# == 0 || $1 == --full ]]; then
     shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh slurm/*.sh .ci/run
 fi
 say "pytest"
-"$VENV/bin/python" -m pytest "$@"
+several=()
+if [[ $# == 0 || $1 == --full ]]; then
+    # A file's tests stay together, since they share what they have made. With one thread each, processes do not get in
+    # each other's way.
+    several=(--numprocesses "${TEST_PROCESSES:-2}" --dist loadfile)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+"$VENV/bin/python" -m pytest "${several[@]}" "$@"

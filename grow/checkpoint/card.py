@@ -38,7 +38,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     base = growth["base"]
     if "skills" in growth:
         return _card(base, "With several skills", _skills(growth))
-    text = f"Grown from `{base['name']}` by a factor of {growth['factor']}: {_grown(growth)}. "
+    text = f"Grown from `{base['name']}`: {_grown(growth)}. "
     text += "The base's weights are in it, bit for bit (`grow base` takes them out again). "
     elsewhere = growth.get("copies_from")
     if elsewhere:
@@ -78,8 +78,8 @@ def stock_card(
         text = f"Made from `{base['name']}` with the skills {names}, all on, joined to one plain MLP a layer. "
     elif growth:
         text = (
-            f"Made from `{base['name']}` by growing {_grown(growth)} by a factor of {growth['factor']} and training "
-            "the added copies, then joined to one plain model. "
+            f"Made from `{base['name']}` by growing {_grown(growth)}; its added copies were trained, then joined to "
+            "one plain model. "
         ) + _own_alphas(growth)
     else:
         text = f"Made from `{base['name']}`, with its own shape. "
@@ -91,7 +91,7 @@ def stock_card(
 def _grown(growth: dict[str, Any]) -> str:
     plan = GrowthPlan.from_config({"growth": growth})
     assert plan is not None
-    return " and ".join(grown_words(plan))
+    return grown_words(plan)
 
 
 def _own_alphas(growth: dict[str, Any]) -> str:

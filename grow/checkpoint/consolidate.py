@@ -1,8 +1,6 @@
 """Consolidation: a training run or a grown checkpoint becomes a stock checkpoint that loads anywhere, or a grown one.
 
-In a stock checkpoint, the gate and up of the base and of the copies are concatenated by rows, and the down-projections
-by columns as [D/k, D'], so the model's intermediate_size is k·p. Master weights are rounded once. A block of rows is in
-memory at a time.
+What a stock checkpoint is made of stands in stock.py and stock_mlp.py. A block of rows is in memory at a time.
 """
 
 from collections.abc import Mapping

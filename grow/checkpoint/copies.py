@@ -10,7 +10,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError
 from grow.names import FUSED, canonical, is_down, is_growth
 from grow.parts import MLPS, parts_of
-from grow.parts.mlps import is_transposed
+from grow.parts.part import is_transposed
 from grow.plan import GrowthPlan
 
 # Several added copies start this far apart, in standard deviations of a row of the down-projection.
@@ -34,9 +34,8 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, copies: Checkpoint | None 
         prefixes = part.prefixes(base.tensors)
         missing = sorted(set(where.layers) - set(prefixes))
         if missing:
-            raise UserError(
-                f"{base.path}: {part.name}: layers {missing} are not there; those of {sorted(prefixes)} are"
-            )
+            whose = f" of layers {missing}" * part.has_layers
+            raise UserError(f"{base.path}: has no {part.name}{whose} to grow; it has {sorted(prefixes)}")
         for layer in where.layers:
             ends = part.ends(base, prefixes[layer], where.kind)
             names = {end: f"{prefixes[layer]}.{end}" for end in ends}
@@ -53,7 +52,7 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, copies: Checkpoint | None 
 def expected_growth(grown: Checkpoint, plan: GrowthPlan) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Returns the growth that a plan asks for, as it was before training, computed from the base inside; and problems
     by name: a line for each tensor that is missing, superfluous, or of another shape or dtype."""
-    MLPS.checked_prefixes(grown)
+    MLPS.checked_prefixes(grown)  # a sound base, whatever grows
     expected = added_tensors(grown, plan)
     if plan.trained_up:
         expected |= {

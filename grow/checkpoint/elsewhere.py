@@ -28,6 +28,13 @@ def check_program(program: str, path: str, config: dict[str, Any]) -> str:
             f"with {heads} heads, where it is {scalar:g}: heads that have grown compute something else there; use "
             "vllm, or grow MLPs"
         )
+    untied = False in (text.get("tie_word_embeddings"), config.get("tie_word_embeddings"))
+    if program == "llama.cpp" and untied and str(kind).startswith("gemma"):
+        # Its converter leaves out lm_head.weight of every Gemma.
+        raise UserError(
+            f"{path}: has a head of its own beside the embedding, which has trained, and llama.cpp takes a Gemma's "
+            "embedding for its head; grow something else for it"
+        )
     if "vision_config" in config:
         return f"{program}: no grown {config.get('model_type')}, with a tower for images, has been tried there"
     return "" if kind in TRIED else f"{program}: no grown {kind} has been tried there"

@@ -31,8 +31,9 @@ def check_grown(base: str, out: str, copies_from: str = "", **growth: Any) -> di
     wanted = make_plan(Checkpoint(base), **growth)
     there = GrowthPlan.from_config(Checkpoint(out).config)
     if there is None or there.as_expanded() != wanted:
-        asked = f"{' and '.join(grown_words(wanted))}, by {wanted.factor}"
-        raise UserError(f"{out}: is there already, and has not grown in {asked}; give another folder, or remove it")
+        raise UserError(
+            f"{out}: is there already, and has not grown in {grown_words(wanted)}: give another folder, or remove it"
+        )
     from_there = Checkpoint(out).config["growth"].get("copies_from", "")
     wanted_from = base_facts(Checkpoint(copies_from))["name"] if copies_from else ""
     if from_there != wanted_from:
@@ -73,7 +74,7 @@ def expand(
     added = added_tensors(base, plan, copies)
     shards = split_into_shards(added, parse_size("--max-shard-size", max_shard_size), "growth")
     request = {"base": base.identity(), "factor": plan.factor, "layers": plan.layers, "shards": list(shards)}
-    request |= {name: asdict(where) for name, where in plan.beside.items()}
+    request |= {"parts": {name: asdict(where) for name, where in plan.beside.items()}} if plan.beside else {}
     request |= {"copies": copies.identity()} if copies is not None else {}
     with OutputFolder(out, request) as folder, ThreadPoolExecutor(1) as hasher:
         identity = hasher.submit(base_identity, base)
@@ -132,6 +133,7 @@ def describe_growth(base: Checkpoint, plan: GrowthPlan, added: dict[str, LazyTen
         "base": str(base.path),
         "factor": plan.factor,
         "layers": list(plan.layers),
+        "parts": {name: asdict(where) for name, where in plan.beside.items()},
         "grown": grown_words(plan),
         "base_parameters": sum(info.nbytes // itemsize(info.dtype) for info in base.tensors.values()),
         "added_parameters": count,

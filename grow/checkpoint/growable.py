@@ -7,6 +7,7 @@ from grow.checkpoint.starting import check_not_quantized
 from grow.errors import UserError
 from grow.names import canonical, is_growth
 from grow.parts import FIELDS, MLPS, PARTS, grow_beside
+from grow.parts.part import TENSORS
 from grow.plan import GrowthPlan, parse_factor
 
 
@@ -52,7 +53,7 @@ def check_copies(base: Checkpoint, copies: Checkpoint, plan: GrowthPlan) -> None
     for layer in plan.layers:
         # Also a bias that the base has not.
         for matrix in dict.fromkeys(end.partition(".")[0] for end in MLPS.ends(base, prefixes[layer])):
-            for name in (f"{prefixes[layer]}.{matrix}.{tensor}" for tensor in ("weight", "bias")):
+            for name in (f"{prefixes[layer]}.{matrix}.{tensor}" for tensor in TENSORS):
                 own, found = base.tensors.get(name), there.get(canonical(name))
                 if (own and own.shape) != (found and found.shape):
                     said, wanted = (f"is {list(one.shape)}" if one else "is missing" for one in (found, own))

@@ -26,7 +26,7 @@ from grow.checkpoint.writer import (
     parse_size,
     split_into_shards,
 )
-from grow.errors import UserError
+from grow.errors import UserError, one_line
 from grow.names import canonical, is_growth, named_beside, own_name
 
 
@@ -201,7 +201,9 @@ def added_as_of(own: Checkpoint, added: Checkpoint) -> dict[str, LazyTensor]:
     beside = {canonical(name): name for name in own.tensors}
     found = {}
     for name in added.tensors:
-        own_tensor = beside[canonical(own_name(name))]
+        own_tensor = beside.get(canonical(own_name(name)), "")
+        if not is_growth(name) or not own_tensor:
+            raise UserError(f"{added.path}: {one_line(name)}: is no growth of {own.path}")
         found[named_beside(name, own_tensor)] = added.lazy(name).to(own.tensors[own_tensor].dtype)
     return found
 

@@ -1,16 +1,20 @@
-"""The stock form of what has grown: tensors that a class of transformers loads as they are, and their config."""
+"""The stock form of what has grown: tensors that a class of transformers loads as they are, and their config.
 
-from collections.abc import Mapping
+Gate and up of the base and of the copies are concatenated by rows, and the down-projections by columns as [D/k, D'], so
+the model's intermediate_size is k·p (stock_mlp.py). Master weights are rounded once.
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grow.checkpoint.lazy import LazyTensor, interpolated
+from grow.checkpoint.one_skill import plans_of
 from grow.checkpoint.stock_mlp import Blocks, Grown, blocks, grouped, hidden_units, stock_heads, stock_matrix, stock_mlp
 from grow.checkpoint.trained_weights import TrainedWeights
 from grow.errors import UserError
 from grow.names import is_growth, of_skill
-from grow.parts import MLPS, PARTS, parts_of
-from grow.parts.mlps import is_transposed
-from grow.parts.part import Part
+from grow.parts import PARTS, parts_of
+from grow.parts.part import Part, is_transposed
 from grow.plan import GrowthPlan, Where
 
 
@@ -24,18 +28,27 @@ def stock_tensors(
     """
     start = source.start
     joined: dict[str, LazyTensor] = {}
+    for part, where in _grown(plans):
+        joined |= _stock_part(source, part, where, plans, uniform, alpha, dtype)
+        beside = {name: start.lazy(own) for name, own in part.stock_beside(start).items()}
+        joined |= {name: own.to(dtype or own.dtype) for name, own in beside.items()}
+    tensors = {}
+    for name, info in start.tensors.items():
+        if name not in joined and not is_growth(name):
+            target = dtype if dtype and info.is_float else info.dtype
+            tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
+        elif name in joined:
+            tensors[name] = joined.pop(name)  # in the order that the start has
+    return tensors | joined | _new_tensors(source, alpha, dtype)
+
+
+def _grown(plans: Mapping[str, GrowthPlan]) -> Iterator[tuple[Part, dict[str, Where]]]:
+    """Yields each kind of part that has grown, with where it has for which skills."""
     grown = {name: dict(parts_of(plan)) for name, plan in plans.items()}
     for part in PARTS.values():
         where = {name: own[part] for name, own in grown.items() if part in own}
-        joined |= _stock_part(source, part, where, plans, uniform, alpha, dtype) if where else {}
-    tensors = {}
-    for name, info in start.tensors.items():
-        if name in joined:
-            tensors[name] = joined[name]
-        elif not is_growth(name):
-            target = dtype if dtype and info.is_float else info.dtype
-            tensors[name] = interpolated(start.lazy(name), source.tensor(name), alpha, target)
-    return tensors | _new_tensors(source, alpha, dtype)
+        if where:
+            yield part, where
 
 
 def _stock_part(
@@ -89,8 +102,8 @@ def _skill(
     copies = {end: source.tensor(of_skill(f"{prefix}grown.{end}", name)) for end in ends}
     up = {end: of_skill(f"{prefix}trained.{end}", name) for end in ends}
     trained = {end: source.tensor(key) for end, key in up.items() if source.has(key)}
-    own_alpha = plan.own_alpha(layer) if part is MLPS else plan.alpha
-    return Grown(2 if part.made_of == "matrix" else plan.factor, alpha * own_alpha, copies, trained)
+    factor = 2 if part.made_of == "matrix" else plan.factor
+    return Grown(factor, alpha * plan.own_alpha(part.name, layer), copies, trained)
 
 
 def _new_tensors(source: TrainedWeights, alpha: float, dtype: str | None) -> dict[str, LazyTensor]:
@@ -110,6 +123,6 @@ def stock_config(source: TrainedWeights, tensors: Mapping[str, LazyTensor]) -> d
     if "growth" not in start.config:
         return config
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for part in PARTS.values():
+    for part, _ in _grown(plans_of(start.config)):
         config = part.stock_config(config, start, shapes)
     return config

@@ -122,6 +122,7 @@ def with_flags(fields: Mapping[str, Field]) -> Callable[[Callable[..., str]], Ca
             for name, spec in fields.items()
         ]
         before, json, after = str(command.__doc__).rpartition("        json: ")
+        assert before, f"{command.__name__} has no --json"
         before = before.removesuffix("        parts: What else grows.\n")
         command.__doc__ = before + "\n".join([*said, json]) + after
         return command

@@ -11,7 +11,7 @@ def plan_text(r: dict[str, Any]) -> str:
     trained = ", ".join(f"{count / 1e6:,.1f} M by {method}" for method, count in r["trained_parameters"].items())
     return (
         f"{r['base']}: {base / 1e6:,.1f} M parameters, {r['base_bytes'] / 1e9:.2f} GB\n"
-        f"grown by a factor of {r['factor']}: {' and '.join(r['grown'])}\n"
+        f"grown: {r['grown']}\n"
         f"added: {added / 1e6:,.1f} M parameters ({added / base:.0%} of the base), {r['added_bytes'] / 1e9:.2f} GB\n"
         f"trained: {trained}"
     )

@@ -33,8 +33,9 @@ class GFreeze(KlRegularized):
         return is_copy(name) and self.chosen(name)
 
     def chosen(self, name: str) -> bool:
-        """Says whether a parameter that growth has added is of `grown_matrices`."""
-        return is_growth(name) and (not self.grown_matrices or name.split(".")[-2] in self.grown_matrices)
+        """Says whether a parameter that growth has added is of `grown_matrices`, or has no matrices to choose among."""
+        matrix = name.split(".")[-2]
+        return is_growth(name) and (not self.grown_matrices or matrix == "grown" or matrix in self.grown_matrices)
 
     def write_result(self, run: Path, out: Path) -> None:
         """Writes the growth package, which `grow attach` puts on the base again."""

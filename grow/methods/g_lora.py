@@ -8,7 +8,7 @@ from grow.errors import UserError
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
 from grow.names import check_matrices, is_copy, own_name
-from grow.parts import MLPS, grow_beside
+from grow.parts import MLPS, growing
 from grow.parts.part import Part
 
 
@@ -27,11 +27,17 @@ class GLora(Lora, GFreeze):
         super().check(recipe)
         if self.grown_matrices:
             raise UserError("grown_matrices: g_lora has its LoRAs in lora_targets")
-        self._growing = [*([MLPS] if recipe.layers != "none" else []), *grow_beside(recipe.growth)]
+        self._growing = growing(recipe.growth)
+        whole = [part for part in self._growing if part.made_of == "matrix"]
+        if whole:
+            raise UserError(f"g_lora: has no LoRA for a copy of the {whole[0].name}; take g_freeze, or leave it out")
 
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a matrix that has not grown."""
         super().check_names(names)
+        whole = next((name for name in names if is_copy(name) and name.split(".")[-2] == "grown"), "")
+        if whole:
+            raise UserError(f"g_lora: has no LoRA for {whole}; take g_freeze, or growth without it")
         grown = [own_name(name) for name in names if is_copy(name)]
         prefixes = tuple(f"{prefix}." for part in self._growing for prefix in part.prefixes(names).values())
         will = [name for name in names if name.startswith(prefixes)]

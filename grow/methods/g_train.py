@@ -7,7 +7,7 @@ import torch
 
 from grow.methods.g_freeze import GFreeze
 from grow.model.gather import gathered
-from grow.model.grown import grown_parts
+from grow.model.grown import grown_units
 from grow.model.layouts import up_layers
 from grow.names import is_copy, is_down, own_name
 
@@ -19,7 +19,7 @@ class GTrain(GFreeze):
 
     def add_parameters(self, model: Any) -> None:
         """Gives each grown layer a copy of its gate and up, unless the checkpoint has brought trained ones."""
-        for part in grown_parts(model):
+        for part in grown_units(model):
             if part.trained is None:
                 _copy_up(part)
 

@@ -9,9 +9,9 @@ from torch import nn
 from grow.errors import UserError
 from grow.model.attention_heads import grow_attention
 from grow.model.layouts import decoder_mlps, modules_of
-from grow.model.matrix import grow_matrix
+from grow.model.matrix import GrownMatrix, grow_matrix
 from grow.model.mlp import GrownMLP, grow_mlp
-from grow.parts import MLPS, PARTS, parts_of
+from grow.parts import PARTS, parts_of
 from grow.parts.part import Part
 from grow.plan import GrowthPlan
 
@@ -24,8 +24,7 @@ def add_parts(model: nn.Module, plan: GrowthPlan) -> None:
     for part, modules in planned_parts(model, plan):
         for layer, module in modules.items():
             _GROW[part.made_of](module, plan.factor, plan.trained_up)
-            if part is MLPS:
-                module.own_alpha = plan.own_alpha(layer)
+            module.own_alpha = plan.own_alpha(part.name, layer)
 
 
 def planned_parts(model: nn.Module, plan: GrowthPlan, whose: str = "") -> Iterator[tuple[Part, dict[int, Any]]]:
@@ -35,10 +34,8 @@ def planned_parts(model: nn.Module, plan: GrowthPlan, whose: str = "") -> Iterat
         there = modules_of(model, part)
         missing = sorted(set(where.layers) - set(there))
         if missing:
-            raise UserError(
-                f"{whose}growth of layers {missing} ({part.name}) does not fit the model, which has layers "
-                f"{sorted(there)} of this kind"
-            )
+            what = part.name + f" of layers {missing}" * part.has_layers
+            raise UserError(f"{whose}growth of the {what} does not fit the model, which has {sorted(there)}")
         for layer in where.layers:
             there[layer].__dict__["layout"] = part.matrices(functools.partial(hasattr, there[layer]), where.kind)
         yield part, {layer: there[layer] for layer in where.layers}
@@ -50,8 +47,13 @@ def grown_mlps(model: nn.Module) -> Iterator[Any]:
 
 
 def grown_parts(model: nn.Module) -> Iterator[Any]:
+    """Returns all that has grown, by the order of grow.parts and layer by layer."""
+    return (part for part in parts_with_alpha(model) if isinstance(part, (GrownMLP, GrownMatrix)))
+
+
+def grown_units(model: nn.Module) -> Iterator[Any]:
     """Returns all that has grown and maps to units, or heads, and back."""
-    return (part for kind in PARTS.values() for part in modules_of(model, kind).values() if isinstance(part, GrownMLP))
+    return (part for part in grown_parts(model) if isinstance(part, GrownMLP))
 
 
 def parts_with_alpha(model: nn.Module) -> Iterator[Any]:
@@ -60,6 +62,6 @@ def parts_with_alpha(model: nn.Module) -> Iterator[Any]:
 
 
 def grown_beside_text(model: nn.Module) -> bool:
-    """Says whether something has grown that text does not show, such as a tower for images."""
-    beside = (part for part in PARTS.values() if not part.text_reaches_it)
+    """Says whether something of a tower for images, or what leads from it, has grown, which text does not show."""
+    beside = (part for part in PARTS.values() if part.of_images)
     return any(hasattr(module, "own_alpha") for part in beside for module in modules_of(model, part).values())

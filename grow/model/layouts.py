@@ -109,12 +109,12 @@ def mix_in(mlp: Any, kind: type, name: str) -> None:
     """Mixes a class into that of an MLP that is already there, so that the base's tensors keep their names."""
     cls: Any = type(mlp)
     mlp.__dict__.setdefault("stock_mlp_class", cls)
-    mlp.__class__ = _mixed(kind, cls, name)
+    mlp.__class__ = mixed(kind, cls, name)
 
 
 @functools.cache
-def _mixed(kind: type, cls: type, name: str) -> type:
-    """Returns the class of all MLPs of a kind: torch.compile compiles a layer again for a class of its own."""
+def mixed(kind: type, cls: type, name: str) -> type:
+    """Returns the class of all modules of a kind: torch.compile compiles a layer again for a class of its own."""
     return type(f"{name}{cls.__name__}", (kind, cls), {})
 
 
@@ -130,7 +130,7 @@ class Instead(nn.Module):
     layout: tuple[str, ...] = ()
 
     def __init__(self, mlp: Any):
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a class that is mixed in besides (grow.model.matrix)
         known = {"layout": layout_of(mlp), "stock_mlp_class": stock_class(mlp)}
         mlp.__dict__.update(known)
         self.__dict__.update(known | {"of": (mlp,)})  # in a tuple, else it would be a part of this module

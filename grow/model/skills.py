@@ -19,7 +19,7 @@ from grow.model.attention_heads import SameKeys
 from grow.model.grown import planned_parts
 from grow.model.layouts import mix_in, stock_class, width
 from grow.model.mlp import Between, GrownBranch, trained_base, up_projection, with_growth
-from grow.parts import MLPS, parts_of
+from grow.parts import parts_of
 from grow.plan import GrowthPlan
 
 
@@ -115,6 +115,9 @@ class SkilledAttention(Skilled):
         return y, *others
 
 
+_SKILLED = {"units": SkilledMLP, "heads": SkilledAttention}
+
+
 def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan]) -> None:
     """Gives a model the parameters of several skills, uninitialised, in place, by their plans. Raises UserError where
     one does not fit, or cannot stand beside others."""
@@ -123,9 +126,8 @@ def add_skills(model: nn.Module, plans: Mapping[str, GrowthPlan]) -> None:
             if part.must_be_alone(where):
                 raise UserError(f"{name}: {part.must_be_alone(where)}")
         for part, modules in planned_parts(model, plan, f"{name}: "):
-            kind = SkilledAttention if part.made_of == "heads" else SkilledMLP
             for layer, module in modules.items():
-                _add(module, kind, name, plan, plan.own_alpha(layer) if part is MLPS else plan.alpha)
+                _add(module, _SKILLED[part.made_of], name, plan, plan.own_alpha(part.name, layer))
 
 
 def _add(part: Any, kind: type[Skilled], name: str, plan: GrowthPlan, alpha: float) -> None:

@@ -13,6 +13,7 @@ from grow.model.features import opens
 from grow.model.grown import grown_beside_text, grown_parts
 from grow.model.layouts import decoder_mlps, hidden_size, modules_of
 from grow.model.lora import highest_unchanged, lora_layers, switch_lora
+from grow.model.matrix import GrownMatrix
 from grow.model.mlp import GrownMLP
 from grow.model.skills import Skilled
 from grow.model.switch import Switch
@@ -115,12 +116,12 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
     """Returns a switch that is called in every pass of the model."""
     mlps, loras = decoder_mlps(model), lora_layers(model)
     if grown_beside_text(model):
-        raise UserError("a switch is decided by text, after the tower for images, or its projector, which have grown")
+        raise UserError("a switch is decided by text, after what has grown of the tower for images has computed")
     unchanged = [
         layer - part.reads_below
         for part in PARTS.values()
         for layer, module in modules_of(model, part).items()
-        if isinstance(module, (GrownMLP, Skilled))
+        if isinstance(module, (GrownMLP, GrownMatrix, Skilled))
     ]
     unchanged += [highest_unchanged(list(loras))] if loras else []
     first_pass = record.layer > min(unchanged, default=len(mlps))

@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from grow.errors import UserError
 from grow.names import ATTENTION, LAYERS, OTHER_TOWERS, QUERY, mlp_prefixes
-from grow.parts.mlps import check_floats
-from grow.parts.part import Base, Field, Part, in_layers
+from grow.parts.part import Base, Field, Part, check_floats
 from grow.plan import Where, text_config, with_text_config
 
 TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -71,10 +70,9 @@ class Attention(Part):
         """Returns the matrices of a kind; of whole heads, if none is named."""
         return (ATTENTION[kind or "heads"],)
 
-    def words(self, where: Where) -> str:
-        """Returns what has grown, in words."""
-        heads = "query heads" if where.kind == "queries" else "heads"
-        return f"the {heads} of {in_layers(where)}"
+    def named(self, where: Where) -> str:
+        """Returns what it is, in words."""
+        return "the query heads" if where.kind == "queries" else "the heads"
 
     def must_be_alone(self, where: Where) -> str:
         """Returns why heads cannot be one of several skills; "" for query heads."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grow.errors import UserError, one_line
-from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, TRANSPOSED, is_growth, mlp_prefixes
-from grow.parts.part import TENSORS, Base, Part, in_layers
+from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
+from grow.parts.part import TENSORS, Base, Part, check_floats, is_transposed
 from grow.plan import Where, growing_layers, mlp_widths, setting, text_config, width_key, with_text_config
 
 _MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
@@ -27,7 +27,11 @@ class Mlps(Part):
     narrower = "layers {} are not grown as wide as others, and stock models have one width"
 
     def planned(self, base: Base, fields: Mapping[str, Any], factor: int) -> Where | None:
-        """Returns the layers that grow; checks the base whether any do. Raises UserError where they cannot."""
+        """Returns the layers that grow, None for "none".
+
+        Raises UserError where they cannot; and for a base without plain MLPs even if none grow, since other parts are
+        known only beside these.
+        """
         layers = str(fields["layers"])
         count = len(self.checked_prefixes(base))
         return None if layers == "none" else Where(growing_layers(layers, count, base.config))
@@ -66,9 +70,9 @@ class Mlps(Part):
         """Returns all that are known."""
         return LAYOUTS
 
-    def words(self, where: Where) -> str:
-        """Returns what has grown, in words."""
-        return f"the MLPs of {in_layers(where)}"
+    def named(self, where: Where) -> str:
+        """Returns what it is, in words."""
+        return "the MLPs"
 
     def must_be_alone(self, where: Where) -> str:
         """Returns "": MLPs can be one of several skills."""
@@ -126,19 +130,6 @@ def check_mlp(base: Base, prefix: str, hidden_size: int | None, width: int | Non
         if bias is not None and bias.shape != (length,):
             raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
     check_floats(base, prefix, [f"{prefix}.{name}.{tensor}" for name in layout for tensor in TENSORS])
-
-
-def check_floats(base: Base, what: str, names: Iterable[str]) -> None:
-    """Raises UserError unless the tensors of these names, as far as there are such, are in one float type."""
-    infos = [base.tensors[name] for name in names if name in base.tensors]
-    dtypes = {info.dtype for info in infos}
-    if len(dtypes) > 1 or not all(info.is_float for info in infos):
-        raise UserError(f"{base.path}: {what} is in {', '.join(sorted(dtypes))}; one float type is needed")
-
-
-def is_transposed(config: dict[str, Any]) -> bool:
-    """Says whether the matrices of a model with this config lie in its files as [in, out]."""
-    return text_config(config).get("model_type") in TRANSPOSED
 
 
 def layout_of(base: Base, prefix: str) -> tuple[str, ...]:

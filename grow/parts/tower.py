@@ -25,7 +25,7 @@ class Tower(Part):
         ),
         "tower_layers": Field("", "The layers of the tower that grow, written as in --layers; all if not given."),
     }
-    text_reaches_it = False
+    of_images = True
     narrower = "layers {} of the tower are not grown as wide as others, and it has one width"
 
     def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class Tower(Part):
         used = _used_layers(base.config, len(prefixes))
         chosen = parse_layers(layers, len(prefixes), "--tower-layers")
         unused = [layer for layer in chosen if layer >= used]
-        if unused and layers.strip() not in ("all", "upper"):
+        if unused and (len(unused) == len(chosen) or layers.strip() not in ("all", "upper")):
             raise UserError(f"--tower-layers {layers}: what layers {ranges(unused)} compute is not used by {base.path}")
         return tuple(layer for layer in chosen if layer < used)
 
@@ -61,9 +61,13 @@ class Tower(Part):
         """Returns all that are known."""
         return LAYOUTS
 
-    def words(self, where: Where) -> str:
+    def named(self, where: Where) -> str:
+        """Returns what it is, in words."""
+        return "the MLPs of the tower for images"
+
+    def words(self, where: Where, factor: int) -> str:
         """Returns what has grown, in words."""
-        return f"the MLPs of {in_layers(where)} of the tower for images"
+        return f"the MLPs of {in_layers(where)} of the tower for images, {factor} times as wide"
 
     def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Writes the width of the tower's MLPs."""

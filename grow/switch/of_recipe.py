@@ -89,8 +89,8 @@ def lowest_layer(recipe: Recipe, start: Checkpoint) -> int:
     if not method.grows:
         return highest_unchanged(list(method.added_shapes({name: info.shape for name, info in start.tensors.items()})))
     plan = GrowthPlan.from_config(start.config) or make_plan(start, **recipe.growth)
-    grown = list(parts_of(plan))
-    if not all(part.text_reaches_it for part, _ in grown):
+    grown = parts_of(plan)
+    if any(part.of_images for part, _ in grown):
         raise UserError(
             "switch: is decided by text, after the tower for images has computed; take it out, or leave the tower as "
             "it is"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.model.grown import grown_parts
+from grow.model.grown import grown_units
 from grow.model.layouts import sizes, up_layers
 from grow.names import canonical, of_language_model
 
@@ -45,7 +45,7 @@ class StepFlops:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.per_token = self.per_label = 0
         # A trained up-projection takes the place of the base's own, which is not computed then (grow.model.mlp).
-        idle = {own for mlp in grown_parts(model) if mlp.trained is not None for own in up_layers(mlp)}
+        idle = {own for mlp in grown_units(model) if mlp.trained is not None for own in up_layers(mlp)}
         reached = any(p.requires_grad for name, p in model.named_parameters() if "embed_tokens" in canonical(name))
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grow.data.packing import PackedDataset
 from grow.model.gather import gathered
-from grow.model.grown import grown_parts
+from grow.model.grown import grown_units
 from grow.model.layouts import down_layer, halves, matrix, up_layers
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
 from grow.model.switched import switch_decided
@@ -53,7 +53,7 @@ class Probe:
             found["kl_from_base"] = divergence / labels
         if decided:
             found["retention_open"] = opened / decided
-        layers = [_moved(mlp) for mlp in grown_parts(trainer.model)]
+        layers = [_moved(mlp) for mlp in grown_units(trainer.model)]
         if layers:
             found |= {
                 "cosine_min": min(layer["cosine"] for layer in layers),

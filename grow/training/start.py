@@ -13,7 +13,7 @@ from grow.checkpoint.starting import check_start
 from grow.errors import UserError
 from grow.methods.rates import default_rate
 from grow.names import is_growth
-from grow.parts import MLPS, grow_beside, parts_of
+from grow.parts import growing, parts_of
 from grow.parts.part import Part
 from grow.plan import GrowthPlan
 from grow.recipe import Recipe
@@ -86,8 +86,8 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
     if not isinstance(rate, float):
         base = Checkpoint(_base(recipe))
         size = sum(prod(info.shape) for info in base.tensors.values())
-        growing = growing_parts(recipe)
-        rate = default_rate(recipe.method, size, growing[0].rate if len(growing) == 1 else 1.0)
+        parts = growing_parts(recipe)
+        rate = default_rate(recipe.method, size, parts[0].rate if len(parts) == 1 else 1.0)
     return dataclasses.replace(recipe, learning_rate=rate)
 
 
@@ -99,7 +99,7 @@ def growing_parts(recipe: Recipe) -> list[Part]:
     there = GrowthPlan.from_config(Checkpoint(recipe.grown).config) if Path(recipe.grown).is_dir() else None
     if there:
         return [part for part, _ in parts_of(there)]
-    return ([] if recipe.layers == "none" else [MLPS]) + grow_beside(recipe.growth)
+    return growing(recipe.growth)
 
 
 def _is_another(grown: Checkpoint, path: str) -> bool:

@@ -58,7 +58,7 @@ from grow.model.loading import check_loads, checkpoint_activations, class_of, lo
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
-from grow.parts.mlps import is_transposed
+from grow.parts.part import is_transposed
 from grow.recipe import AUTO, Recipe
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
@@ -259,7 +259,7 @@ def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = start
     config, cls = class_of(start.path)
     check_attention(recipe.attn_implementation, cls, config)
     method = recipe.make_method()
-    check_images(recipe, any(not part.text_reaches_it for part in growing_parts(recipe)), config)
+    check_images(recipe, any(part.of_images for part in growing_parts(recipe)), config)
     method.check(recipe)
     method.check_names(start.tensors)
     if isinstance(method, PeftMethod) and is_transposed(start.config):

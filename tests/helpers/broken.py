@@ -197,7 +197,7 @@ BROKEN_GROWTH: dict[str, tuple[Break, str]] = {
     "an infinite factor": (in_growth(lambda f: f.update(factor=float("inf"))), "factor and layers"),
     "another factor": (in_growth(lambda f: f.update(factor=3)), "the plan says"),
     "a layer fewer": (in_growth(lambda f: f.update(layers=[0])), "not in the plan"),
-    "a layer more": (in_growth(lambda f: f.update(layers=[0, 1, 2])), "layers .2. are not there"),
+    "a layer more": (in_growth(lambda f: f.update(layers=[0, 1, 2])), "no mlps of layers .2. to grow"),
     "training that is text": (in_growth(lambda f: f.update(trained="yes")), "not what this program writes"),
     "training without facts": (in_growth(lambda f: f.update(trained={"method": 1})), "not what this program writes"),
     "a base without files": (in_growth(lambda f: f["base"].pop("files")), "not what this program writes"),
