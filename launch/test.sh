@@ -47,7 +47,7 @@ several=()
 if [[ $# == 0 || $1 == --full ]]; then
     # A file's tests stay together, since they share what they have made. With one thread each, processes do not get in
     # each other's way.
-    several=(--numprocesses "${TEST_PROCESSES:-2}" --dist loadfile)
+    several=(--numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 "$VENV/bin/python" -m pytest "${several[@]}" "$@"

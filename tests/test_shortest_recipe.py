@@ -59,7 +59,7 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
     assert (config["growth"]["layers"], config["growth"]["factor"]) == ([1, 2], 3)
     assert json.loads(here(capsys, "plan", recipe, "--json")) == planned
     here(capsys, "train", recipe, "--check", "--expand")
-    assert "otherwise than factor 3, layers 1" in here(capsys, "train", recipe, "--check", "--layers=1", code=2)
+    assert "otherwise than layers 1, factor 3" in here(capsys, "train", recipe, "--check", "--layers=1", code=2)
     assert "no grown checkpoint there" in here(capsys, "train", recipe, "--check", "--grown", tmp_path / "x", code=2)
     here(capsys, "expand", text_base, tmp_path / "other", "--attention", "queries")
     other = ("--check", "--grown", tmp_path / "other", f"--output_dir={tmp_path}/c")
@@ -127,7 +127,7 @@ def test_rates() -> None:
     for method in METHODS:
         small, large = default_rate(method, 270_000_000), default_rate(method, 4_000_000_000)
         assert 0 < large <= small < 1e-2
-    assert default_rate("g_freeze", 1, heads=True) == 3 * default_rate("g_freeze", 1)
+    assert default_rate("g_freeze", 1, times=3) == 3 * default_rate("g_freeze", 1)
     with pytest.raises(UserError, match="no default for toy"):
         default_rate("toy", 1)
     assert Toy  # a method of one's own names its rate in the recipe

@@ -117,7 +117,7 @@ def test_what_text_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture) 
 def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "llava")
     edit_json(base / "config.json", vision_feature_layer=-2)
-    assert "1 layer (0) of the tower" in expand(str(base), str(tmp_path / "grown"), tower="vision")["grown"][0]
+    assert "1 layer (0) of the tower" in expand(str(base), str(tmp_path / "grown"), tower="vision")["grown"]
     with pytest.raises(UserError, match="what layers 1 compute is not used"):
         expand(str(base), str(tmp_path / "no"), tower="vision", tower_layers="1")
 
@@ -125,7 +125,7 @@ def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
 def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
     said = here(capsys, "expand", base, grown, "--tower", "vision", "--train-projector", "--attention", "queries")
-    assert "the query heads of 4 layers (0-3) and the MLPs of 2 layers (0-1) of the tower for images and" in said
+    assert "the query heads of 4 layers (0-3); the MLPs of 2 layers (0-1) of the tower for images, 2 times" in said
     move(grown)
     extract_growth(str(grown), str(tmp_path / "package"))
     attach_growth(str(base), str(tmp_path / "package"), str(tmp_path / "again"))
