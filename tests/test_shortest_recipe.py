@@ -78,7 +78,7 @@ def test_layers_and_factor(text_base: Path, sums: Path, tmp_path: Path, capsys: 
     settings = ("--method=g_lora", "--lora_targets=q_proj,o_proj", "--lora_rank=2")
     here(capsys, "train", heads, "--check", "--expand", *settings)
     named = ("--grown", tmp_path / "elsewhere", f"--output_dir={tmp_path}/d")
-    assert "--layers none --attention=queries" in here(capsys, "train", heads, "--check", *named, code=2)
+    assert "--layers=none --factor=2 --attention=queries" in here(capsys, "train", heads, "--check", *named, code=2)
 
 
 def test_expanded_by_the_script_of_a_job(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
