@@ -4,11 +4,12 @@ A grid is a YAML file such as translation.yaml: a recipe and its fields, what is
 it has rows, LABEL: {method: …, learning_rate: [a list]} and, where they are needed, `layers`, `factor`, `attention` (a
 kind, or a kind and layers) and `copies_from` (a cell that was run with `--keep`, whose MLPs are copied in place of the
 base's) of a method that grows; `fields` of the recipe; `average`, how many of the last checkpoints are scored as one;
-`learn_alphas`, the arguments of that command; `switches`, the kinds of switch with which it is scored besides, the
-first while it trains; `two_models`, a cell with a switch, whose decisions choose between this row's whole model and the
-base; `write`, the seeds for which what the model writes is scored, which takes longest ([] for none; all, unless it is
-given). `shots` has written answers to the retention questions scored (written.py). A cell is a row at one rate with one
-seed. Results are identified by its name alone, so a row that is changed needs another label.
+`learn_alphas`, the arguments of that command; `lines`, LiNeS's λ (lines.py), of a method that does not grow;
+`switches`, the kinds of switch with which it is scored besides, the first while it trains; `two_models`, a cell with a
+switch, whose decisions choose between this row's whole model and the base; `write`, the seeds for which what the model
+writes is scored, which takes longest ([] for none; all, unless it is given). `shots` has written answers to the
+retention questions scored (written.py). A cell is a row at one rate with one seed. Results are identified by its name
+alone, so a row that is changed needs another label.
 """
 
 import sys
@@ -28,8 +29,8 @@ class Cell:
     """Describes one training run of a grid. `layers` is empty for methods that do not grow, "none" where `attention`
     grows alone; `copies_from` is the cell whose MLPs are copied, if not the base's; `fields` are the recipe's;
     `average` is how many of the last checkpoints are scored as one; `learn_alphas` has the arguments of that command,
-    if each layer gets an α of its own; `switches` are kinds of switch, and `two_models` is the cell that decides
-    between whole models."""
+    if each layer gets an α of its own, and `lines` LiNeS's λ, if updates are scaled with depth; `switches` are kinds of
+    switch, and `two_models` is the cell that decides between whole models."""
 
     label: str
     method: str
@@ -40,6 +41,7 @@ class Cell:
     fields: dict[str, Any] = field(default_factory=dict)
     average: int = 1
     learn_alphas: dict[str, Any] = field(default_factory=dict)
+    lines: float | None = None
     switches: list[str] = field(default_factory=list)
     two_models: str = ""
     write: bool = True
@@ -73,6 +75,7 @@ _ROW = (
     "fields",
     "average",
     "learn_alphas",
+    "lines",
     "switches",
     "two_models",
     "write",

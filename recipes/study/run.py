@@ -27,6 +27,7 @@ import written
 from commands import arguments, grow
 from filelock import FileLock, Timeout
 from grid import Cell, cells, read_grid
+from lines import scaled_by_depth
 from xxhash import xxh3_64_hexdigest
 
 from grow.checkpoint.files import write_json, write_text
@@ -167,7 +168,12 @@ class Study:
         return cell.name in self.grid.get("effective_rank", ())
 
     def by_layer(self, cell: Cell, trained: Path) -> Path:
-        """Returns the checkpoint with an α for each layer, if the cell wants that; else the one given."""
+        """Returns the checkpoint with an α for each layer, or scaled with depth, if the cell wants that; else the one
+        given."""
+        if cell.lines is not None:
+            if not (scaled := trained.with_name(f"{trained.name}-lines")).exists():
+                scaled_by_depth(self.base, trained, scaled, cell.lines)
+            return scaled
         if not cell.learn_alphas:
             return trained
         out = trained.with_name(f"{trained.name}-by-layer")
