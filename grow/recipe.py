@@ -82,8 +82,8 @@ class Recipe:
     # in a file of your own (Jinja). A row's column `tools` is given to it too.
     messages: str = ""
     chat_template: str = ""
-    # A column of images: a path, from the folder of the data, an Image of datasets, or a list of them. <image> in the
-    # text says where each stands; without one they stand first.
+    # A column of images: a path, from the folder of the row's file or that of the data, an Image of datasets, or a list
+    # of them. <image> in the text says where each stands; without one they stand first.
     images: str = ""
     # What `eval` measures beside the loss: "chrf" (and BLEU) of what the model writes; "accuracy" among the options,
     # which are all completions that there are.

@@ -7,6 +7,7 @@ processor decides what text an image becomes, and makes tensors of it.
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -80,6 +81,48 @@ class Images:
 
     def _read(self, values: list[Any]) -> list[Any]:
         return [load_image_of(value, self.root) for value in values]
+
+
+class PlacedImages(Rows):
+    """Rows whose images may be named from the folder of the rows' own file, as in an imagefolder of `datasets`: there
+    they are looked for first. Their names become those from `root`."""
+
+    def __init__(self, rows: Rows, column: str, root: str):
+        self.rows, self.column, self.root, self.name = rows, column, Path(root), rows.name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Returns the rows of this range."""
+        return [self._placed(row, index) for index, row in enumerate(self.rows.read(first, last), first)]
+
+    def _placed(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        file, value = self.rows.file(index), row.get(self.column)
+        if file is None or file.parent == self.root or not value:
+            return row
+        placed = [self._from_root(one, file.parent) for one in value] if isinstance(value, list) else None
+        return row | {self.column: placed or self._from_root(value, file.parent)}
+
+    def _from_root(self, value: Any, folder: Path) -> Any:
+        name = _file_of(value)
+        try:
+            there = name is not None and "://" not in name[:10] and (folder / name).is_file()
+        except (OSError, ValueError):  # a text that is no path
+            there = False
+        return os.path.relpath(folder / str(name), self.root) if there else value
+
+    def checksum(self) -> str:
+        """Returns that of the rows."""
+        return self.rows.checksum()
+
+    def where(self, index: int) -> str:
+        """Returns a row's place, for messages."""
+        return self.rows.where(index)
+
+    def number(self, index: int) -> int:
+        """Returns a row's index in the whole split."""
+        return self.rows.number(index)
 
 
 class RowImages:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grow.data.images import PlacedImages
 from grow.data.load import load_rows
 from grow.data.packing import PackedDataset
 from grow.data.rows import Rows
@@ -19,13 +20,19 @@ from grow.recipe import Recipe
 
 def rows_of(recipe: Recipe, split: str) -> Rows:
     """Returns the rows of one split of the recipe's data."""
-    return load_rows(recipe.data, split, recipe.data_revision, recipe.data_dir, recipe.data_config)
+    rows = load_rows(recipe.data, split, recipe.data_revision, recipe.data_dir, recipe.data_config)
+    return _placed(rows, recipe, recipe.data, recipe.data_dir)
+
+
+def _placed(rows: Rows, recipe: Recipe, data: str, data_dir: str | None = None) -> Rows:
+    """Returns rows of some data as they are, or, where the recipe has images, with names of these from its folder."""
+    return PlacedImages(rows, recipe.images, _image_root(data, data_dir)) if recipe.images else rows
 
 
 def retention_rows(recipe: Recipe, split: str = "test", folder: str = "") -> Rows:
     """Returns the rows of `retention`, or of another folder; "FOLDER[:80]" means the first 80."""
     path, part = sliced(folder or str(recipe.retention))
-    return load_rows(path, split + part)
+    return _placed(load_rows(path, split + part), recipe, path)
 
 
 def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
@@ -41,7 +48,7 @@ def mixed_rows(recipe: Recipe) -> Iterator[tuple[str, Rows, Template]]:
     have its columns, else a prompt and its completion, or a text, all of which is learnt."""
     for folder in recipe.mix:
         path, part = sliced(folder)
-        rows = load_rows(path, "train" + part)
+        rows = _placed(load_rows(path, "train" + part), recipe, path)
         yield folder, rows, with_images(other_template(rows, template_of(recipe)), recipe, rows, path)
 
 

@@ -50,6 +50,10 @@ class Rows(Sequence[dict[str, Any]]):
         """Returns a row's index in the whole split."""
         return index
 
+    def file(self, index: int) -> Path | None:
+        """Returns the file that a row is in; None where that is not known."""
+        return getattr(self, "path", None)
+
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
@@ -109,6 +113,10 @@ class Selection(Rows):
         """Returns a row's index among the others."""
         return self.rows.number(int(self.indices[index]))
 
+    def file(self, index: int) -> Path | None:
+        """Returns the file that a row is in."""
+        return self.rows.file(int(self.indices[index]))
+
 
 class Joined(Rows):
     """Joins the rows of several files or splits, one after another."""
@@ -135,8 +143,17 @@ class Joined(Rows):
 
     def where(self, index: int) -> str:
         """Returns a row's place in its part."""
+        part, place = self._part(index)
+        return part.where(place)
+
+    def file(self, index: int) -> Path | None:
+        """Returns the file that a row is in."""
+        part, place = self._part(index)
+        return part.file(place)
+
+    def _part(self, index: int) -> tuple[Rows, int]:
         place = bisect_right(self.ends, index)
-        return self.parts[place].where(index - (self.ends[place] - len(self.parts[place])))
+        return self.parts[place], index - (self.ends[place] - len(self.parts[place]))
 
 
 def file_checksum(path: Path) -> str:

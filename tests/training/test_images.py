@@ -15,7 +15,7 @@ from grow.checkpoint.verify import verify
 from grow.data import images
 from grow.data.encoder import Encoder
 from grow.data.labels import IGNORED
-from grow.data.of_recipe import read_sequences, tokenizer_of
+from grow.data.of_recipe import read_sequences, rows_of, tokenizer_of
 from grow.data.packing import collate
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
@@ -132,6 +132,25 @@ def test_files_that_change(base: Path, pictures: Path, tmp_path: Path) -> None:
     (folder / "a.png").unlink()
     with pytest.raises(UserError, match=r"train.jsonl, line \d.*it was there when the rows were tokenised"):
         other[0]
+
+
+def test_an_imagefolder(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """Images beside their split's metadata.jsonl, under the same names in each split, as `datasets` has them; and one
+    named from the folder of the data."""
+    folder = tmp_path / "rows"
+    for split, picture in (("train", "train-0.png"), ("validation", "train-1.png")):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "0.png").write_bytes((pictures / picture).read_bytes())
+        rows = [{"question": "?", "answer": "r", "picture": name} for name in ("0.png", ["0.png", "train/0.png"], None)]
+        (folder / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = read_recipe(str(recipe_of(tmp_path, base, folder)), {})
+    rows = {split: list(rows_of(recipe, split)) for split in ("train", "validation", "train[:1]+validation")}
+    assert [row["picture"] for row in rows["validation"]] == [
+        "validation/0.png", ["validation/0.png", "train/0.png"], None,
+    ]  # fmt: skip
+    assert [row["picture"] for row in rows["train[:1]+validation"]][:2] == ["train/0.png", "validation/0.png"]
+    first = {split: read_sequences(recipe, tokenizer_of(recipe), split)[0] for split in ("train", "validation")}
+    assert not torch.equal(*(one["pixel_values"][0] for one in first.values()))
 
 
 def test_a_processor_that_is_not_known(base: Path, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
