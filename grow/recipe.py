@@ -108,6 +108,8 @@ class Recipe:
     train_batch_size: int = 8
     per_device_train_batch_size: int | str = 1
     per_device_eval_batch_size: int = 4
+    # Processes on each rank that read rows, and images, ahead of training; 0: the rank itself.
+    dataloader_num_workers: int = 0
 
     # The run. A number, or one for each method; by method and size where none is given (grow.methods.rates).
     learning_rate: float | dict[str, float] | None = None

@@ -25,8 +25,8 @@ _COUNTS = (
 )  # fmt: skip
 # The least value of each number; one that is not here must only be finite.
 _LEAST = dict.fromkeys(_COUNTS, 1) | {"max_steps": -1} | dict.fromkeys(
-    ("seed", "warmup_steps", "probe_rows", "early_stopping_patience", "max_bad_rows", "learning_rate", "weight_decay",
-     "max_grad_norm", "adam_beta1", "adam_beta2"), 0
+    ("seed", "warmup_steps", "dataloader_num_workers", "probe_rows", "early_stopping_patience", "max_bad_rows",
+     "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2"), 0
 )  # fmt: skip
 _MOST = {"seed": 2**32 - 1, "max_bad_rows": 1, "num_train_epochs": 10**6}
 _ABOVE_0 = ("num_train_epochs", "adam_epsilon", "lora_alpha")

@@ -29,7 +29,7 @@ from grow.training.deepspeed_json import complete_deepspeed
 _SAME = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "seed", "output_dir", "logging_steps", "eval_steps", "save_steps", "report_to",
-    "per_device_eval_batch_size",
+    "per_device_eval_batch_size", "dataloader_num_workers",
 )  # fmt: skip
 _UNKNOWN_STEPS = 1000
 """Stands for the number of steps where that depends on the length of the data."""

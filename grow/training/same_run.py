@@ -22,6 +22,7 @@ NAME = "run.json"
 _FREE = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "per_device_eval_batch_size",
     "probe_rows", "metric", "options", "retention_sets", "keep_best", "average", "early_stopping_patience",
+    "dataloader_num_workers",
 }  # fmt: skip
 # The run's folder may have moved, and a DeepSpeed JSON is compared by its settings.
 _ELSEWHERE = {"output_dir", "deepspeed"}
