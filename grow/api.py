@@ -45,7 +45,7 @@ __all__ = ["attach", "grow_model", "load", "save_growth", "set_alpha", "set_swit
 
 
 def grow_model(
-    model: PreTrainedModel, layers: str | Iterable[int] = "all", factor: int = 2, **parts: Any
+    model: PreTrainedModel, layers: str | int | Iterable[int] | None = None, factor: int = 2, **parts: Any
 ) -> PreTrainedModel:
     """Grows a loaded model's MLPs, or other parts, in place, and returns it: with factor 2 its outputs stay exactly the
     same.
@@ -54,23 +54,25 @@ def grow_model(
     and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
     of these MLPs becomes `factor` times as wide. `parts` are the further flags of `grow expand`: `attention` "queries"
     or "heads" in `attention_layers` or all, `tower` "vision" (the MLPs of the tower for images) in `tower_layers` or
-    all, `train_projector`; `layers` may be "none", or empty, then. Raises UserError for a model that cannot grow, and
-    for a part that there is not.
+    all, `train_projector`, `train_embedding`; with one of these MLPs grow only in the `layers` that are given. Raises
+    UserError for a model that cannot grow, and for a part that there is not.
     """
     for name in parts:
         if name not in FIELDS:
             raise UserError(f"grow_model: {unknown(name, FIELDS, 'part')}")
     base = InMemoryCheckpoint(model)
     named = {name: value if isinstance(value, bool) else _listed(value) for name, value in parts.items()}
-    plan = make_plan(base, factor=factor, layers=_listed(layers) or "none", **named)
+    plan = make_plan(base, factor=factor, layers="" if layers is None else _listed(layers) or "none", **named)
     _add(model, plan)
     fill(model, added_tensors(base, plan))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
     return model
 
 
-def _listed(layers: str | Iterable[int]) -> str:
-    return layers if isinstance(layers, str) else ",".join(map(str, layers))
+def _listed(layers: str | int | Iterable[int] | None) -> str:
+    if layers is None or isinstance(layers, (str, int)):
+        return "" if layers is None else str(layers)
+    return ",".join(map(str, layers))
 
 
 def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ if [[ ${FACTOR:-}${LAYERS:-} ]]; then
     [[ ${shown[3]} == False ]] ||
         die 2 "FACTOR, LAYERS: $1 says what grows (${growth[*]}); give --factor or --layers"
     growth=("--factor=${FACTOR:-2}" "--layers=${LAYERS:-all}")
-elif [[ -d $grown ]]; then
+elif [[ -d $grown && ${shown[3]} == False ]]; then
     exit 0
 fi
 mkdir -p "$(dirname "$grown")"

@@ -35,13 +35,15 @@ export GROW_ROOT=$ROOT SCORES=${SCORES:-none}
 run=$(grow show "$1" output_dir "${@:2}")
 
 arguments=("$@")
-# without "--name …" RECIPE [--field value …]: into `arguments`, but for these fields.
+# without "--name …" RECIPE [--field value …]: into `arguments`, but for these fields, with - or _ in them.
 without() {
-    local names=" $1 "
+    local names=" $1 " name
     shift
     arguments=()
     while (($#)); do
-        if [[ $names != *" ${1%%=*} "* ]]; then
+        name=${1%%=*}
+        [[ $name != --* ]] || name=--$(tr - _ <<<"${name#--}")
+        if [[ $names != *" $name "* ]]; then
             arguments+=("$1")
         elif [[ $1 != *=* ]]; then
             shift
@@ -51,6 +53,7 @@ without() {
 }
 submit() { # submit PART AFTER OPTION…: prints the job's number
     local options=("${@:3}")
+    grow show "${arguments[0]}" output_dir "${arguments[@]:1}" >/dev/null
     hand_settings_on
     sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${options[@]}" \
         "$ROOT/slurm/part.sh" "$1" "${arguments[@]}" | cut -d ';' -f 1

@@ -46,8 +46,9 @@ def checked(
 def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[list[str], dict[str, str | bool]]:
     positional: list[str] = []
     flags: dict[str, str | bool] = {}
-    words = iter(rest)
-    for word in words:
+    words = list(rest)
+    while words:
+        word = words.pop(0)
         if not word.startswith("-") or word == "-" or word[1].isdigit():
             positional.append(word)
             continue
@@ -58,25 +59,32 @@ def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[l
         if key in flags:
             raise UserError(f"{name}: {flag} is given twice")
         if key in parameters and parameters[key].annotation is bool:
-            if equals:
-                raise UserError(f"{name}: {flag} is a switch, it takes no value")
-            flags[key] = True
+            if equals and value.lower() not in ("true", "false"):
+                raise UserError(f"{name}: {flag} is a switch, it takes no value but true or false")
+            flags[key] = not equals or value.lower() == "true"
             continue
         if not equals:
-            value = next(words, "--")
-            if value.startswith("--"):
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif key not in parameters and _recipe_fields()[key] is bool:
+                value = "true"
+            else:
                 raise UserError(f"{name}: {flag} needs a value")
         flags[key] = value
     return positional, flags
 
 
+def _recipe_fields() -> dict[str, Any]:
+    from grow.methods import METHODS  # for start-up time, as elsewhere in grow.cli
+    from grow.recipe import field_types
+
+    return field_types(METHODS)
+
+
 def _check_flag(name: str, flag: str, key: str, parameters: Mapping[str, Any]) -> None:
     named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        from grow.methods import METHODS  # for start-up time, as elsewhere in grow.cli
-        from grow.recipe import field_types
-
-        named += field_types(METHODS)
+        named += _recipe_fields()
     if key not in named or not flag.startswith("--"):
         flags = ["--" + known.rstrip("_") for known in named]
         raise UserError(f"{name}: {unknown(flag, flags, 'flag')}")

@@ -21,6 +21,7 @@ def memory_text(r: dict[str, Any]) -> str:
     """Returns the text of `plan` for a recipe."""
     parts = ("weights", "gradients", "optimizer")
     lines = [
+        *([f"grown: {r['grown']}"] if "grown" in r else []),
         f"{r['method']}: trains {r['trained_parameters'] / 1e6:,.1f} M of {r['parameters'] / 1e6:,.1f} M parameters, "
         f"in {r['dtype']}; GB on each of {r['world_size']} GPUs:",
         f"{'ZeRO':<20}" + "".join(f"{part:>11}" for part in (*parts, "together", "on host", "sent/step")),

@@ -76,6 +76,7 @@ def _print_help(name: str) -> None:
         # After "--" Fire itself takes it, else a command with **fields would take it for a field.
         fire.Fire(COMMANDS, command=[name, "--", "--help"] if name else ["--help"], name="grow")
     text = "\n".join(line for line in said.getvalue().splitlines() if not line.startswith("INFO: ")).strip()
+    text = re.sub(r"^( +)-\w, --", r"\1--", text, flags=re.MULTILINE)  # flags have one name here
     print(re.sub(r"--(\w+)_=(\w+)_", r"--\1=\2", text))
 
 

@@ -68,13 +68,15 @@ def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
 
     Args:
         recipe: A YAML file. Any of its fields can be given another value: --field value.
-        names: The fields.
+        names: The fields; all of them, with their names, unless given.
         json: Print one JSON object.
         fields: Fields of the recipe.
     """
     from grow.methods import read_recipe
 
     settings = read_recipe(recipe, fields)
+    if not names:
+        return say(settings.values(), lambda r: "\n".join(f"{name}: {value}" for name, value in r.items()), json)
     values = settings.values() | {"start": settings.start, "grows": settings.make_method().grows}
     values |= {"base": settings.base_name, "plans_growth": settings.plans_growth}
     values["growth"] = "\n".join(settings.growth_flags)

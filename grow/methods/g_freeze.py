@@ -3,11 +3,13 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from grow.checkpoint.package import extract_growth
+from grow.errors import UserError
 from grow.methods.kl import KlRegularized
 from grow.names import check_matrices, is_copy, is_growth, own_name
+from grow.parts import growing
 
 
 @dataclass
@@ -21,6 +23,12 @@ class GFreeze(KlRegularized):
     switches: ClassVar[bool] = True
 
     grown_matrices: list[str] = field(default_factory=list)
+
+    def check(self, recipe: Any) -> None:
+        """Raises UserError for `grown_matrices` where nothing that grows has matrices to choose among."""
+        super().check(recipe)
+        if self.grown_matrices and all(part.made_of == "matrix" for part in growing(recipe.growth)):
+            raise UserError("grown_matrices: what grows is one matrix; leave it out")
 
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a matrix that the model does not have, or that has not grown."""

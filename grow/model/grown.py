@@ -1,6 +1,5 @@
 """All that can grow in a model, put there by a plan and found again."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import nn
 
 from grow.errors import UserError
 from grow.model.attention_heads import grow_attention
-from grow.model.layouts import decoder_mlps, modules_of
+from grow.model.layouts import decoder_mlps, has_matrix, modules_of
 from grow.model.matrix import GrownMatrix, grow_matrix
 from grow.model.mlp import GrownMLP, grow_mlp
 from grow.parts import PARTS, parts_of
@@ -37,7 +36,7 @@ def planned_parts(model: nn.Module, plan: GrowthPlan, whose: str = "") -> Iterat
             what = part.name + f" of layers {missing}" * part.has_layers
             raise UserError(f"{whose}growth of the {what} does not fit the model, which has {sorted(there)}")
         for layer in where.layers:
-            there[layer].__dict__["layout"] = part.matrices(functools.partial(hasattr, there[layer]), where.kind)
+            there[layer].__dict__["layout"] = part.matrices(has_matrix(there[layer]), where.kind)
         yield part, {layer: there[layer] for layer in where.layers}
 
 

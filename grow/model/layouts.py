@@ -8,6 +8,7 @@ by the code of its base's class, in which dtype and in which order that may be.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +24,14 @@ def modules_of(model: nn.Module, part: Part) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
         layer = part.layer_of(name)
-        if layer is not None and part.matrices(functools.partial(hasattr, module)):
+        if layer is not None and part.matrices(has_matrix(module)):
             found[layer] = module
     return dict(sorted(found.items()))
+
+
+def has_matrix(module: nn.Module) -> Callable[[str], bool]:
+    """Returns whether a module has a layer, or a parameter, of a name; a bias that is None is none."""
+    return lambda name: getattr(module, name, None) is not None
 
 
 def decoder_mlps(model: nn.Module) -> dict[int, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from grow.errors import UserError
-from grow.names import TRANSPOSED
+from grow.names import TRANSPOSED, is_growth
 from grow.plan import Where, parse_layers, ranges, text_config
 
 TENSORS = ("weight", "bias")
@@ -105,6 +105,10 @@ class Part:
             known = " or ".join(layout[-1] for layout in self.layouts(kind))
             raise UserError(f"{next(iter(self.fields))}: {base.path} has no {self.name} that is known here ({known})")
         check_floats(base, f"the {self.name}", names)
+        own = [name for name in base.tensors if _above(name)[0] in prefixes.values() and not is_growth(name)]
+        left = next((name for name in own if name not in names), "")
+        if left:
+            raise UserError(f"{next(iter(self.fields))}: {base.path}: what {left} does to copies is not known here")
         return (0,)
 
     def prefixes(self, names: Iterable[str]) -> dict[int, str]:

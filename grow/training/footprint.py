@@ -17,7 +17,8 @@ from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.model.head import PIECE
 from grow.names import DOWN, MATRICES, VISION, canonical, layer_of, of_language_model
-from grow.plan import setting, text_config
+from grow.parts import grown_words
+from grow.plan import GrowthPlan, setting, text_config
 from grow.recipe import Recipe
 from grow.training.start import planned_start
 
@@ -49,10 +50,12 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
         raise UserError(f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks")
     start = planned_start(recipe)
     method, width = recipe.make_method(), 4 if recipe.dtype == "float32" else 2
+    method.check_names(start.tensors)
     shapes = model_shapes(start)
-    if recipe.makes_grown and "growth" not in start.config:
-        added = added_tensors(start, make_plan(start, **recipe.growth))
-        shapes |= {name: tensor.shape for name, tensor in added.items()}
+    plan = GrowthPlan.from_config(start.config)
+    if recipe.makes_grown and plan is None:
+        plan = make_plan(start, **recipe.growth)
+        shapes |= {name: tensor.shape for name, tensor in added_tensors(start, plan).items()}
     shapes |= method.added_shapes(shapes)
     trained = {name: shape for name, shape in shapes.items() if method.trains(name)}
     zero = recipe.zero
@@ -79,6 +82,7 @@ def describe_run(recipe: Recipe, world_size: int, gpu: int = 0) -> dict[str, Any
             fitting[stage] //= 2
     return {
         "method": recipe.method,
+        **({"grown": grown_words(plan)} if plan else {}),
         "world_size": world_size,
         "micro_batches": micro_batches,
         "stage": zero.get("stage", 0),

@@ -59,13 +59,15 @@ def planned_start(recipe: Recipe) -> Checkpoint:
 def _check_plan(recipe: Recipe, grown: Checkpoint) -> None:
     """Raises UserError if a grown checkpoint is not the one that its recipe asks for.
 
-    A recipe that leaves all of its growth to the defaults takes what is there: LAYERS and FACTOR may have told
-    launch/expand.sh others, as slurm/pipeline.sh --pilot does.
+    A recipe that leaves all of its growth to the defaults takes what is there: one that was named; or, in the run's
+    folder, other layers or another factor, of which LAYERS and FACTOR may have told launch/expand.sh.
     """
-    if not recipe.plans_growth or not recipe.make_method().grows:
+    if not recipe.make_method().grows or not (recipe.plans_growth or recipe.makes_grown):
         return
     there = GrowthPlan.from_config(grown.config)
     wanted = plan_of(grown, **recipe.growth)
+    if there is not None and not recipe.plans_growth:
+        wanted = dataclasses.replace(wanted, layers=there.layers, factor=there.factor)
     if there is None or there.as_expanded() != wanted:
         asked = ", ".join(f"{name} {value}" for name, value in recipe.growth.items() if value)
         where = "another --output_dir" if recipe.makes_grown else "`grown` another folder"

@@ -58,7 +58,9 @@ from grow.model.loading import check_loads, checkpoint_activations, class_of, lo
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
+from grow.parts import grown_words
 from grow.parts.part import is_transposed
+from grow.plan import GrowthPlan
 from grow.recipe import AUTO, Recipe
 from grow.switch.of_recipe import layer_to_read, switch_of
 from grow.training.arguments import (
@@ -209,10 +211,12 @@ def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dty
     ranks = dist.get_world_size()
     how = model.config.get_text_config()._attn_implementation + ", compiled" * compiles(recipe)
     how += ", Liger" * uses_liger(recipe, model.config.model_type)
+    plan = GrowthPlan.from_config({"growth": model.config.growth}) if recipe.method_class.grows else None
+    grown = f"; grown: {grown_words(plan)}" if plan else ""
     return (
         f"{recipe.method}: trains {trained:,} of {all_of_them:,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} rank{'s' * (ranks > 1)} ({device_name()}, {how}); {len(sequences):,} sequences, "
-        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size}"
+        f"{sequences.examples.counts()[0]:,} tokens; {steps:,} steps of {recipe.train_batch_size}{grown}"
     )
 
 

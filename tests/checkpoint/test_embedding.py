@@ -114,6 +114,7 @@ def test_a_switch(text_base: Path) -> None:
     ("fields", "message"),
     [
         ({"method": "g_lora"}, "g_lora: has no LoRA for a copy of the embedding"),
+        ({"grown_matrices": "up_proj"}, "grown_matrices: what grows is one matrix"),
         ({"attention_layers": "1"}, "--attention-layers: says where, with --attention queries or heads"),
     ],
 )
@@ -121,6 +122,26 @@ def test_mistakes(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, fiel
     asked = {"layers": "none", "train_embedding": True, **fields}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "run" / "grown", sums, 1, **asked)
     assert message in here(capsys, "train", recipe, "--check", code=2)
+
+
+def test_flags_that_are_on_or_off(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """A switch may be said outright, a field of a recipe be given alone; help has no flags that are refused."""
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "run" / "grown", sums, 1)
+    grown = "grown: the MLPs of 4 layers (0-3), 2 times as wide"
+    assert grown in here(capsys, "plan", recipe, "--train-embedding=false")
+    assert "grown: the input embedding\n" in here(capsys, "plan", recipe, "--train_embedding")
+    assert "true" in here(capsys, "show", recipe, "train_embedding", "--train-embedding").lower()
+    assert "learning_rate: " in here(capsys, "show", recipe, "--train_embedding", "--seed=1")
+    assert "but true or false" in here(capsys, "plan", recipe, "--train-embedding=maybe", code=2)
+    assert "-f, --factor" not in here(capsys, "expand", "--help")
+
+
+def test_what_is_left_of_an_earlier_recipe(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """The run's own grown checkpoint has an embedding, of which the recipe says nothing any more."""
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "run" / "grown", sums, 1)
+    here(capsys, "train", recipe, "--check", "--expand", "--train_embedding")
+    assert "has grown otherwise than" in here(capsys, "train", recipe, "--check", code=2)
+    here(capsys, "train", recipe, "--check", "--train_embedding")
 
 
 def test_the_table_of_parts() -> None:
@@ -141,5 +162,7 @@ def test_a_model_in_memory(text_base: Path, tmp_path: Path) -> None:
     grow.save_growth(model, tmp_path / "saved")
     other = grow.attach(load(text_base, torch.float32), tmp_path / "saved")
     assert torch.equal(other(tokens(20)).logits, model(tokens(20)).logits)
+    both = grow.grow_model(load(text_base), 1, train_embedding=True)
+    assert sum("grown" in name for name, _ in both.named_parameters()) == 3 + 1
     with pytest.raises(UserError, match="train_embeddings is not a part; did you mean train_embedding"):
         grow.grow_model(load(text_base), train_embeddings=True)
