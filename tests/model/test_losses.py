@@ -56,7 +56,7 @@ def stub(base: Path, sums: Path, **fields: Any) -> Any:
         model=model,
         start_losses=lambda: losses,
         train_dataset=Epochs(sequences, 8, 0),
-        recipe=SimpleNamespace(**fields),
+        recipe=SimpleNamespace(images="", **fields),
         args=SimpleNamespace(process_index=0, world_size=1, device="cpu"),
     )
 

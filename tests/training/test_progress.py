@@ -37,7 +37,7 @@ def test_a_log_is_lines_from_rank_0(text_base: Path, tmp_path: Path) -> None:
     (first,) = [number for number, line in enumerate(lines) if line.startswith("g_freeze: trains ")]
     assert re.fullmatch(
         r"g_freeze: trains 9,216 of [\d,]+ parameters in \w+ on 2 ranks \(.+\); \d+ sequences, [\d,]+ tokens; "
-        r"4 steps of 4",
+        r"4 steps of 4; grown: the MLPs of 2 layers \(1-2\), 2 times as wide",
         lines[first],
     )
     # Every other line until the run's last is one of a step or of a validation.
