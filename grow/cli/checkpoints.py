@@ -73,6 +73,7 @@ def expand(
     Example: grow expand ~/models/gemma-3-1b-pt ~/models/gemma-3-1b-grown
     Example: grow expand ~/models/gemma-3-1b-pt grown --copies-from ~/models/gemma-3-1b-it
     Example: grow expand ~/models/gemma-3-1b-pt grown --attention queries
+    Example: grow expand ~/models/gemma-3-4b-pt grown --tower vision --train-projector
 
     Args:
         base: The checkpoint to grow: a folder with config.json and safetensors, or a hub name that is in the cache.

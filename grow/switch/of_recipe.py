@@ -63,8 +63,8 @@ def layer_to_read(recipe: Recipe, start: Checkpoint, layer: str = "auto") -> tup
     read = reading_layer(layer, lowest, count)
     if recipe.switch == "token" and read > lowest:
         raise UserError(
-            f"switch: token: layer {read} is read, to which training changes what comes; decide by row, or leave the "
-            "lowest third as it is (--layers upper, --attention_layers upper)"
+            f"switch: token: layer {read} is read, to which training changes what comes; decide by row, or leave what "
+            "lies below as it is (--layers upper, --attention_layers upper, no embedding)"
         )
     return read, lowest, count
 
