@@ -1,4 +1,4 @@
-"""A recipe: one YAML file with every setting of one run, read and checked.
+"""A recipe: every setting of one run, one YAML file (recipe_file.py reads it).
 
 Names are those of transformers.TrainingArguments; `train_batch_size` is DeepSpeed's, over all ranks. Environment
 variables (`${GROW_CACHE}`) are expanded in fields that name a folder or a file. On the command line any field can be
@@ -7,39 +7,16 @@ given another value.
 
 import dataclasses
 import os
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from grow.errors import UserError, unknown
-from grow.parts import FIELDS, grow_beside
-from grow.plan import parse_factor
-from grow.recipe_values import (
-    FITTED,
-    begun_with,
-    check_numbers,
-    check_switch,
-    find_deepspeed,
-    find_file,
-    read_values,
-    whole_number,
-    zero_settings,
-)
-
-Methods = Mapping[str, type[Any]]
-"""The classes of methods (grow.methods.method.Method) by name, whose dataclass fields a recipe may have."""
+from grow.parts import FIELDS
+from grow.recipe_values import FITTED, zero_settings
 
 AUTO = "auto"
-METRICS = ("loss", "chrf", "accuracy")
-_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-_NO_FIELDS = ("method_class", "method_fields", "part_fields", "day")
-# ~ and environment variables are expanded in these fields, and never in the text of a prompt or an option.
-_PLACES = {
-    "base", "grown", "data", "data_dir", "mix", "retention", "retention_sets", "kl_text", "chat_template", "deepspeed",
-    "output_dir", "mlp_layers",
-}  # fmt: skip
+NO_FIELDS = ("method_class", "method_fields", "part_fields", "day")
+"""What of a Recipe is no line of a file."""
 
 
 @dataclass(frozen=True)
@@ -232,154 +209,10 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """Returns every field by name, the method's among them."""
         own = dataclasses.asdict(self.make_method())
-        general = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FIELDS}
+        general = {name: value for name, value in dataclasses.asdict(self).items() if name not in NO_FIELDS}
         return general | self.growth | own
-
-
-def field_types(methods: Methods) -> dict[str, Any]:
-    """Returns the types of all fields that a recipe may have: one recipe serves several methods."""
-    classes = (*methods.values(), Recipe)
-    types_ = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
-    types_ |= {name: type(spec.default) for name, spec in FIELDS.items()}
-    return {name: kind for name, kind in types_.items() if name not in _NO_FIELDS}
-
-
-def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
-    """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
-
-    A switch in it is for methods that add what can be off, and so is `average`, since checkpoints of these are small:
-    where another method is among the overrides, there is neither. Raises UserError for any mistake in file or
-    overrides. grow.methods.read_recipe knows all methods.
-    """
-    os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
-    values, method = read_values(path), methods.get(str(overrides.get("method")))
-    if method is not None and not method.switches:
-        values = {name: value for name, value in values.items() if name not in ("switch", "average")}
-    return _checked(values | dict(overrides), path, methods)
-
-
-def recipe_of_run(run: str, methods: Methods) -> Recipe:
-    """Returns the recipe of a run that has begun in a folder, where it lies now. Raises UserError if none has."""
-    values = begun_with(run)
-    if not values:
-        raise UserError(f"{run}: no run has begun there (it has no run.json that says by which recipe)")
-    return _checked(values | {"output_dir": run}, os.path.join(run, "run.json"), methods)
-
-
-def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:
-    """Makes a recipe of its values, which stand in the file `path`."""
-    kinds = field_types(methods)
-    for name in values:
-        if name not in kinds:
-            raise UserError(f"{path}: {unknown(str(name), kinds, 'field')}")
-    for spec in dataclasses.fields(Recipe):
-        if spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in values:
-            raise UserError(f"{path}: the field {spec.name} is missing")
-    upper = {"layers": "upper", "lora_layers": "upper"} if values.get("switch") and not values.get("grown") else {}
-    values = upper | ({"layers": "none"} if grow_beside(values) else {}) | values
-    checked = {name: _coerce(name, value, kinds[name]) for name, value in values.items()}
-    chosen = checked.get("method", Recipe.method)
-    if chosen not in methods:
-        raise UserError(f"{path}: {unknown(chosen, methods, 'method')}")
-    method = methods[chosen]
-    rates = checked.get("learning_rate")
-    for name in rates if isinstance(rates, dict) else ():
-        if name not in methods:
-            raise UserError(f"{path}: learning_rate: {unknown(name, methods, 'method')}")
-    own = {f.name for f in dataclasses.fields(method)}
-    general = {f.name for f in dataclasses.fields(Recipe)}
-    method_fields = {name: value for name, value in checked.items() if name in own}
-    recipe = Recipe(
-        **{name: value for name, value in checked.items() if name in general},
-        method_class=method,
-        method_fields=method_fields,
-        part_fields={name: value for name, value in checked.items() if name in FIELDS},
-    )
-    return _resolve(recipe, path)
-
-
-def _coerce(name: str, value: Any, wanted: Any) -> Any:
-    """Converts a value from YAML or from the command line to its field's type, or raises UserError."""
-    kinds = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if value is None or (value in ("null", "none") and type(None) in kinds):
-        if type(None) in kinds:
-            return None
-    elif bool in kinds:
-        if str(value).lower() in _SWITCH:
-            return _SWITCH[str(value).lower()]
-    elif isinstance(value, dict) or get_origin(wanted) is dict:
-        if any(get_origin(kind) is dict for kind in kinds):
-            pairs = list(value.items()) if isinstance(value, dict) else _pairs(name, str(value))
-            return {_coerce(name, key, str): _coerce(f"{name}.{key}", item, float) for key, item in pairs}
-    elif get_origin(wanted) is list:
-        items = value if isinstance(value, list) else str(value).split(",")
-        return [_coerce(name, item, str) for item in items]
-    elif not isinstance(value, (list, bool)):
-        try:
-            if float in kinds:
-                return float(value)
-            if value == AUTO and name == "per_device_train_batch_size":
-                return AUTO
-            if int in kinds:
-                return whole_number(str(value))
-            if str in kinds:
-                return os.path.expanduser(os.path.expandvars(str(value))) if name in _PLACES else str(value)
-        except (ValueError, OverflowError):
-            pass
-    names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-    raise UserError(f"{name}: {value!r} is not what it takes ({names})")
-
-
-def _pairs(name: str, text: str) -> list[tuple[str, str]]:
-    """Reads "a=1,b=2"."""
-    parts = [part.rpartition("=") for part in text.split(",") if part]
-    if not all(key for key, _, _ in parts):
-        raise UserError(f"{name}: {text!r}: write {name.upper()}=NUMBER, several with commas")
-    return [(key, item) for key, _, item in parts]
 
 
 def own_grown(output_dir: str) -> str:
     """Returns the folder of a run's own grown checkpoint."""
     return os.path.join(output_dir, "grown")
-
-
-def _resolve(recipe: Recipe, path: str) -> Recipe:
-    output_dir = recipe.output_dir.replace("{method}", recipe.method)
-    if (recipe.prompt or recipe.messages) and bool(recipe.messages) == bool(recipe.completion):
-        raise UserError(f"{path}: give either prompt and completion, or messages (a column of chat messages)")
-    rate = recipe.learning_rate
-    if isinstance(rate, dict):
-        rate = rate.get(recipe.method)
-    parse_factor(recipe.factor)
-    check_numbers(recipe.values() | {"learning_rate": rate}, path)
-    if recipe.dtype not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"{path}: dtype {recipe.dtype}: there are auto, bfloat16, float32 (Gemma 3 overflows in fp16)")
-    for name in ("compile", "use_liger_kernel"):
-        value = getattr(recipe, name)
-        if value not in (AUTO, "true", "false"):
-            raise UserError(f"{path}: {name} {value}: there are auto, true, false")
-    check_switch(recipe.switch, path)
-    if not all(share > 0 for share in recipe.mix.values()) or sum(recipe.mix.values()) >= 1:
-        raise UserError(f"{path}: mix: shares are above 0, and below 1 together, since the rest is of data")
-    if recipe.metric not in METRICS:
-        raise UserError(f"{path}: metric: {unknown(recipe.metric, METRICS, 'metric')}")
-    if (recipe.metric == "accuracy") != bool(recipe.options) or (recipe.options and not recipe.completion):
-        raise UserError(
-            f"{path}: metric: accuracy, options (all completions that there are) and completion go together"
-        )
-    if any(not option.strip() for option in recipe.options) or len(set(recipe.options)) < len(recipe.options):
-        raise UserError(f"{path}: options: one is empty, or stands in it twice: {recipe.options}")
-    if "$" in recipe.base + recipe.grown + recipe.data + recipe.output_dir:
-        raise UserError(f"{path}: an environment variable in it is not set")
-    if recipe.average > 1 and recipe.keep_best:
-        raise UserError(f"{path}: keep_best takes one checkpoint, average {recipe.average} the mean of several")
-    if recipe.chat_template and recipe.completion:
-        raise UserError(f"{path}: chat_template is for messages, of which there are none")
-    return dataclasses.replace(
-        recipe,
-        learning_rate=rate,
-        grown=recipe.grown or (own_grown(output_dir) if recipe.method_class.grows else ""),
-        deepspeed=find_deepspeed(path, recipe.deepspeed or begun_with(output_dir).get("deepspeed") or "zero1"),
-        chat_template=find_file(path, "chat_template", recipe.chat_template),
-        output_dir=output_dir,
-    )

@@ -1,8 +1,8 @@
 """The values of a recipe: read from YAML as they are typed, and checked.
 
 The type of a value depends on its field, not on its spelling: to YAML 5e-5 is text, `yes` a switch, 0123 an octal
-number and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe converts them to
-the types of their fields.
+number and 2024-01-01 a date. So values are read as text, like those of a command line, and grow.recipe_file converts
+them to the types of their fields.
 """
 
 import json

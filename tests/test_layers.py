@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.tiny import ROOT
 
 # What a package may import; each may also import itself.
-FOUNDATION = {"errors", "names", "plan", "parts", "recipe", "recipe_values"}
+FOUNDATION = {"errors", "names", "plan", "parts", "recipe", "recipe_file", "recipe_values"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "names": {"errors"},
@@ -18,6 +18,7 @@ BELOW: dict[str, set[str]] = {
     "parts": {"errors", "names", "plan"},
     "recipe_values": {"errors"},
     "recipe": {"errors", "parts", "plan", "recipe_values"},
+    "recipe_file": {"errors", "parts", "plan", "recipe", "recipe_values"},
     "checkpoint": FOUNDATION,
     "data": FOUNDATION | {"checkpoint"},
     "model": FOUNDATION | {"checkpoint", "data"},

@@ -76,7 +76,7 @@ def _split(name: str, rest: list[str], parameters: Mapping[str, Any]) -> tuple[l
 
 def _recipe_fields() -> dict[str, Any]:
     from grow.methods import METHODS  # for start-up time, as elsewhere in grow.cli
-    from grow.recipe import field_types
+    from grow.recipe_file import field_types
 
     return field_types(METHODS)
 

@@ -20,7 +20,8 @@ from grow.methods.g_train import GTrain
 from grow.methods.lora import Lora
 from grow.methods.method import Method
 from grow.methods.sft import Sft
-from grow.recipe import Recipe, parse_recipe, recipe_of_run
+from grow.recipe import Recipe
+from grow.recipe_file import parse_recipe, recipe_of_run
 
 METHODS: dict[str, type[Method]] = {
     "g_freeze": GFreeze,
