@@ -92,14 +92,16 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
 
 
 def _leading(methods: dict[str, list[Point]]) -> list[str]:
-    """Returns the rows whose names a picture shows: all of a few, else the plain ones and those that are ahead."""
+    """Returns the rows whose names a picture shows: all of a few, else the plain ones and those that are ahead; of the
+    rows with the most seeds, or of all and these, where few have so many."""
     most = max(one["seeds"] for own in methods.values() for one in own)
-    rows = {label: own for label, own in methods.items() if max(one["seeds"] for one in own) == most}
+    sure = {label: own for label, own in methods.items() if max(one["seeds"] for one in own) == most}
+    rows, kept = (sure, set[str]()) if len(sure) > _FEW else (methods, set(sure))
     if len(rows) <= _FEW:
         return list(rows)
     ahead = frontier(one for own in rows.values() for one in own)
-    plain = {label for label in rows if not {",", "third", "six"} & {*label.replace(",", " ,").split()}}
-    return [label for label, own in rows.items() if label in plain or any(one in ahead for one in own)]
+    kept |= {label for label in rows if not {",", "third", "six"} & {*label.replace(",", " ,").split()}}
+    return [label for label, own in rows.items() if label in kept or any(one in ahead for one in own)]
 
 
 def colour_of(label: str, method: str) -> str:
