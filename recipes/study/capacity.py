@@ -222,7 +222,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for place, (name, points) in enumerate(fronts(found).items()):
         x, y = ([100 * p[key] for p in points] for key in ("new_exact", "old_exact"))
         axes.plot(x, y, "o-", color=f"C{place}", markersize=5)
-        axes.annotate(f" {name}", (x[-1], y[-1]), color=f"C{place}", fontsize=9, va="center")
+        axes.annotate(
+            name, (x[0], y[0]), (4, 5), textcoords="offset points", color=f"C{place}", fontsize=9, rotation=50,
+            rotation_mode="anchor",
+        )  # fmt: skip
     before = 100 * fmean(f["exact"] for f in found["full"].values())
     axes.axhline(before, color="grey", linewidth=0.8)
     axes.annotate("before ", (1, before), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
