@@ -51,21 +51,27 @@ without() {
         shift
     done
 }
+check() {
+    grow show "${arguments[0]}" output_dir "${arguments[@]:1}" >/dev/null
+}
 submit() { # submit PART AFTER OPTION…: prints the job's number
     local options=("${@:3}")
-    grow show "${arguments[0]}" output_dir "${arguments[@]:1}" >/dev/null
     hand_settings_on
     sbatch --parsable --job-name="grow-$1" --kill-on-invalid-dep=yes ${2:+--dependency="afterok:$2"} "${options[@]}" \
         "$ROOT/slurm/part.sh" "$1" "${arguments[@]}" | cut -d ';' -f 1
 }
 piloting=
 if [[ $pilot ]]; then
-    without "--method --max_steps --output_dir --switch --average" "$@"
-    arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --average 1 --output_dir "$run-pilot")
-    piloting=$(submit training "" "${gpu[@]}")
     mapfile -t nothing_else < <(grow show "$1" growth_defaults "${@:2}")
     without "--grown --layers ${nothing_else[*]%%=*}" "$@"
     arguments+=(--grown "$run-grown" "${nothing_else[@]}" "--layers=top:${TOP:-9}:$run-ranking/ranking.json")
+    check
+    after_pilot=("${arguments[@]}")
+    without "--method --max_steps --output_dir --switch --average" "$@"
+    arguments+=(--method sft --max_steps "${PILOT_STEPS:-100}" --average 1 --output_dir "$run-pilot")
+    check
+    piloting=$(submit training "" "${gpu[@]}")
+    arguments=("${after_pilot[@]}")
     export PILOT=$run-pilot
 fi
 expand=$(submit expanding "$piloting" "${cpu[@]}")

@@ -47,7 +47,8 @@ def grown_mlps(model: nn.Module) -> Iterator[Any]:
 
 def grown_parts(model: nn.Module) -> Iterator[Any]:
     """Returns all that has grown, by the order of grow.parts and layer by layer."""
-    return (part for part in parts_with_alpha(model) if isinstance(part, (GrownMLP, GrownMatrix)))
+    there = (part for kind in PARTS.values() for part in modules_of(model, kind).values())
+    return (part for part in there if isinstance(part, (GrownMLP, GrownMatrix)))
 
 
 def grown_units(model: nn.Module) -> Iterator[Any]:
@@ -57,7 +58,8 @@ def grown_units(model: nn.Module) -> Iterator[Any]:
 
 def parts_with_alpha(model: nn.Module) -> Iterator[Any]:
     """Returns the parts that have an interpolation coefficient of their own: those that have grown, or were adapted."""
-    return (part for kind in PARTS.values() for part in modules_of(model, kind).values() if hasattr(part, "own_alpha"))
+    # By class: a branch has what the module has that it is of. In one pass, since each look at the base makes one.
+    return (part for part in model.modules() if hasattr(type(part), "own_alpha"))
 
 
 def grown_beside_text(model: nn.Module) -> bool:

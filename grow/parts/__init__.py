@@ -34,7 +34,8 @@ def parts_of(plan: GrowthPlan) -> list[tuple[Part, Where]]:
             raise UserError(f"its growth, in its config.json, is of {name}: {unknown(where.kind, part.kinds, 'kind')}")
         if not where.layers or (part.made_of == "heads" and plan.factor != 2):
             raise UserError(f"its growth of {name}, in its config.json, makes no sense")
-    return [(part, plan.parts[name]) for name, part in PARTS.items() if name in plan.parts]
+    there = plan.parts
+    return [(part, there[name]) for name, part in PARTS.items() if name in there]
 
 
 def growing(fields: Mapping[str, Any]) -> list[Part]:

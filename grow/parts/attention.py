@@ -1,17 +1,15 @@
 """Heads of attention: query heads, which share the keys and values that are there, or whole heads with their own."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import ATTENTION, LAYERS, OTHER_TOWERS, QUERY, mlp_prefixes
-from grow.parts.part import Base, Field, Part, check_floats
+from grow.names import ATTENTION, OTHER_TOWERS, QUERY, mlp_prefixes
+from grow.parts.part import Base, Field, Part, check_floats, layer_in
 from grow.plan import Where, text_config, with_text_config
 
 TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Kinds of model (model_type) whose heads of attention can grow."""
-_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.self_attn$")
 
 
 class Attention(Part):
@@ -63,8 +61,7 @@ class Attention(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns the layer of an attention; None for other modules, and those of towers for images and sound."""
-        match = _MODULE.search(module)
-        return int(match[1]) if match and not OTHER_TOWERS.search(module) else None
+        return None if OTHER_TOWERS.search(module) else layer_in(module, "self_attn")
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
         """Returns the matrices of a kind; of whole heads, if none is named."""

@@ -1,15 +1,13 @@
 """The MLPs of the decoder layers."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grow.errors import UserError, one_line
-from grow.names import FUSED, LAYERS, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
-from grow.parts.part import TENSORS, Base, Part, check_floats, is_transposed
+from grow.names import FUSED, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
+from grow.parts.part import TENSORS, Base, Part, check_floats, is_transposed, layer_in
 from grow.plan import Where, growing_layers, mlp_widths, setting, text_config, width_key, with_text_config
 
-_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
 _WITHOUT_GATE, _ACTIVATIONS = ("arcee", "nemotron", "apertus", "jais2"), ("act_fn", "activation_fn", "act")
 _NOT_ALONE = {
     "bloom": "its MLP adds what goes past it",
@@ -54,7 +52,8 @@ class Mlps(Part):
             raise UserError(f"{base.path}: {error}") from None
         for layer, prefix in prefixes.items():
             width = widths[layer] if widths else None
-            check_mlp(base, prefix, setting(text, "hidden_size"), width, text.get("model_type"))
+            layout = self.on_disk(base, prefix)
+            check_mlp(base, prefix, layout, setting(text, "hidden_size"), width, text.get("model_type"))
         return prefixes
 
     def prefixes(self, names: Iterable[str]) -> dict[int, str]:
@@ -63,8 +62,7 @@ class Mlps(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns the layer of an MLP; None for other modules, and those of towers for images and sound."""
-        match = _MODULE.search(module)
-        return int(match[1]) if match and not OTHER_TOWERS.search(module) else None
+        return None if OTHER_TOWERS.search(module) else layer_in(module, "mlp")
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
         """Returns all that are known."""
@@ -92,15 +90,18 @@ class Mlps(Part):
         """Writes the width, or the widths, of the MLPs."""
         text, prefixes = text_config(config), self.prefixes(base.tensors).values()
         axis = 0 if is_transposed(config) else 1
-        widths = [shapes[f"{prefix}.{layout_of(base, prefix)[-1]}.weight"][axis] for prefix in prefixes]
+        widths = [shapes[f"{prefix}.{self.on_disk(base, prefix)[-1]}.weight"][axis] for prefix in prefixes]
         before, size = mlp_widths(base.config, len(widths)), setting(text, "intermediate_size")
         one_for_all = widths[0] if before is None else widths[0] * (size if isinstance(size, int) else 1) // before[0]
         return with_text_config(config, {width_key(text): widths if isinstance(size, list) else one_for_all})
 
 
-def check_mlp(base: Base, prefix: str, hidden_size: int | None, width: int | None, model_type: str | None) -> None:
-    """Raises UserError unless the tensors with a prefix are those of a plain MLP of these sizes, in one float type."""
-    layout = layout_of(base, prefix)
+def check_mlp(
+    base: Base, prefix: str, layout: tuple[str, ...], hidden_size: int | None, width: int | None,
+    model_type: str | None,
+) -> None:  # fmt: skip
+    """Raises UserError unless the tensors with a prefix are those of a plain MLP with these matrices and of these
+    sizes, in one float type."""
     if layout == ("up_proj", "down_proj") and model_type not in _WITHOUT_GATE:
         raise UserError(
             f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
@@ -130,8 +131,3 @@ def check_mlp(base: Base, prefix: str, hidden_size: int | None, width: int | Non
         if bias is not None and bias.shape != (length,):
             raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
     check_floats(base, prefix, [f"{prefix}.{name}.{tensor}" for name in layout for tensor in TENSORS])
-
-
-def layout_of(base: Base, prefix: str) -> tuple[str, ...]:
-    """Returns the names of the matrices of an MLP."""
-    return next(names for names in LAYOUTS if all(f"{prefix}.{name}.weight" in base.tensors for name in names))

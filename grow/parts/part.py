@@ -1,12 +1,13 @@
 """What each kind of part of a transformer that can grow says of itself; grow.parts has the table of them."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from grow.errors import UserError
-from grow.names import TRANSPOSED, is_growth
+from grow.names import LAYERS, TRANSPOSED, is_growth
 from grow.plan import Where, parse_layers, ranges, text_config
 
 TENSORS = ("weight", "bias")
@@ -129,11 +130,16 @@ class Part:
         """Returns the names of its matrices where a module `has` them all; () where it does not."""
         return next((names for names in self.layouts(kind) if all(map(has, names))), ())
 
+    def on_disk(self, base: Base, prefix: str, kind: str = "") -> tuple[str, ...]:
+        """Returns the names of its matrices among a base's tensors with a prefix; () where they are not there."""
+        end = "" if self.made_of == "matrix" else ".weight"
+        return self.matrices(lambda name: f"{prefix}.{name}{end}" in base.tensors, kind)
+
     def ends(self, base: Base, prefix: str, kind: str = "") -> list[str]:
         """Returns how the names of its tensors end, behind a prefix."""
+        named = self.on_disk(base, prefix, kind)
         if self.made_of == "matrix":
-            return list(self.matrices(lambda name: f"{prefix}.{name}" in base.tensors, kind))
-        named = self.matrices(lambda name: f"{prefix}.{name}.weight" in base.tensors, kind)
+            return list(named)
         ends = [f"{matrix}.{tensor}" for matrix in named for tensor in TENSORS]
         return [end for end in ends if f"{prefix}.{end}" in base.tensors]
 
@@ -180,6 +186,12 @@ def check_floats(base: Base, what: str, names: Iterable[str]) -> None:
 def is_transposed(config: dict[str, Any]) -> bool:
     """Says whether the matrices of a model with this config lie in its files as [in, out]."""
     return text_config(config).get("model_type") in TRANSPOSED
+
+
+def layer_in(module: str, last: str) -> int | None:
+    """Returns the layer of a module whose name ends in it and `last`, such as mlp; None for other names."""
+    match = re.search(rf"(?:^|\.){LAYERS}\.(\d+)\.{last}$", module)
+    return int(match[1]) if match else None
 
 
 def in_layers(where: Where) -> str:

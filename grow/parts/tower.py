@@ -1,17 +1,15 @@
 """The MLPs of a tower for images: SigLIP's in Gemma 3, CLIP's in LLaVA and its kin."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import LAYERS, LAYOUTS, VISION, tower_prefixes
-from grow.parts.mlps import check_mlp, layout_of
-from grow.parts.part import Base, Field, Part, in_layers
+from grow.names import LAYOUTS, VISION, tower_prefixes
+from grow.parts.mlps import check_mlp
+from grow.parts.part import Base, Field, Part, in_layers, layer_in
 from grow.plan import Where, parse_layers, ranges
 
 _CONFIG = "vision_config"
-_MODULE = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.mlp$")
 
 
 class Tower(Part):
@@ -40,7 +38,14 @@ class Tower(Part):
                 f"{len(prefixes)} that can grow"
             )
         for prefix in prefixes.values():
-            check_mlp(base, prefix, config.get("hidden_size"), config.get("intermediate_size"), None)
+            check_mlp(
+                base,
+                prefix,
+                self.on_disk(base, prefix),
+                config.get("hidden_size"),
+                config.get("intermediate_size"),
+                None,
+            )
         used = _used_layers(base.config, len(prefixes))
         chosen = parse_layers(layers, len(prefixes), "--tower-layers")
         unused = [layer for layer in chosen if layer >= used]
@@ -54,8 +59,7 @@ class Tower(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns the layer of an MLP of the tower; None for other modules."""
-        match = _MODULE.search(module)
-        return int(match[1]) if match and VISION in module.split(".") else None
+        return layer_in(module, "mlp") if VISION in module.split(".") else None
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
         """Returns all that are known."""
@@ -72,7 +76,7 @@ class Tower(Part):
     def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Writes the width of the tower's MLPs."""
         prefix = next(iter(self.prefixes(base.tensors).values()), "")
-        name = f"{prefix}.{layout_of(base, prefix)[-1]}.weight" if prefix else ""
+        name = f"{prefix}.{self.on_disk(base, prefix)[-1]}.weight" if prefix else ""
         if not name or shapes[name] == base.tensors[name].shape:
             return config
         return {**config, _CONFIG: {**config[_CONFIG], "intermediate_size": shapes[name][1]}}
