@@ -25,9 +25,14 @@ TRANSPOSED = ("gpt2",)
 LAYERS = "(?:layers|h)"
 """What the list of decoder layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
+INNER = "linear"
+"""What the matrix is called in a layer around it, such as Gemma 4's towers have: gate_proj.linear.weight."""
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+"""What such a layer may clip by: one number each, which are the copies' as well."""
 _MATRIX = "|".join(MATRICES)
 
 _MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
+_TOWER_KEY = re.compile(_MLP_KEY.pattern.replace(r"\.weight", rf"(?:\.{INNER})?\.weight"), re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
 VISION = "vision_tower"
 """What a tower for images is called in the classes whose towers can grow: Gemma 3, LLaVA and its kin."""
@@ -61,7 +66,7 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
     for pattern, what in _NOT_PLAIN.items():
         if any(pattern in key for key in keys):
             raise UserError(f"the model has {what}, which cannot be grown; a plain MLP is needed")
-    prefixes = _prefixes(keys)
+    prefixes = _prefixes(keys, _MLP_KEY)
     if not prefixes:
         raise UserError(
             "no MLP in it that can grow (layers.<i>.mlp.gate_proj, up_proj, down_proj, or another layout that "
@@ -72,13 +77,13 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
 def tower_prefixes(keys: Iterable[str]) -> dict[int, str]:
     """Maps each layer of the tower for images to the prefix of its MLP's keys, as mlp_prefixes does; {} without one."""
-    return _prefixes(key for key in keys if VISION in key.split("."))
+    return _prefixes((key for key in keys if VISION in key.split(".")), _TOWER_KEY)
 
 
-def _prefixes(keys: Iterable[str]) -> dict[int, str]:
+def _prefixes(keys: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
     found: dict[int, dict[str, set[str]]] = {}
     for key in keys:
-        match = _MLP_KEY.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match and not is_growth(key):
             found.setdefault(int(match[2]), {}).setdefault(match[1], set()).add(key)
     prefixes = {}
@@ -86,7 +91,7 @@ def _prefixes(keys: Iterable[str]) -> dict[int, str]:
         if len(by_prefix) > 1:
             raise UserError(f"layer {layer} stands in it twice ({', '.join(by_prefix)}): which is the decoder?")
         ((prefixes[layer], names),) = by_prefix.items()
-        there = {name.split(".")[-2] for name in names}
+        there = set(map(matrix_of, names))
         if there not in map(set, LAYOUTS):
             near = next(layout for layout in LAYOUTS if there & set(layout))
             raise UserError(f"{prefixes[layer]} lacks one of {', '.join(near)}: the checkpoint is incomplete")
@@ -128,7 +133,14 @@ def own_name(key: str) -> str:
 def is_down(key: str) -> bool:
     """Says whether a tensor is of a matrix that growth divides by k: the one that maps hidden units, or heads, back to
     the hidden size, or one that is copied as it is."""
-    return key.split(".")[-2] not in _UP
+    return matrix_of(key) not in _UP
+
+
+def matrix_of(key: str) -> str:
+    """Returns the name of the matrix that a tensor is of: gate_proj of `….gate_proj.weight`, and of
+    `….gate_proj.linear.weight`."""
+    names = key.split(".")[:-1]
+    return names[-2] if names[-1:] == [INNER] and names[1:] else (names or [""])[-1]
 
 
 def skill_of(key: str) -> str:

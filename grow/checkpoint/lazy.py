@@ -148,4 +148,9 @@ def interpolated(base: LazyTensor, trained: LazyTensor, alpha: float, dtype: str
     """Returns base + α (trained − base), rounded once to `dtype`. α = 1 is trained, 0 is base, exactly."""
     if alpha in (0, 1):
         return (trained if alpha else base).to(dtype)
-    return elementwise(lambda b, t: b + b.dtype.type(alpha) * (t - b), dtype, base, trained)
+
+    def between(own: Rows, other: Rows) -> Rows:
+        with np.errstate(invalid="ignore"):  # infinite values, such as Gemma 4's towers may clip by
+            return np.where(own == other, own, own + own.dtype.type(alpha) * (other - own))
+
+    return elementwise(between, dtype, base, trained)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from grow.checkpoint.dtypes import widest
 from grow.checkpoint.lazy import LazyTensor, concat_columns, concat_rows, elementwise, interpolated, zeros
 from grow.names import DOWN as MLP_DOWN
-from grow.names import FUSED, OUTPUT
+from grow.names import FUSED, OUTPUT, matrix_of
 
 DOWN = (*MLP_DOWN, OUTPUT)
 _HALVES = ("gate_proj.weight", "up_proj.weight")
@@ -149,8 +149,7 @@ def _side_by_side(parts: list[LazyTensor], width: int, axis: int) -> LazyTensor:
 
 def _is(name: str, matrices: Iterable[str], part: str) -> bool:
     """Says whether an end of a name, such as down_proj.bias, is of that part of one of the matrices."""
-    matrix, _, own = name.partition(".")
-    return matrix in matrices and own == part
+    return matrix_of(name) in matrices and name.endswith(f".{part}")
 
 
 def _scaled(tensor: LazyTensor, factor: float, target: str) -> LazyTensor:

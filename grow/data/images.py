@@ -10,26 +10,24 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor
 from transformers.image_utils import load_image
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from grow.data.conversation import PLACEHOLDER
+from grow.data.processor import processor_of_images
 from grow.data.rows import Rows
 from grow.data.spans import Guard, Text
 from grow.data.special import PLACE, Moved
-from grow.errors import UserError, innermost
+from grow.errors import UserError
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What a model calls the inputs that say which tokens are of an image, [L] int64 each."""
-KNOWN = ("Gemma3Processor", "LlavaProcessor")
-"""Processors that write nothing but each image's own tokens, and make one row of each tensor for it."""
 
 
 class Images:
@@ -40,7 +38,7 @@ class Images:
     """
 
     def __init__(self, folder: str, column: str, root: str):
-        self.processor, self.column, self.root = _processor(folder), column, Path(root)
+        self.processor, self.column, self.root = processor_of_images(folder), column, Path(root)
         self.blank = self._features([load_image_of(_blank(), self.root)])
 
     def text(self, row: Mapping[str, Any], text: Text) -> Text:
@@ -233,24 +231,3 @@ def _blank() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), "white").save(file, "PNG")
     return file.getvalue()
-
-
-def _processor(folder: str) -> Any:
-    found = _loaded(folder)
-    if not hasattr(found, "image_processor"):
-        raise UserError(f"images: {folder}: has no processor for images; it is a model of text alone")
-    if type(found).__name__ not in KNOWN:
-        raise UserError(
-            f"images: {folder}: how {type(found).__name__} writes images into a text is not known here; that of "
-            f"{' and '.join(KNOWN)} is"
-        )
-    return found
-
-
-@cache
-def _loaded(folder: str) -> Any:
-    """Loads a processor, which brings a tokenizer of its own, once for all splits."""
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
-        raise UserError(f"images: {folder}: has no processor for images ({innermost(error)})") from error

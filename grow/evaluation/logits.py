@@ -53,6 +53,13 @@ def _compared(results: list[Tensor]) -> dict[str, float]:
 
 def _of_an_image(model: Any) -> Tensor:
     """Returns what a model's tower and projector make of noise."""
-    size = model.config.vision_config.image_size
-    image = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
-    return torch.cat(image_features(model, {"pixel_values": image.to(model.device, model.dtype)}))
+    config, generator = model.config.vision_config, torch.Generator().manual_seed(0)
+    size, inputs = getattr(config, "image_size", None), dict[str, Tensor]()
+    if size is None:  # Gemma 4's takes patches and where they are: here 4 tokens, each made of a square of patches
+        sides = torch.arange(2 * config.pooling_kernel_size)
+        inputs["image_position_ids"] = torch.cartesian_prod(sides, sides)[None].to(model.device)
+        shape: tuple[int, ...] = (1, len(sides) ** 2, 3 * config.patch_size**2)
+    else:
+        shape = (1, 3, size, size)
+    inputs["pixel_values"] = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    return torch.cat(image_features(model, inputs))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from grow.checkpoint.package import extract_growth
 from grow.errors import UserError
 from grow.methods.kl import KlRegularized
-from grow.names import check_matrices, is_copy, is_growth, own_name
+from grow.names import check_matrices, is_copy, is_growth, matrix_of, own_name
 from grow.parts import growing
 
 
@@ -42,7 +42,7 @@ class GFreeze(KlRegularized):
 
     def chosen(self, name: str) -> bool:
         """Says whether a parameter that growth has added is of `grown_matrices`, or has no matrices to choose among."""
-        matrix = name.split(".")[-2]
+        matrix = matrix_of(name)
         return is_growth(name) and (not self.grown_matrices or matrix == "grown" or matrix in self.grown_matrices)
 
     def write_result(self, run: Path, out: Path) -> None:

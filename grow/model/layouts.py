@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grow.names import FUSED, LAYOUTS
+from grow.names import FUSED, INNER, LAYOUTS
 from grow.parts import MLPS
 from grow.parts.part import Part
 
@@ -61,7 +61,7 @@ def up_names(mlp: Any) -> tuple[str, ...]:
 
 def up_layers(mlp: Any) -> list[nn.Linear]:
     """Returns the linear layers that read the MLP's input, whose device and dtype are the MLP's."""
-    return [getattr(mlp, name) for name in up_names(mlp)]
+    return [linear_in(getattr(mlp, name)) for name in up_names(mlp)]
 
 
 def down_name(mlp: Any) -> str:
@@ -71,8 +71,12 @@ def down_name(mlp: Any) -> str:
 
 def down_layer(mlp: Any) -> nn.Linear:
     """Returns the down-projection."""
-    layer: nn.Linear = getattr(mlp, down_name(mlp))
-    return layer
+    return linear_in(getattr(mlp, down_name(mlp)))
+
+
+def linear_in(layer: Any) -> Any:
+    """Returns the linear layer in one around it, such as Gemma 4's towers have, or the layer itself."""
+    return getattr(layer, INNER, layer)
 
 
 def halves(mlp: Any) -> int:
@@ -91,7 +95,8 @@ def width(mlp: Any) -> int:
 
 
 def sizes(layer: Any) -> tuple[int, int]:
-    """Returns how many features a Linear or a Conv1D reads, and how many it gives."""
+    """Returns how many features a Linear or a Conv1D, or one in a layer around it, reads, and how many it gives."""
+    layer = linear_in(layer)
     return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
@@ -103,7 +108,10 @@ def matrix(layer: Any) -> Tensor:
 
 def layer_like(own: Any, inputs: int, outputs: int, **kind: Any) -> nn.Module:
     """Returns an uninitialised layer of another one's class and with a bias if that has one: Linear, [outputs, inputs],
-    or GPT-2's Conv1D, [inputs, outputs]. `kind` has device and dtype, if they are not torch's defaults."""
+    or GPT-2's Conv1D, [inputs, outputs]; or in a layer around it. `kind` has device and dtype, if they are not torch's
+    defaults."""
+    if linear_in(own) is not own:
+        return Around(own, layer_like(linear_in(own), inputs, outputs, **kind))
     if isinstance(own, Conv1D):
         return Conv1D(outputs, inputs).to(**kind)
     # Some classes have a linear layer of their own, whose products round in another way (Falcon).
@@ -154,3 +162,12 @@ class Instead(nn.Module):
         """Maps […, h] to […, h]."""
         result: Tensor = stock_class(self).forward(self, x)
         return result
+
+
+class Around(Instead):
+    """Computes as a layer around a linear one does, with a linear layer of its own; what it clips by is that one's."""
+
+    def __init__(self, layer: Any, linear: nn.Module):
+        layer.__dict__["layout"] = (INNER,)
+        super().__init__(layer)
+        self.add_module(INNER, linear)

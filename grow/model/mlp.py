@@ -46,7 +46,7 @@ class GrownBranch(Instead):
     def __init__(self, mlp: Any, units: int):
         super().__init__(mlp)
         add_up(self, mlp, units)
-        self.add_module(down_name(mlp), layer_like(down_layer(mlp), units, hidden_size(mlp)))
+        self.add_module(down_name(mlp), layer_like(getattr(mlp, down_name(mlp)), units, hidden_size(mlp)))
 
 
 class GrownMLP:
@@ -88,6 +88,27 @@ class GrownMLP:
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""
         return with_growth(self.grown(x), base, self.factor, self.alpha)
+
+
+class ClippingMLP(GrownMLP):
+    """Is a grown MLP that clips what comes out of it (Gemma 4's towers): the sum, as one MLP of all units does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps […, h] to […, h]."""
+        bounds = getattr(self, down_name(self)).get_buffer
+        return super().forward(x).clamp(bounds("output_min"), bounds("output_max"))
+
+
+class Unclipped:
+    """Is mixed into the class of such an MLP's down-projections, which then leave that to it."""
+
+    linear: nn.Module
+    input_min: Tensor
+    input_max: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps […, p] to […, h]."""
+        return self.linear(x.clamp(self.input_min, self.input_max))
 
 
 def trained_base(mlp: Any, trained: Any, x: Tensor, alpha: float | Tensor) -> Tensor:
@@ -134,9 +155,12 @@ def grow_mlp(mlp: Any, factor: int, trained_up: bool = False) -> None:
 
     They are not initialised: a checkpoint's loader fills them.
     """
-    mix_in(mlp, GrownMLP, "Grown")
+    clips = getattr(getattr(mlp, down_name(mlp)), "use_clipped_linears", False)
+    mix_in(mlp, ClippingMLP if clips else GrownMLP, "Grown")
     mlp.factor, mlp.alpha, mlp.trained = factor, 1.0, None
     mlp.grown = GrownBranch(mlp, (factor - 1) * width(mlp)).train(mlp.training)
+    for half in (mlp, mlp.grown) if clips else ():
+        mix_in(getattr(half, down_name(mlp)), Unclipped, "Unclipped")
     if trained_up:
         mlp.add_trained()
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grow.errors import UserError, one_line
-from grow.names import FUSED, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
+from grow.names import BOUNDS, FUSED, INNER, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
 from grow.parts.part import TENSORS, Base, Part, check_floats, is_transposed, layer_in
 from grow.plan import Where, growing_layers, mlp_widths, setting, text_config, width_key, with_text_config
 
@@ -110,7 +110,7 @@ def check_mlp(
         if (
             name.startswith(f"{prefix}.")
             and not is_growth(name)
-            and name.split(".")[-2] not in (*layout, *_ACTIVATIONS)
+            and not _known(name.removeprefix(f"{prefix}."), layout)
         ):
             raise UserError(
                 f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
@@ -131,3 +131,10 @@ def check_mlp(
         if bias is not None and bias.shape != (length,):
             raise UserError(f"{base.path}: {prefix}.{name}.bias is {list(bias.shape)}, the weight asks for [{length}]")
     check_floats(base, prefix, [f"{prefix}.{name}.{tensor}" for name in layout for tensor in TENSORS])
+
+
+def _known(end: str, layout: tuple[str, ...]) -> bool:
+    """Says whether it is known what a tensor of an MLP, by the end of its name, does to copies."""
+    module, _, name = end.rpartition(".")
+    inside = (matrix.removesuffix(f".{INNER}") for matrix in layout)
+    return module in layout or module.split(".")[-1] in _ACTIVATIONS or (module in inside and name in BOUNDS)

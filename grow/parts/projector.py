@@ -1,10 +1,13 @@
-"""Gemma 3's projector from the tower's features to the language model."""
+"""The projector from the tower's features to the language model, of Gemma 3 and Gemma 4."""
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar
 
 from grow.parts.part import Field, Part
 from grow.plan import Where
+
+_NAMES = re.compile(r"(?:^|\.)(?:multi_modal_projector|embed_vision\.embedding_projection)$")
 
 
 class Projector(Part):
@@ -20,11 +23,11 @@ class Projector(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns 0 for the projector."""
-        return 0 if module.rpartition(".")[2] == "multi_modal_projector" else None
+        return 0 if _NAMES.search(module) else None
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
-        """Returns its one matrix."""
-        return (("mm_input_projection_weight",),)
+        """Returns its one matrix: Gemma 3's, or Gemma 4's."""
+        return (("mm_input_projection_weight",), ("weight",))
 
     def named(self, where: Where) -> str:
         """Returns what it is, in words."""

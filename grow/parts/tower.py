@@ -1,10 +1,10 @@
-"""The MLPs of a tower for images: SigLIP's in Gemma 3, CLIP's in LLaVA and its kin."""
+"""The MLPs of a tower for images: SigLIP's in Gemma 3, Gemma 4's own, CLIP's in LLaVA and its kin."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import LAYOUTS, VISION, tower_prefixes
+from grow.names import INNER, LAYOUTS, VISION, tower_prefixes
 from grow.parts.mlps import check_mlp
 from grow.parts.part import Base, Field, Part, in_layers, layer_in
 from grow.plan import Where, parse_layers, ranges
@@ -62,8 +62,8 @@ class Tower(Part):
         return layer_in(module, "mlp") if VISION in module.split(".") else None
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
-        """Returns all that are known."""
-        return LAYOUTS
+        """Returns all that are known, as they are in memory and, in files, within layers around them."""
+        return (*LAYOUTS, *(tuple(f"{name}.{INNER}" for name in layout) for layout in LAYOUTS))
 
     def named(self, where: Where) -> str:
         """Returns what it is, in words."""

@@ -16,7 +16,7 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.model.head import PIECE
-from grow.names import DOWN, MATRICES, VISION, canonical, layer_of, of_language_model
+from grow.names import DOWN, MATRICES, VISION, canonical, layer_of, matrix_of, of_language_model
 from grow.parts import grown_words
 from grow.plan import GrowthPlan, setting, text_config
 from grow.recipe import Recipe
@@ -34,6 +34,8 @@ REDUCE_BUCKET = 500_000_000
 RESERVED = 0.94, 1_000_000_000
 """Of a GPU's memory, the share that torch's allocator can be expected to fill, and the bytes that the driver, its
 libraries and NCCL take."""
+SOFT_TOKENS = 280
+"""Tokens of an image, at most, as Gemma 4's processor makes them by default; each is a square of patches."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -228,7 +230,7 @@ def activations(
     hidden = setting(text, "hidden_size") or 0
     widths: dict[int, int] = {}
     for name, shape in shapes.items():
-        matrix = name.removesuffix(".weight").rpartition(".")[2]
+        matrix = matrix_of(name)
         layer, kept = _layer(name), "self_attn." in name or (matrix in MATRICES and matrix not in DOWN)
         if layer >= 0 and len(shape) == 2 and kept:
             widths[layer] = widths.get(layer, 12 * hidden) + 2 * shape[0]
@@ -253,10 +255,12 @@ def tower_activations(recipe: Recipe, config: dict[str, Any], shapes: Shapes, tr
     training = [layer for name, layer in layers.items() if name in trained]
     if not recipe.images or not training:
         return 0
-    hidden, patches = config.get("hidden_size", 0), (config.get("image_size", 0) // config.get("patch_size", 1)) ** 2
+    hidden, patches = config.get("hidden_size", 0), SOFT_TOKENS * config.get("pooling_kernel_size", 0) ** 2
+    if "image_size" in config:
+        patches = (config["image_size"] // config["patch_size"]) ** 2
     widths: dict[int, int] = {}
     for name, layer in layers.items():
-        matrix = name.removesuffix(".weight").rpartition(".")[2]
+        matrix = matrix_of(name)
         if layer >= min(training) and matrix in MATRICES and matrix not in DOWN:
             widths[layer] = widths.get(layer, 16 * hidden) + 2 * shapes[name][0]
     saved = len(widths) * hidden + max(widths.values()) if recipe.gradient_checkpointing else sum(widths.values())

@@ -146,12 +146,12 @@ def test_what_is_left_of_an_earlier_recipe(text_base: Path, sums: Path, tmp_path
 
 def test_the_table_of_parts() -> None:
     """No two fields have one name, and of what has units, names say which tensors are of the last matrix."""
-    from grow.names import ATTENTION, DOWN, MATRICES, OUTPUT
+    from grow.names import ATTENTION, DOWN, MATRICES, OUTPUT, matrix_of
 
     assert sum(len(part.fields) for part in PARTS.values()) == len(FIELDS)
     for part in PARTS.values():
         layouts = [] if part.made_of == "matrix" else [layout for kind in part.kinds for layout in part.layouts(kind)]
-        for *up, down in layouts:
+        for *up, down in ([matrix_of(f"{name}.weight") for name in layout] for layout in layouts):
             assert down in (*DOWN, OUTPUT) and {*up, down} <= {*MATRICES, *ATTENTION["heads"]}
 
 

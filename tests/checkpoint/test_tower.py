@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 import grow
 from grow.checkpoint.consolidate import consolidate
@@ -18,6 +19,7 @@ from grow.evaluation.find_alpha import find_alpha
 from grow.evaluation.logits import compare_logits
 from grow.model.alpha import set_alpha
 from grow.model.loading import load
+from tests.checkpoint.test_architectures import E2B
 from tests.checkpoint.test_attention_heads import move
 from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import here
@@ -25,11 +27,16 @@ from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, mak
 
 BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "train_projector": True}
 
+KINDS = ["gemma3", "llava", "gemma4", "gemma4-clips"]
+
 
 def base_of(folder: Path, kind: str) -> Path:
-    """Gemma 3 as on the hub, with SigLIP; or LLaVA, whose tower is CLIP."""
+    """Gemma 3 as on the hub, with SigLIP; LLaVA, whose tower is CLIP; or Gemma 4, whose tower has gates and may clip
+    what goes through its matrices."""
     if kind == "gemma3":
         return make_base(folder, "multimodal")
+    if kind.startswith("gemma4"):
+        return gemma4(folder, clips=kind == "gemma4-clips")
     torch.manual_seed(0)
     text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
     config = transformers.LlavaConfig(
@@ -45,8 +52,36 @@ def base_of(folder: Path, kind: str) -> Path:
     return folder
 
 
+def gemma4(folder: Path, clips: bool) -> Path:
+    ids = {"image_token_id": 259, "boi_token_id": 260, "eoi_token_id": 261, "audio_token_id": 262}
+    config = E2B | ids | {"vision_config": E2B["vision_config"] | {"use_clipped_linears": clips}}
+    if not clips:  # as in the 31B, tokens of an image see each other
+        config["text_config"] = E2B["text_config"] | {"use_bidirectional_attention": "vision"}
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForConditionalGeneration(transformers.Gemma4Config(**config))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.15)
+    for name, bound in model.model.vision_tower.named_buffers():
+        if name.endswith(("_min", "_max")):
+            limit = (0.001 if "output" in name else 0.005) if "down_proj" in name else 0.2  # each clips something
+            bound.fill_(limit if name.endswith("max") else -limit)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+    names = {"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>", "audio_token": "<snd>"}
+    names |= {"boa_token": "<boa>", "eoa_token": "<eoa>"}
+    transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=names).save_pretrained(folder)
+    Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70).save_pretrained(folder)
+    return folder
+
+
 def seen(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """A picture between texts."""
+    if kind.startswith("gemma4"):
+        patches = torch.rand((1, 36, 48), generator=torch.Generator().manual_seed(0)).to(dtype)
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
+        ids = torch.cat([tokens(8), torch.full((1, 4), 259), tokens(8, 2)], dim=1)
+        types = {"mm_token_type_ids": (ids == 259).long()}
+        return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, **types}
     image = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
     ids = torch.cat([tokens(8), torch.full((1, 4 if kind == "gemma3" else 16), 259), tokens(8, 2)], dim=1)
     types = {"token_type_ids": (ids == 259).long()} if kind == "gemma3" else {}
@@ -59,11 +94,11 @@ def logits(model: Any, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """All logits are equal, in a pass and token by token; and once moved, at α = 0. The base comes out again."""
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(str(base), str(grown), **(BOTH | {"train_projector": kind == "gemma3"}))
+    expand(str(base), str(grown), **(BOTH | {"train_projector": kind != "llava"}))
     assert verify(str(grown), str(base))["problems"] == []
     models = [load(path, dtype) for path in (base, grown)]
     assert torch.equal(*(logits(model, kind) for model in models))
@@ -79,13 +114,12 @@ def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) ->
     assert folder_checksums(tmp_path / "again") == folder_checksums(base)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_its_stock_form(tmp_path: Path, kind: str) -> None:
     """Of one layer of the tower, padded, with the projector and an MLP of the language model; at α = 0.5 too."""
+    before = VISION_CONFIG if kind in ("gemma3", "llava") else E2B["vision_config"]
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(
-        str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "train_projector": kind == "gemma3"})
-    )
+    expand(str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "train_projector": kind != "llava"}))
     move(grown)
     model: Any = load(grown, torch.float32)
     for alpha in (1.0, 0.5):
@@ -93,9 +127,12 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
             consolidate(str(grown), str(tmp_path / "no"), alpha=alpha)
         consolidate(str(grown), str(tmp_path / f"{alpha}"), alpha=alpha, uniform=True, dtype="float32")
         stock: Any = type(load(base)).from_pretrained(tmp_path / f"{alpha}", dtype=torch.float32).eval()
-        assert stock.config.vision_config.intermediate_size == 2 * VISION_CONFIG["intermediate_size"]
+        assert stock.config.vision_config.intermediate_size == 2 * before["intermediate_size"]
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock, kind), logits(model, kind), atol=1e-3)
+        assert not any(tensor.isnan().any() for tensor in stock.state_dict().values()), "bounds may be infinite"
+        of_image = compare_logits(str(grown), str(tmp_path / f"{alpha}"), alpha=alpha)["float32, of an image"]
+        assert of_image["difference"] < 1e-5 < of_image["largest"]
 
 
 def test_what_text_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoProcessor
 
 from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.verify import verify
-from grow.data import images
+from grow.data import processor
 from grow.data.encoder import Encoder
 from grow.data.labels import IGNORED
 from grow.data.of_recipe import read_sequences, rows_of, tokenizer_of
 from grow.data.packing import collate
+from grow.data.processor import processor_of_images
 from grow.data.template import Template
 from grow.data.tokenizer import load_tokenizer
 from grow.errors import UserError
@@ -24,7 +24,7 @@ from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
-from tests.checkpoint.test_tower import logits
+from tests.checkpoint.test_tower import base_of, logits
 from tests.helpers.pictures import FIELDS, make_pictures
 from tests.helpers.running import consolidate, here, start, train_and_resume
 from tests.helpers.tiny import folder_checksums, make_base, make_recipe, run
@@ -33,11 +33,21 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
     "{{ eos_token }}{% endif %}{% endfor %}"
 )
+LENGTH = {"gemma3": 32, "gemma4": 96}
+"""Of a sequence with an image's 4 tokens, or 70 at most."""
+PLACE = {"gemma3": "<boi>", "gemma4": "<img>"}
+"""What a processor takes for an image's place."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("images") / "base", "multimodal")
+
+
+@pytest.fixture(scope="module")
+def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    others = {kind: base_of(tmp_path_factory.mktemp("images") / kind, kind) for kind in ("gemma4", "gemma4-clips")}
+    return {"gemma3": base, **others}
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +59,17 @@ def recipe_of(folder: Path, base: Path, pictures: Path, stage: int = 1, **fields
     return make_recipe(folder / "r.yaml", base, folder / "run" / "grown", pictures, stage, **(FIELDS | fields))
 
 
-def test_rows_are_as_the_processor_makes_them(base: Path, pictures: Path) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4-clips"])
+def test_rows_are_as_the_processor_makes_them(bases: dict[str, Path], pictures: Path, kind: str) -> None:
     """Where `<image>` stands, or before the prompt; of a path, of bytes, of an Image of datasets, or of several."""
-    processor, tokenizer = AutoProcessor.from_pretrained(base), load_tokenizer(str(base))
+    base = bases[kind]
+    processor, tokenizer = processor_of_images(str(base)), load_tokenizer(str(base))
     file = pictures / "train-0.png"
     image, raw = Image.open(file), file.read_bytes()
     values: list[Any] = ["train-0.png", str(file), raw, {"bytes": raw, "path": None}, ["train-0.png"]]
     for value in values:
         row = {"q": "what <boi> is it?", "a": "red", "picture": value}
-        for prompt, text in (("Q <image>: {q} ", "Q <boi>: "), ("{q} ", "<boi>")):
+        for prompt, text in (("Q <image>: {q} ", f"Q {PLACE[kind[:6]]}: "), ("{q} ", PLACE[kind[:6]])):
             encoder = Encoder(tokenizer, Template(prompt, "{a}", images="picture", image_root=str(pictures)))
             shown = encoder.shown(row)
             expected = processor(text=f"{text}what ", images=image, return_tensors="pt")
@@ -67,8 +79,11 @@ def test_rows_are_as_the_processor_makes_them(base: Path, pictures: Path) -> Non
             assert shown.text[slice(*shown.spans[0])] == "red<eos>"
             assert encoder.images is not None
             inputs = encoder.images.inputs(row, shown.ids)
-            assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
-            assert inputs["token_type_ids"].tolist() == [int(number == 259) for number in shown.ids]
+            own = {"pixel_values"} if kind == "gemma3" else {"pixel_values", "image_position_ids"}
+            assert own == {name for name in inputs if "token_type" not in name}
+            assert all(torch.equal(inputs[name], expected[name]) for name in own)
+            types = inputs["token_type_ids" if kind == "gemma3" else "mm_token_type_ids"]
+            assert types.tolist() == [int(number == 259) for number in shown.ids]
     two = {"q": "<image> or <image>", "a": "r", "picture": ["train-0.png", "train-1.png"]}
     assert (
         Encoder(tokenizer, Template("{q}", "{a}", images="picture", image_root=str(pictures))).shown(two).ids.count(260)
@@ -154,7 +169,7 @@ def test_an_imagefolder(base: Path, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_a_processor_that_is_not_known(base: Path, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(images, "KNOWN", ("LlavaProcessor",))
+    monkeypatch.setattr(processor, "KNOWN", ("Gemma4Processor", "LlavaProcessor"))
     with pytest.raises(UserError, match="how Gemma3Processor writes images into a text is not known here"):
         Encoder(load_tokenizer(str(base)), Template("{q}", "{a}", images="picture", image_root=str(pictures)))
 
@@ -172,13 +187,16 @@ def test_a_conversation_with_an_image(base: Path, pictures: Path) -> None:
     assert texts == ["<bos><user>\n\n<boi><img><eoi>\n\nColour?<assistant>r<eos>"] * 3
 
 
-def test_rows_of_text_beside_them(base: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4-clips"])
+def test_rows_of_text_beside_them(bases: dict[str, Path], pictures: Path, tmp_path: Path, kind: str) -> None:
     """A batch of an image's row and of packed rows of text gives each row the logits that it has alone, and an image's
     those of the processor's own inputs."""
-    recipe = read_recipe(str(recipe_of(tmp_path, base, pictures)), {})
+    base = bases[kind]
+    recipe = read_recipe(str(recipe_of(tmp_path, base, pictures, max_length=LENGTH[kind[:6]])), {})
     sequences = read_sequences(recipe, tokenizer_of(recipe), "train")
     with_image = sequences.examples.have_images()
-    assert sum(with_image) == 48 and len(sequences) == 48 + 4, "one each, and rows of text packed by fours"
+    packed = {"gemma3": 4, "gemma4": 2}[kind[:6]]
+    assert sum(with_image) == 48 and len(sequences) == 48 + packed, "one each, and rows of text packed"
     pictured = next(i for i in range(len(sequences)) if "pixel_values" in sequences[i])
     text = next(i for i in range(len(sequences)) if "pixel_values" not in sequences[i])
     model = load(base, torch.float32)
@@ -191,39 +209,46 @@ def test_rows_of_text_beside_them(base: Path, pictures: Path, tmp_path: Path) ->
 
     both = of_rows(collate([sequences[text], sequences[pictured]]))
     assert len(both) >= 4
-    processor = AutoProcessor.from_pretrained(base)
+    processor = processor_of_images(str(base))
     lines = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
     for row, found in both.items():
         line = lines[int(sequences.examples.rows[row])]
         image = Image.open(pictures / line["picture"]) if line["picture"] else None
-        inputs = processor(
-            text=f"<bos>{'<boi>' if image else ''}{line['question']}{line['answer']}", images=image, return_tensors="pt"
-        )
+        text = f"<bos>{PLACE[kind[:6]] if image else ''}{line['question']}{line['answer']}"
+        inputs = processor(text=text, images=image, return_tensors="pt")
         with torch.no_grad():
             alone = model(**inputs).logits[0, -len(found) :]
         assert torch.allclose(found, alone, atol=1e-4), line
 
 
-@pytest.mark.parametrize("method", ["g_freeze", "g_train"])
-def test_it_trains(base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, method: str) -> None:
-    """The tower, its projector and query heads, from pictures and text; the run resumes in the same bits, and its base
-    is inside, bit for bit, also for images."""
-    how = {"tower": "vision", "train_projector": True, "attention": "queries", "method": method}
-    recipe = recipe_of(tmp_path, base, pictures, learning_rate=5e-3, train_batch_size=16, **how)
-    growth = ("--tower", "vision", "--train-projector", "--attention", "queries")
+@pytest.mark.parametrize(
+    ("kind", "method"), [("gemma3", "g_freeze"), ("gemma3", "g_train"), ("gemma4-clips", "g_freeze")]
+)
+def test_it_trains(
+    bases: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, method: str
+) -> None:
+    """The tower, its projector and query heads, or MLPs, from pictures and text; the run resumes in the same bits, and
+    its base is inside, bit for bit, also for images."""
+    base = bases[kind]
+    how = {"tower": "vision", "train_projector": True, "method": method, "max_length": LENGTH[kind[:6]]}
+    how |= {"attention": "queries"} if kind == "gemma3" else {"layers": "all"}
+    rate = 5e-3 if kind == "gemma3" else 3e-2
+    recipe = recipe_of(tmp_path, base, pictures, learning_rate=rate, train_batch_size=16, **how)
+    growth = ("--tower", "vision", "--train-projector")
+    growth += ("--attention", "queries") if kind == "gemma3" else ("--layers", "all")
     here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
     weights = train_and_resume(recipe, 1)
-    parts = {"vision_tower", "multi_modal_projector", "language_model"}
+    parts = {"vision_tower", "multi_modal_projector" if kind == "gemma3" else "embed_vision", "language_model"}
     assert {next(part for part in parts if part in name) for name in weights} == parts
     trained = tmp_path / "run"
     consolidate(str(trained), str(tmp_path / "still"), "grown")
     assert verify(str(tmp_path / "still"), str(base))["problems"] == []
     attach_growth(str(base), str(trained / "result"), str(tmp_path / "again"))
-    expected = logits(load(tmp_path / "still", torch.float32), "gemma3")
-    assert torch.equal(logits(load(tmp_path / "again", torch.float32), "gemma3"), expected)
+    expected = logits(load(tmp_path / "still", torch.float32), kind)
+    assert torch.equal(logits(load(tmp_path / "again", torch.float32), kind), expected)
     # In fp32: the projector's sum would be rounded once more.
     consolidate(str(tmp_path / "still"), str(tmp_path / "stock"), dtype="float32")
-    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), "gemma3"), expected, atol=1e-3)
+    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), kind), expected, atol=1e-3)
     extract_base(str(tmp_path / "still"), str(tmp_path / "base"))
     assert folder_checksums(tmp_path / "base") == folder_checksums(base)
     # Scores, of pictures kept and of those learnt, at α = 0 and 1.
@@ -233,7 +258,7 @@ def test_it_trains(base: Path, pictures: Path, tmp_path: Path, capsys: pytest.Ca
     for part in ("task", "retention"):  # rows of text that are among the training rows are left out, pictures are not
         assert (at_0[part]["rows"], at_0[part]["contaminated"]) == (12, 4)
     assert at_0["task"]["identical"] == at_0["retention"]["identical"] == 1
-    assert at_1["task"]["loss"] < at_0["task"]["loss"] - 0.5 and at_1["task"]["identical"] < 1
+    assert at_1["task"]["loss"] < at_0["task"]["loss"] - 0.2 and at_1["task"]["identical"] < 1
     assert len(at_1["samples"]) == 2 and "failed" not in at_1
 
 
