@@ -46,6 +46,10 @@ class Tower(Part):
                 config.get("intermediate_size"),
                 None,
             )
+        layers_own = tuple(f"{prefix}." for prefix in prefixes.values())
+        other = next((name for name in base.tensors if _in_mlp(name) and not name.startswith(layers_own)), "")
+        if other:  # such as SigLIP's attention pooling head, which Gemma 3 and LLaVA go without (vision_use_head)
+            raise UserError(f"--tower {kind}: {base.path}: {other} is as wide as the layers' MLPs, but of none of them")
         used = _used_layers(base.config, len(prefixes))
         chosen = parse_layers(layers, len(prefixes), "--tower-layers")
         unused = [layer for layer in chosen if layer >= used]
@@ -80,6 +84,12 @@ class Tower(Part):
         if not name or shapes[name] == base.tensors[name].shape:
             return config
         return {**config, _CONFIG: {**config[_CONFIG], "intermediate_size": shapes[name][1]}}
+
+
+def _in_mlp(name: str) -> bool:
+    """Says whether a tensor is of an MLP of the tower."""
+    names = name.split(".")
+    return VISION in names and "mlp" in names
 
 
 def _used_layers(config: dict[str, Any], count: int) -> int:

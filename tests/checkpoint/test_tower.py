@@ -159,6 +159,17 @@ def test_layers_of_a_tower_that_are_not_used(tmp_path: Path) -> None:
         expand(str(base), str(tmp_path / "no"), tower="vision", tower_layers="1")
 
 
+def test_a_head_of_the_tower_that_is_as_wide(tmp_path: Path) -> None:
+    """SigLIP's own, which a stock model would want as wide as the layers' MLPs."""
+    torch.manual_seed(0)
+    text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
+    vision = VISION_CONFIG | {"model_type": "siglip_vision_model", "vision_use_head": True}
+    config = transformers.LlavaConfig(text_config={"model_type": "llama", **text}, vision_config=vision)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"vision_tower.*head\.mlp\.fc1\.\w+ is as wide as the layers' MLPs"):
+        expand(str(tmp_path / "base"), str(tmp_path / "no"), tower="vision")
+
+
 def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
     said = here(capsys, "expand", base, grown, "--tower", "vision", "--train-projector", "--attention", "queries")
