@@ -57,7 +57,8 @@ def known_head(model: nn.Module) -> Head | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             unwrapped.eval()
-            ids = torch.arange(8, device=layer.weight.device)[None] % layer.weight.shape[0]
+            # Past the special tokens, which stand first in most vocabularies: none begins a row here.
+            ids = torch.arange(16, 24, device=layer.weight.device)[None] % layer.weight.shape[0]
             logits = unwrapped(input_ids=ids, use_cache=False).logits
             same = len(seen) == 1 and torch.equal(head.logits(seen[0]), logits)
     finally:

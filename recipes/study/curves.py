@@ -19,7 +19,8 @@ COLOURS = {
 }  # fmt: skip
 NAMES = {
     "g_freeze": "G-Freeze", "g_train": "G-Train", "g_lora": "G-LoRA", "lora": "LoRA", "sft": "SFT", "disel": "DISeL",
-    "ewc": "EWC", "queries": "G-Freeze, query heads", "mlp": "G-Freeze, MLPs", "sft mlps": "SFT of the MLPs",
+    "ewc": "EWC", "queries": "G-Freeze, query heads", "heads": "G-Freeze, whole heads", "mlp": "G-Freeze, MLPs",
+    "sft mlps": "SFT of the MLPs", "copies": "G-Freeze, copies",
 }  # fmt: skip
 _DRAWN = 0.2
 """Of the way from the best task loss back to the base's, what is drawn."""
@@ -77,7 +78,7 @@ def draw_curves(methods: dict[str, list[Point]], base_loss: float, path: Path) -
     for label, end in ends.items():
         offset = (10, places[label] - (end["loss"] - bottom) / (highest - bottom) * height)
         name_end(axes, label, (end[key], end["loss"]), offset, colour_of(label, end["method"]))
-    plain_ticks(axes, 0.01, min(one[key] for one in points), 6 * max(end[key] for end in ends.values()))
+    plain_ticks(axes, 0.01, min(one[key] for one in points), 10 * max(end[key] for end in ends.values()))
     rise = {
         "kl": "KL(base ‖ model) on general text, nats a token",
         "text": "rise of the loss on general text, nats a token",
@@ -105,8 +106,8 @@ def _leading(methods: dict[str, list[Point]]) -> list[str]:
 
 
 def colour_of(label: str, method: str) -> str:
-    """Returns the colour of a row's method, the same in every picture; query heads have one of their own."""
-    return "navy" if label.startswith("queries") else COLOURS.get(method, "tab:brown")
+    """Returns the colour of a row's method, the same in every picture; heads have one of their own."""
+    return "navy" if label.startswith(("queries", "heads")) else COLOURS.get(method, "tab:brown")
 
 
 def name_end(axes: Any, label: str, end: tuple[float, float], offset: tuple[float, float], colour: str) -> None:
@@ -150,7 +151,11 @@ def named(label: str) -> str:
     parts = re.match(r"(sft mlps|\w+)( upper| all)?", label)
     assert parts is not None
     where = {" upper": ", layers 6–17", " all": ", all layers"}.get(parts[2] or "", "")
-    return NAMES.get(parts[1], parts[1]) + where + label[parts.end() :]
+    return (
+        NAMES.get(parts[1], parts[1])
+        + where
+        + label[parts.end() :].replace(", mlp ", ", MLPs ").replace("of sft", "of SFT")
+    )
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
