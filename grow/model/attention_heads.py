@@ -34,7 +34,7 @@ class GrownAttention(GrownMLP):
             if whole:  # whatever α is, since it may change between uses of a cache
                 beside = kwargs | {"past_key_values": _Keys()}
                 cache.beside = _keys(attend, self.grown, hidden_states, args, beside)
-        on = True if self.switch is None else self.switch.acts(self.training)
+        on = True if self.switch is None else self.switch.acts(self.training, hidden_states)
         # Under ZeRO-3 ranks gather parameters together, so each computes the same whether its own rows are on or off.
         every_rank = self.switch is not None and hasattr(down_layer(self.grown).weight, "ds_id")
         if self.alpha == 0 or (on is False and not every_rank):

@@ -44,7 +44,7 @@ class GrownMatrix:
     def forward(self, x: Tensor) -> Tensor:
         """Maps what the module maps."""
         base: Tensor = super().forward(x)  # type: ignore[misc]
-        on = True if self.switch is None else self.switch.acts(self.training)
+        on = True if self.switch is None else self.switch.acts(self.training, x)
         # Under ZeRO-3 ranks gather parameters together, so each computes the same whether its own rows are on or off.
         every_rank = any(hasattr(parameter, "ds_id") for parameter in self.grown.parameters())
         if self.alpha == 0 or (on is False and not every_rank):

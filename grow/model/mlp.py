@@ -77,13 +77,13 @@ class GrownMLP:
         if self.alpha == 0:
             return self._base(x)
         every_rank = hasattr(down_layer(self).weight, "ds_id")
-        if self.switch is None or (self.switch.acts(self.training) is True and not every_rank):
+        if self.switch is None or (self.switch.acts(self.training, x) is True and not every_rank):
             return self._with_growth(x, self._base(x))
 
         def full(chosen: Tensor, own: Tensor) -> Tensor:
             return self._with_growth(chosen, own if self.trained is None else self._base(chosen))
 
-        return where_on(self.switch.acts(self.training), x, super().forward(x), full, every_rank)  # type: ignore[misc]
+        return where_on(self.switch.acts(self.training, x), x, super().forward(x), full, every_rank)  # type: ignore[misc]
 
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""

@@ -46,10 +46,10 @@ class Skilled:
     grown: nn.ModuleDict
     trained: nn.ModuleDict
 
-    def on(self) -> dict[str, bool | Tensor]:
-        """Returns where the skills are on that are on anywhere: True, or bool [B, L]."""
+    def on(self, x: Tensor) -> dict[str, bool | Tensor]:
+        """Returns where the skills are on that are on anywhere in x, [B, L, …]: True, or bool [B, L]."""
         on = {
-            name: True if skill.switch is None else skill.switch.acts(self.training)
+            name: True if skill.switch is None else skill.switch.acts(self.training, x)
             for name, skill in self.skills.items()
         }
         return {
@@ -62,7 +62,7 @@ class SkilledMLP(Skilled):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps […, h] to […, h]."""
-        own, on = super().forward(x), self.on()  # type: ignore[misc]
+        own, on = super().forward(x), self.on(x)  # type: ignore[misc]
         if not on:
             return own
         if len(on) == 1 and all(where is True for where in on.values()):
@@ -100,7 +100,7 @@ class SkilledAttention(Skilled):
             return stock_class(self).forward(heads, hidden_states, *args, **kwargs)
 
         own, *others = attend(self)
-        on, y = self.on(), own
+        on, y = self.on(hidden_states), own
         count = sum(where.long() if isinstance(where, Tensor) else 1 for where in on.values())
         alone = count == 1 if isinstance(count, int) else (count == 1)[..., None].to(own.device)
         for name, where in on.items():

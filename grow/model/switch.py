@@ -146,14 +146,15 @@ class Switch:
         if self._generation is None:
             self._thread = None
 
-    def acts(self, training: bool) -> bool | Tensor:
-        """Returns where what was trained acts, in a module that trains or does not. Between passes it does nowhere; but
-        activations that are computed again in the backward pass see what the last pass saw."""
+    def acts(self, training: bool, x: Tensor) -> bool | Tensor:
+        """Returns where what was trained acts on x, [B, L, …], in a module that trains or does not. Between passes it
+        does nowhere; but activations that are computed again in the backward pass see what the last pass saw."""
         if training and self.record.kind != "call":
             return self.mode != "off"
-        if self.on is None:
-            return self._last if training else False
-        return self.on
+        on = (self._last if training else False) if self.on is None else self.on
+        if isinstance(on, Tensor) and x.ndim == 3 and x.shape[1] < on.shape[1]:
+            return on[:, -x.shape[1] :]  # of a prompt the tokens alone whose logits are asked for (whole_below)
+        return on
 
     def _claim(self) -> None:
         """Raises UserError while another thread runs the model: its switch says of one pass at a time where it is

@@ -124,8 +124,9 @@ def _prepared(model: Any, record: SwitchRecord) -> Switch:
         if isinstance(module, (GrownMLP, GrownMatrix, Skilled))
     ]
     unchanged += [highest_unchanged(list(loras))] if loras else []
-    first_pass = record.layer > min(unchanged, default=len(mlps))
-    check_fits(record, mlps, first_pass)
+    whole = whole_below(model, len(mlps))
+    first_pass = record.layer > min(unchanged, default=len(mlps)) or record.layer >= whole
+    check_fits(record, mlps, first_pass, whole)
     switch = Switch(record, first_pass)
     model.register_forward_pre_hook(switch.begin, with_kwargs=True)
     model.register_forward_hook(switch.end, always_call=True)
@@ -141,8 +142,15 @@ def _mix_in(model: Any, switch: Switch | Switches) -> None:
     model.switch = switch
 
 
-def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool) -> None:
-    """Raises UserError for a switch that a model with these MLPs cannot have."""
+def whole_below(model: nn.Module, count: int) -> int:
+    """Returns the layer from which on a model of `count` layers computes of a prompt, in `generate`, the tokens alone
+    whose logits are asked for: Gemma 4's layers that share keys and values do. `count` for other models."""
+    found = (getattr(module, "first_kv_shared_layer_idx", None) for module in model.modules())
+    return min((layer for layer in found if layer is not None), default=count)
+
+
+def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: bool, whole: int) -> None:
+    """Raises UserError for a switch that a model with these MLPs cannot have; `whole`: whole_below."""
     if record.kind == "call":
         return
     if record.layer not in mlps:
@@ -151,6 +159,11 @@ def check_fits(record: SwitchRecord, mlps: dict[int, nn.Module], first_pass: boo
     if len(record.weight) != hidden_size(mlp):
         raise UserError(
             f"the switch reads {len(record.weight)} features; the model's hidden size is {hidden_size(mlp)}"
+        )
+    if record.kind == "token" and record.layer >= whole:
+        raise UserError(
+            f"a switch for each token reads layer {record.layer}, and from layer {whole} on this model computes of a "
+            "prompt its last token alone; let it read one below"
         )
     if record.kind == "token" and first_pass:
         raise UserError(

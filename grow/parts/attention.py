@@ -10,6 +10,9 @@ from grow.plan import Where, text_config, with_text_config
 
 TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Kinds of model (model_type) whose heads of attention can grow."""
+SHARING = ("gemma3n_text", "gemma4_text")
+"""Kinds whose query heads can grow: layers read the keys and values of others, or have values that are the keys."""
+_KEY, _OUT = "k_proj.weight", "o_proj.weight"
 
 
 class Attention(Part):
@@ -39,17 +42,24 @@ class Attention(Part):
         if factor != 2:
             raise UserError(f"--attention {kind}: grows by a factor of 2 alone, not of {factor}")
         model_type = text_config(base.config).get("model_type")
-        if model_type not in TYPES:
+        if model_type in SHARING and kind == "heads":
+            raise UserError(
+                f"--attention heads: {base.path}: layers of {model_type} share keys and values; take --attention "
+                "queries"
+            )
+        if model_type not in (*TYPES, *SHARING):
             raise UserError(
                 f"--attention {kind}: {base.path}: the attention of {model_type} is not known here; that of "
-                f"{', '.join(TYPES)} is"
+                f"{', '.join((*TYPES, *SHARING))} is"
             )
         chosen, prefixes = super().checked(base, kind, layers, factor), self.prefixes(base.tensors)
         for layer in chosen:
             names = [f"{prefixes[layer]}.{name}.weight" for name in ATTENTION["heads"]]
+            if model_type in SHARING:
+                names = [name for name in names if name in base.tensors or name.endswith(("q_proj.weight", _OUT))]
             shapes: list[tuple[int, ...]] = [base.tensors[name].shape if name in base.tensors else () for name in names]
             widths = {shape[1] for shape in (*shapes[:-1], shapes[-1][::-1]) if len(shape) == 2}
-            if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or shapes[1] != shapes[2]:
+            if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or len(set(shapes[1:-1])) > 1:
                 raise UserError(f"{base.path}: {names[0]}, k_proj, v_proj and o_proj are {shapes}, which do not fit")
             head_counts(base, prefixes[layer])
             check_floats(base, prefixes[layer], names)
@@ -64,8 +74,8 @@ class Attention(Part):
         return None if OTHER_TOWERS.search(module) else layer_in(module, "self_attn")
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
-        """Returns the matrices of a kind; of whole heads, if none is named."""
-        return (ATTENTION[kind or "heads"],)
+        """Returns the matrices of a kind; of all, if none is named."""
+        return (ATTENTION[kind],) if kind else (ATTENTION["heads"], ATTENTION["queries"])
 
     def named(self, where: Where) -> str:
         """Returns what it is, in words."""
@@ -78,13 +88,15 @@ class Attention(Part):
         return "heads with keys of their own cannot be one of several skills (query heads can)"
 
     def stock_widths(self, base: Base, units: dict[int, int]) -> dict[int, int]:
-        """Returns the width of all query heads of a stock attention: classes of transformers want a number of heads
-        that divides the hidden size, where the base's does."""
-        prefix, width = self.prefixes(base.tensors)[0], max(units.values())
-        own, _, size = head_counts(base, prefix)
-        hidden = base.tensors[f"{prefix}.{QUERY}.weight"].shape[1]
-        fitting = (count for count in range(width // size, hidden + 1) if hidden % count == 0 and count % own == 0)
-        return dict.fromkeys(units, size * next(fitting, width // size) if hidden % own == 0 else width)
+        """Returns the width of all query heads of each layer's stock attention, which are as many in each: classes of
+        transformers want a number of heads that divides the hidden size, where the base's does."""
+        prefixes = self.prefixes(base.tensors)
+        sizes = {layer: head_counts(base, prefixes[layer])[2] for layer in units}
+        own, most = head_counts(base, prefixes[0])[0], max(width // sizes[layer] for layer, width in units.items())
+        hidden = base.tensors[f"{prefixes[0]}.{QUERY}.weight"].shape[1]
+        fitting = (count for count in range(most, hidden + 1) if hidden % count == 0 and count % own == 0)
+        count = next(fitting, most) if hidden % own == 0 else most
+        return {layer: size * count for layer, size in sizes.items()}
 
     def groups(self, base: Base, prefix: str, kind: str) -> int:
         """Returns how many key heads there are: copies of queries stand beside those with which they share keys, whole
@@ -92,17 +104,15 @@ class Attention(Part):
         return head_counts(base, prefix)[1] if kind == "queries" else 1
 
     def stock_config(self, config: dict[str, Any], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Writes how many heads there are, and their size."""
+        """Writes how many heads there are, and their size and the number of keys where all layers have one."""
         prefix = self.prefixes(base.tensors)[0]
         query = f"{prefix}.{QUERY}.weight"
         if query not in shapes or shapes[query] == base.tensors[query].shape:
             return config
         size = head_counts(base, prefix)[2]
-        counts = {
-            "head_dim": size,
-            "num_attention_heads": shapes[query][0] // size,
-            "num_key_value_heads": shapes[f"{prefix}.k_proj.weight"][0] // size,
-        }
+        counts = {"num_attention_heads": shapes[query][0] // size}
+        if text_config(base.config).get("model_type") not in SHARING:  # else each kind of layer has its own
+            counts |= {"head_dim": size, "num_key_value_heads": shapes[f"{prefix}.k_proj.weight"][0] // size}
         return with_text_config(config, counts)
 
 
@@ -110,9 +120,24 @@ def head_counts(base: Base, prefix: str) -> tuple[int, int, int]:
     """Returns how many query heads an attention has, how many of keys, and the features of each, from its tensors:
     configs on the hub may leave out what is their class's default. Raises UserError where they do not tell."""
     text, norm = text_config(base.config), base.tensors.get(f"{prefix}.q_norm.weight")
-    queries, keys = (base.tensors[f"{prefix}.{name}.weight"].shape[0] for name in ATTENTION["heads"][:2])
+    queries = base.tensors[f"{prefix}.{QUERY}.weight"].shape[0]
+    keys = base.tensors[f"{_with_keys(base, prefix)}.{_KEY}"].shape[0]
     heads = text.get("num_attention_heads")
     size = norm.shape[0] if norm else text.get("head_dim") or (heads and queries // heads)
     if not size or queries % size or keys % size:
         raise UserError(f"{base.path}: its config has no head_dim and num_attention_heads that fit {prefix}")
     return queries // size, keys // size, size
+
+
+def _with_keys(base: Base, prefix: str) -> str:
+    """Returns the prefix of the attention whose keys one reads: its own, or those of the last layer of its type that
+    has some. Raises UserError where there is none."""
+    if f"{prefix}.{_KEY}" in base.tensors:
+        return prefix
+    types, prefixes = text_config(base.config).get("layer_types") or [], Attention().prefixes(base.tensors)
+    own = next((layer for layer, other in prefixes.items() if other == prefix and layer < len(types)), None)
+    having = [layer for layer, other in prefixes.items() if f"{other}.{_KEY}" in base.tensors and layer < len(types)]
+    alike = [prefixes[layer] for layer in having if own is not None and types[layer] == types[own]]
+    if not alike:
+        raise UserError(f"{base.path}: {prefix} has no {_KEY}, and its config does not say whose keys it reads")
+    return alike[-1]

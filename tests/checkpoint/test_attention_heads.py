@@ -27,9 +27,13 @@ from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume
 from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, logits, make_base, make_recipe, tokens
 
-KINDS = [
-    "text", "multimodal", "llama", "qwen3",
-    *(pytest.param(kind, marks=pytest.mark.full) for kind in ("gemma2", "mistral", "qwen2")),
+SHARING = ("gemma4", "gemma4-values", "gemma3n")
+"""Layers share keys and values, and have heads of two sizes; or values that are the keys."""
+CASES = [
+    *((kind, heads) for heads in ("queries", "heads") for kind in ("text", "multimodal", "llama", "qwen3")),
+    *((kind, "queries") for kind in SHARING),
+    *(pytest.param(kind, heads, marks=pytest.mark.full)
+      for heads in ("queries", "heads") for kind in ("gemma2", "mistral", "qwen2")),
 ]  # fmt: skip
 
 
@@ -52,7 +56,12 @@ def base_of(folder: Path, text_base: Path, kind: str) -> Path:
         return text_base
     if kind == "multimodal":
         return make_base(folder / "base", kind)
-    return make(folder / "base", kind, num_attention_heads=4, num_key_value_heads=2)
+    how: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind.startswith("gemma4"):
+        how |= {"global_head_dim": 32, "sliding_window": 6}
+    if kind == "gemma4-values":  # as in the 31B
+        how |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0}
+    return make(folder / "base", kind.removesuffix("-values"), **how)
 
 
 def move(grown: Path) -> None:
@@ -67,8 +76,7 @@ def move(grown: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", ["queries", "heads"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "heads"), CASES)
 def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, heads: str, dtype: torch.dtype) -> None:
     """All logits are equal: in a pass, in packed rows, token by token with a KV cache; and once moved, at α = 0."""
     base = base_of(tmp_path, text_base, kind)
@@ -94,12 +102,12 @@ def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, heads
         assert torch.equal(*(model(tokens(20)).logits for model in models))
 
 
-@pytest.mark.parametrize("heads", ["queries", "heads"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "heads"), CASES)
 def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str, heads: str) -> None:
     """Of some layers, padded; at α = 0.5 too; with a cache and without, as the grown model computes."""
     base = base_of(tmp_path, text_base, kind)
-    expand(str(base), str(tmp_path / "start"), layers="0", attention=heads, attention_layers="1-2")
+    mlps = "1" if kind == "gemma3n" else "0"  # the first keeps its largest neurons alone
+    expand(str(base), str(tmp_path / "start"), layers=mlps, attention=heads, attention_layers="1-2")
     move(tmp_path / "start")
     model = load(tmp_path / "start", torch.float32)
     for alpha in (1.0, 0.5):
@@ -108,9 +116,9 @@ def test_its_stock_form(text_base: Path, tmp_path: Path, kind: str, heads: str) 
             consolidate(str(tmp_path / "start"), str(out), alpha=alpha)
         consolidate(str(tmp_path / "start"), str(out), alpha=alpha, uniform=True, dtype="float32")
         stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        after, before = (one.config.get_text_config() for one in (stock, load(base)))
-        assert after.num_attention_heads == 2 * before.num_attention_heads
-        assert after.num_key_value_heads == (2 if heads == "heads" else 1) * before.num_key_value_heads
+        after, before = (one.config.get_text_config().to_dict() for one in (stock, load(base)))
+        assert after["num_attention_heads"] == 2 * before["num_attention_heads"]
+        assert after["num_key_value_heads"] == (2 if heads == "heads" else 1) * before["num_key_value_heads"]
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock), logits(model), atol=1e-4)
         for how in WRITING:

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.gpu
 def test_it_learns_and_resumes(kind: str, method: str, stage: int, ranks: int, sums: Path, tmp_path: Path) -> None:
     base = make(tmp_path / "base", kind)
     make_tokenizer(base)
-    expand(str(base), str(tmp_path / "grown"))
+    beside = {"attention": "queries"} if kind == "gemma4" else {}  # whose layers share keys and values
+    expand(str(base), str(tmp_path / "grown"), layers="all", **beside)
     fields = {"method": method, "learning_rate": 3e-2}
     recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", sums, stage, **fields)
     trained = train_and_resume(recipe, ranks)
