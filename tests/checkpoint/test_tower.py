@@ -36,7 +36,7 @@ def base_of(folder: Path, kind: str) -> Path:
     if kind == "gemma3":
         return make_base(folder, "multimodal")
     if kind.startswith("gemma4"):
-        return gemma4(folder, clips=kind == "gemma4-clips")
+        return make_gemma4(folder, clips=kind == "gemma4-clips")
     torch.manual_seed(0)
     text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
     config = transformers.LlavaConfig(
@@ -52,7 +52,7 @@ def base_of(folder: Path, kind: str) -> Path:
     return folder
 
 
-def gemma4(folder: Path, clips: bool) -> Path:
+def make_gemma4(folder: Path, clips: bool) -> Path:
     ids = {"image_token_id": 259, "boi_token_id": 260, "eoi_token_id": 261, "audio_token_id": 262}
     config = E2B | ids | {"vision_config": E2B["vision_config"] | {"use_clipped_linears": clips}}
     if not clips:  # as in the 31B, tokens of an image see each other

@@ -21,6 +21,7 @@ from grow.checkpoint.package import extract_growth
 from grow.checkpoint.verify import verify
 from grow.data.files import split_files
 from tests.checkpoint.test_architectures import make
+from tests.checkpoint.test_tower import make_gemma4
 from tests.helpers.hub import TOKEN, Hub, serving
 from tests.helpers.tiny import ROOT, make_base, make_recipe, make_tokenizer
 
@@ -39,13 +40,14 @@ def stand_ins(root: Path) -> None:
     kinds |= dict.fromkeys(("gemma-3-4b-pt", "gemma-3-4b-it", "gemma-3-12b-pt", "gemma-3-27b-pt"), "multimodal")
     e2b = make(root / "models/google/gemma-4-E2B/main", "gemma4-e2b")
     make_tokenizer(e2b)
+    make_gemma4(root / "models/google/gemma-4-E2B-it/main", clips=True)
     for name, kind in kinds.items():
         folder = make_base(root / "models" / "google" / name / "main", kind)
         (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         for other in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "original/params.json"):
             (folder / other).parent.mkdir(exist_ok=True)
             (folder / other).write_text("not wanted")
-    for name in ("gemma-3-1b-it", "gemma-3-4b-it"):
+    for name in ("gemma-3-1b-it", "gemma-3-4b-it", "gemma-4-E2B-it"):
         (root / "models/google" / name / "main/chat_template.jinja").write_text(TEMPLATE)
     pairs = [{"translation": {"en": f"We saw {n} boats.", "fr": f"Nous avons vu {n} bateaux."}} for n in range(40)]
     claims = [{"premise": f"{n} is odd.", "hypothesis": f"{n} is a number.", "label": "entails"} for n in range(40)]
