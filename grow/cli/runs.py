@@ -104,8 +104,8 @@ def train(recipe: str, check: bool = False, expand: bool = False, json: bool = F
 
     settings = read_recipe(recipe, fields)
     with quiet():
+        from grow.training.check import check_all
         from grow.training.start import expand_start
-        from grow.training.train import check_all
         from grow.training.train import train as run
     if expand and not check:
         raise UserError("train: --expand goes with --check")

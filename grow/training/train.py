@@ -10,13 +10,10 @@
 Started again, a run resumes from its last complete checkpoint; a run that is done says so and does nothing.
 """
 
-import contextlib
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +35,31 @@ from grow.checkpoint.run_folder import (
 )
 from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.zero import ZeroCheckpoint
-from grow.data.of_recipe import (
-    read_mixed,
-    read_sequences,
-    retention_rows,
-    retention_template,
-    right_option,
-    rows_of,
-    tokenizer_of,
-)
-from grow.data.packing import Epochs, Mixed, PackedDataset, summary
-from grow.data.tokenizer import check_vocabulary, pad_token_id
-from grow.data.tokens import encode
-from grow.errors import Preempted, UserError
-from grow.methods.peft_method import PeftMethod
-from grow.model.attention import check_attention, check_installed, set_attention
-from grow.model.images import blank_for, check_images
-from grow.model.loading import check_loads, checkpoint_activations, class_of, load
+from grow.data.of_recipe import tokenizer_of
+from grow.data.packing import PackedDataset
+from grow.errors import Preempted
+from grow.model.attention import check_installed, set_attention
+from grow.model.images import blank_for
+from grow.model.loading import checkpoint_activations, load
 from grow.model.memory import tune_malloc
 from grow.model.switched import put_switch
 from grow.names import canonical
 from grow.parts import grown_words
-from grow.parts.part import is_transposed
 from grow.plan import GrowthPlan
 from grow.recipe import AUTO, Recipe
-from grow.switch.of_recipe import layer_to_read, switch_of
-from grow.training.arguments import (
-    check_arguments,
-    check_output,
-    compute_type,
-    planned_ranks,
-    training_arguments,
-)
-from grow.training.batch_size import check_batch_size, with_batch_size
+from grow.switch.of_recipe import switch_of
+from grow.training.arguments import compute_type, training_arguments
+from grow.training.batch_size import with_batch_size
 from grow.training.callbacks import GracefulShutdown
-from grow.training.compiling import check_compile, check_compiler, compile_layers, compiles
+from grow.training.check import check_run
+from grow.training.compiling import check_compiler, compile_layers, compiles
 from grow.training.deepspeed_patches import compile_nothing
-from grow.training.liger import check_kernels, check_liger, use_liger, uses_liger
-from grow.training.probe import Probe
-from grow.training.quiet import hush_accumulation, quiet
+from grow.training.liger import check_kernels, use_liger, uses_liger
+from grow.training.quiet import hush_accumulation
 from grow.training.resume import needs_universal
-from grow.training.run_file import check_rows, device_name, first_day, from_rank_0, made_once, write_run_file
-from grow.training.same_run import check_same_run
-from grow.training.start import growing_parts, planned_start, starting_checkpoint, with_learning_rate
+from grow.training.run_data import probe_of, read_data, shuffled, steps_of
+from grow.training.run_file import device_name, first_day, from_rank_0, made_once, write_run_file
+from grow.training.start import with_learning_rate
 from grow.training.trainer import GrowTrainer, compare_frozen
 
 
@@ -137,7 +116,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
-    steps = _steps(recipe, sequences)
+    steps = steps_of(recipe, sequences)
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
     method = recipe.make_method()
@@ -150,7 +129,7 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "logs"))  # read by transformers as it begins
     args = training_arguments(recipe, steps, dtype, universal=universal, resumed=checkpoint is not None)
     set_seed(recipe.seed)
-    probe = _probe(recipe, tokenizer, run)
+    probe = probe_of(recipe, tokenizer, run)
     model = load(recipe.start, dtype)
     # Tokens of one image see each other, which flash attention cannot.
     set_attention(model, "sdpa" if recipe.images and recipe.attn_implementation == AUTO else recipe.attn_implementation)
@@ -172,36 +151,13 @@ def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkp
         args=args,
         recipe=recipe,
         method=method,
-        sequences=_shuffled(recipe, data, steps * recipe.train_batch_size),
+        sequences=shuffled(recipe, data, steps * recipe.train_batch_size),
         validation=validation,
         shutdown=shutdown,
         about=_about(recipe, model, sequences, steps, dtype),
         probe=probe,
         zero=zero,
     )
-
-
-def _steps(recipe: Recipe, sequences: PackedDataset) -> int:
-    """Returns how many steps a run has; says so on stderr if it makes fewer checkpoints than a mean is to be of."""
-    share = 1 - sum(recipe.mix.values())
-    in_epochs = ceil(recipe.num_train_epochs * len(sequences) / share / recipe.train_batch_size)
-    steps = recipe.max_steps if recipe.max_steps >= 1 else in_epochs
-    made = ceil(steps / recipe.save_steps)
-    if made < recipe.average and os.environ.get("RANK", "0") == "0":
-        print(
-            f"average {recipe.average}: a run of {steps} steps makes {made} checkpoints (save_steps "
-            f"{recipe.save_steps}), and the mean is of these",
-            file=sys.stderr,
-        )
-    return steps
-
-
-def _shuffled(recipe: Recipe, data: dict[str, PackedDataset], count: int) -> Epochs:
-    """Returns so many sequences in the order in which the run learns them."""
-    if not recipe.mix:
-        return Epochs(data["train"], count, recipe.seed)
-    others = [(data[f"mix: {name}"], share) for name, share in recipe.mix.items()]
-    return Mixed(data["train"], others, count, recipe.seed)
 
 
 def _about(recipe: Recipe, model: Any, sequences: PackedDataset, steps: int, dtype: Any) -> str:
@@ -246,89 +202,6 @@ def _result(trainer: Any, run: Path) -> dict[str, Any]:
     }
 
 
-def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = starting_checkpoint) -> Checkpoint:
-    """Checks the run before anything heavy is loaded. Returns the checkpoint to start from. Raises UserError."""
-    run, world_size = Path(recipe.output_dir), planned_ranks()
-    check_output(recipe.output_dir)
-    start = find_start(recipe)
-    per_step = world_size * recipe.micro_batch
-    if recipe.train_batch_size % per_step:
-        raise UserError(
-            f"train_batch_size {recipe.train_batch_size} is not a multiple of {world_size} ranks x "
-            f"per_device_train_batch_size {recipe.micro_batch}"
-        )
-    check_batch_size(recipe)
-    check_compile(recipe)
-    check_liger(recipe)
-    config, cls = class_of(start.path)
-    check_attention(recipe.attn_implementation, cls, config)
-    method = recipe.make_method()
-    check_images(recipe, any(part.of_images for part in growing_parts(recipe)), config)
-    method.check(recipe)
-    method.check_names(start.tensors)
-    if isinstance(method, PeftMethod) and is_transposed(start.config):
-        raise UserError(
-            f"{start.path}: has matrices that lie transposed (Conv1D), which {recipe.method} does not adapt; take sft, "
-            "or grow it (g_freeze, g_train)"
-        )
-    if recipe.switch:
-        layer_to_read(recipe, start)
-    check_same_run(run, recipe)
-    with quiet():
-        check_loads(start)
-        check_arguments(recipe)
-    return start
-
-
-def check_all(recipe: Recipe) -> None:
-    """Checks a run without starting it, as far as the machine does not matter. Reads the rows into the cache, and
-    prints a summary of them on stderr. Raises UserError for whatever `train` would find wrong before it trains."""
-    recipe = with_learning_rate(recipe)
-    start = check_run(recipe, planned_start)
-    if (Path(recipe.output_dir) / MARKER).exists():
-        return
-    recipe = recipe.on(first_day(Path(recipe.output_dir)))
-    tokenizer = tokenizer_of(recipe)
-    _check_scores(recipe)
-    data = read_data(recipe, start, tokenizer)
-    _steps(recipe, data["train"])
-    _probe(recipe, tokenizer, Path(recipe.output_dir))
-    for name, sequences in data.items():
-        print(f"{name}: {summary(sequences)}", file=sys.stderr)
-    if data["train"].examples.checksum() == data["validation"].examples.checksum():
-        print(
-            "validation: these are the training rows; cut them, such as --train_split 'train[:90%]' "
-            "--validation_split 'train[90%:]'",
-            file=sys.stderr,
-        )
-
-
-def _check_scores(recipe: Recipe) -> None:
-    """Checks what `eval` needs after training. Raises UserError for options that no row has; a missing test split is
-    only reported."""
-    for row in rows_of(recipe, recipe.validation_split)[:1000] if recipe.options else ():
-        with contextlib.suppress(ValueError):  # a bad row
-            right_option(recipe, row)
-    try:
-        rows_of(recipe, recipe.test_split)
-    except UserError as error:
-        print(f"{error}: there will be nothing to score the run on", file=sys.stderr)
-
-
-def read_data(recipe: Recipe, start: Checkpoint, tokenizer: Any) -> dict[str, PackedDataset]:
-    """Returns the rows to learn from ("train", and "mix: FOLDER" of those mixed in) and to validate on ("validation"),
-    in packed sequences, from the cache if they were read before.
-
-    Raises UserError for rows, templates and tokenizers that cannot be used.
-    """
-    splits = {"train": recipe.train_split, "validation": recipe.validation_split}
-    data = {name: read_sequences(recipe, tokenizer, split) for name, split in splits.items()}
-    data |= {f"mix: {name}": sequences for name, sequences in read_mixed(recipe, tokenizer).items()}
-    check_vocabulary(max(sequences.examples.largest() for sequences in data.values()), start)
-    check_rows(Path(recipe.output_dir), data)
-    return data
-
-
 def _sound_checkpoint(run: Path) -> Path | None:
     """Returns the newest complete checkpoint that is not corrupted; reports those that are."""
     for checkpoint in complete_checkpoints(run):
@@ -337,18 +210,6 @@ def _sound_checkpoint(run: Path) -> Path | None:
             return checkpoint
         print(f"{checkpoint}: {problem}; going back to the checkpoint before it", file=sys.stderr)
     return None
-
-
-def _probe(recipe: Recipe, tokenizer: Any, run: Path) -> Any:
-    """Returns the probe that measures retention while the run trains; None if the recipe names no rows for it."""
-    if not recipe.retention or not recipe.probe_rows:
-        return None
-    rows = retention_rows(recipe)
-    rows = rows.select(range(min(recipe.probe_rows, len(rows))))
-    encoded = encode(rows, tokenizer, retention_template(recipe, rows), recipe.max_length, end=False)
-    encoded.check(f"{recipe.retention}, test", recipe.max_bad_rows)
-    sequences = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer))
-    return Probe(sequences, run / "probe.jsonl")
 
 
 def _single_process_defaults() -> None:

@@ -123,8 +123,8 @@ def batches(work: Path, name: str) -> Any:
     from grow.data.packing import collate
     from grow.data.tokenizer import load_tokenizer
     from grow.methods import read_recipe
+    from grow.training.run_data import read_data
     from grow.training.start import starting_checkpoint
-    from grow.training.train import read_data
 
     settings = read_recipe(str(recipe(work, name, 1)))
     start = starting_checkpoint(settings)

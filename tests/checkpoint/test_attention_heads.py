@@ -21,7 +21,7 @@ from grow.methods import read_recipe
 from grow.model.alpha import base_inside, set_alpha
 from grow.model.grown import grown_parts
 from grow.model.loading import load
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume

@@ -15,7 +15,7 @@ from grow.errors import UserError
 from grow.methods import METHODS, read_recipe
 from grow.model.loading import load
 from grow.model.loss import base_logits, labelled_logits, likelihood_and_kl
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.helpers.running import consolidate, train, train_and_resume
 from tests.helpers.tiny import ROOT, make_recipe
 

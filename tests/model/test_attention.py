@@ -16,7 +16,7 @@ from grow.methods import read_recipe
 from grow.model.attention import check_attention, check_installed, chosen_attention, set_attention
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.tiny import make_recipe, tokens
 

@@ -21,7 +21,7 @@ from grow.methods.baselines.flow import Flow
 from grow.methods.baselines.stm import Stm
 from grow.model.loading import load
 from grow.model.loss import loss_sum
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.helpers.running import alone, rows_of
 from tests.helpers.tiny import make_recipe
 

@@ -13,7 +13,7 @@ from grow.errors import UserError
 from grow.methods import read_recipe
 from grow.recipe import Recipe
 from grow.training import batch_size
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.helpers.running import start, train
 from tests.helpers.tiny import free_ports, make_recipe
 

@@ -12,8 +12,8 @@ from grow.errors import UserError
 from grow.methods import METHODS, read_recipe
 from grow.model.layouts import decoder_layers
 from grow.model.loading import load
+from grow.training.check import check_run
 from grow.training.compiling import check_compiler, compiles
-from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import train, train_and_resume
 from tests.helpers.tiny import make_recipe, tokens

@@ -15,8 +15,8 @@ from grow.errors import UserError
 from grow.methods import read_recipe
 from grow.model.layouts import decoder_mlps, stock_class
 from grow.model.loading import load
+from grow.training.check import check_run
 from grow.training.liger import check_kernels, use_liger, uses_liger
-from grow.training.train import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.tiny import ROOT, make_recipe, tokens
 

@@ -7,7 +7,7 @@ import pytest
 from grow.checkpoint.expand import expand
 from grow.errors import UserError
 from grow.methods import read_recipe
-from grow.training.train import check_run
+from grow.training.check import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate, train_and_resume
 from tests.helpers.tiny import make_recipe, make_tokenizer
