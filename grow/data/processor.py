@@ -18,7 +18,7 @@ def processor_of_images(folder: str) -> Any:
     found = _loaded(folder)
     if not hasattr(found, "image_processor"):
         raise UserError(f"images: {folder}: has no processor for images; it is a model of text alone")
-    name = getattr(found, "known_as", type(found).__name__)
+    name = type(found).__name__
     if name not in KNOWN:
         raise UserError(
             f"images: {folder}: how {name} writes images into a text is not known here; that of "
@@ -42,12 +42,9 @@ def _loaded(folder: str) -> Any:
 def _without_video(folder: str) -> Any:
     """Loads a Gemma 4's processor without its parts for video, which need torchvision, and for sound."""
     cls: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, local_files_only=True))]
-
-    class ForImages(cls):
-        known_as = cls.__name__
-
-        def check_argument_for_proper_class(self, name: str, part: Any) -> Any:
-            return None if part is None else super().check_argument_for_proper_class(name, part)
-
     parts = [kind.from_pretrained(folder, local_files_only=True) for kind in (AutoImageProcessor, AutoTokenizer)]
-    return ForImages(feature_extractor=None, image_processor=parts[0], tokenizer=parts[1], video_processor=None)
+    made = cls.__new__(cls)
+    made.check_argument_for_proper_class = lambda *_: None  # it does not know of parts that are left out
+    cls.__init__(made, feature_extractor=None, image_processor=parts[0], tokenizer=parts[1], video_processor=None)
+    del made.check_argument_for_proper_class
+    return made

@@ -32,11 +32,15 @@ def passing_the_tower(model: Any, batch: dict[str, Tensor]) -> Iterator[None]:
         yield
         return
 
-    def add_nothing(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+    def add_nothing(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        embedded = kwargs["inputs_embeds"]
         parts = image_features(model, {name: tensor.to(embedded.device) for name, tensor in blank.items()})
-        return embedded + 0 * torch.stack([part.sum() for part in parts]).sum().to(embedded.dtype)
+        nothing = 0 * torch.stack([part.sum() for part in parts]).sum()
+        return args, kwargs | {"inputs_embeds": embedded + nothing.to(embedded.dtype)}
 
-    handle = model.get_input_embeddings().register_forward_hook(add_nothing)
+    # Where the model's code has it, or ranks would gather parameters in different orders and wait for ever: after all
+    # embeddings, of which Gemma 4 has some for each layer, and before DeepSpeed's own hook of the decoder.
+    handle = model.get_decoder().register_forward_pre_hook(add_nothing, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

@@ -261,7 +261,7 @@ def tower_activations(recipe: Recipe, config: dict[str, Any], shapes: Shapes, tr
     widths: dict[int, int] = {}
     for name, layer in layers.items():
         matrix = matrix_of(name)
-        if layer >= min(training) and matrix in MATRICES and matrix not in DOWN:
+        if layer >= min(training) and matrix in MATRICES and matrix not in DOWN and len(shapes[name]) == 2:
             widths[layer] = widths.get(layer, 16 * hidden) + 2 * shapes[name][0]
     saved = len(widths) * hidden + max(widths.values()) if recipe.gradient_checkpointing else sum(widths.values())
     return patches * saved

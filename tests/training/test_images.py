@@ -262,8 +262,13 @@ def test_it_trains(
     assert len(at_1["samples"]) == 2 and "failed" not in at_1
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2)), 3])
-def test_ranks_with_and_without_images(base: Path, pictures: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [*(pytest.param("gemma3", stage, marks=pytest.mark.full) for stage in (1, 2)), ("gemma3", 3), ("gemma4-clips", 3)],
+)
+def test_ranks_with_and_without_images(
+    bases: dict[str, Path], pictures: Path, tmp_path: Path, kind: str, stage: int
+) -> None:
     """Half of the rows are text, so that at most steps one rank has an image and the other has none: as on one rank;
     and processes that read ahead change nothing."""
     rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
@@ -280,8 +285,8 @@ def test_ranks_with_and_without_images(base: Path, pictures: Path, tmp_path: Pat
         place = tmp_path / str(ranks)
         place.mkdir()
         recipe = recipe_of(
-            place, base, folder, stage, tower="vision", train_projector=True, layers="all", dtype="float32",
-            dataloader_num_workers=ranks - 1,
+            place, bases[kind], folder, stage, tower="vision", train_projector=True, layers="all", dtype="float32",
+            dataloader_num_workers=ranks - 1, max_length=LENGTH[kind[:6]],
         )  # fmt: skip
         run("launch/expand.sh", recipe)
         said = start(recipe, ranks)
