@@ -37,8 +37,15 @@ OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
 VISION = "vision_tower"
 """What a tower for images is called in the classes whose towers can grow: Gemma 3, LLaVA and its kin."""
 _BESIDE = (
-    "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "embed_tokens_extend",
-)  # fmt: skip
+    "multi_modal_projector",
+    "embed_vision",
+    "embed_audio",
+    "embed_tokens_extend",
+    "connector",
+)
+"""What leads from towers to a language model, beside what OTHER_TOWERS names."""
+_PREDICTION = re.compile(r"(?:^|\.)mtp\.")
+"""Layers that predict several tokens, which classes pass over (Qwen 3.5)."""
 _NOT_PLAIN = {
     ".experts.": "a mixture of experts", ".block_sparse_moe.": "a mixture of experts",
     ".qweight": "quantized weights",
@@ -47,7 +54,7 @@ _NOT_PLAIN = {
 _SKILLED = f"{_MATRIX}|{'|'.join(ATTENTION['heads'])}"  # what skills have, of which a name says whose it is
 _ADDED = re.compile(rf"\.(grown|trained)\.(?:([A-Za-z0-9_-]+)\.(?=(?:{_SKILLED})\.))?")
 _UP = {*MATRICES, *ATTENTION["heads"]} - {*DOWN, OUTPUT}
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|gpt_neox)\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer|gpt_neox)\.)+")
 _TOWER_WRAPPER = re.compile(r"^(vision_tower)\.vision_model\.")
 _OTHER_NAMES = {
     "h": "layers", "wte": "embed_tokens", "embed_in": "embed_tokens", "word_embeddings": "embed_tokens",
@@ -62,7 +69,7 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
     Raises UserError, naming what was found instead, for models whose MLPs cannot be grown.
     """
-    keys = [key for key in keys if not OTHER_TOWERS.search(key)]
+    keys = [key for key in keys if not OTHER_TOWERS.search(key) and not _PREDICTION.search(key)]
     for pattern, what in _NOT_PLAIN.items():
         if any(pattern in key for key in keys):
             raise UserError(f"the model has {what}, which cannot be grown; a plain MLP is needed")
@@ -184,4 +191,4 @@ def layer_of(key: str) -> int | None:
 def of_language_model(name: str) -> bool:
     """Says whether a parameter or module is outside the towers for images and sound and their projectors, which text
     gives no gradient."""
-    return not any(f"{part}." in name for part in _BESIDE)
+    return not OTHER_TOWERS.search(f"{name}.") and not any(f"{part}." in name for part in _BESIDE)

@@ -96,7 +96,8 @@ def test_ones_own_training(text_base: Path, tmp_path: Path, way: str, method: st
         grow.to_stock(again, tmp_path / "half", uniform=True)
 
     # The commands take the package too: the base's files are known by it, and come out again.
-    attach_growth(str(text_base), str(tmp_path / "package"), str(tmp_path / "grown"))
+    made = attach_growth(str(text_base), str(tmp_path / "package"), str(tmp_path / "grown"))
+    assert made["rounded"] == "F32 to BF16"
     assert not verify(str(tmp_path / "grown"), str(text_base))["problems"]
     assert torch.allclose(logits(grow.load(tmp_path / "grown", torch.float32)), trained, atol=0.05)
     extract_base(str(tmp_path / "grown"), str(tmp_path / "base"))

@@ -33,6 +33,11 @@ def _front_matter(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def copies_start(factor: int) -> str:
+    """Returns what a model computes at first whose copies came from another one, in words."""
+    return "the mean of both" if factor == 2 else f"the base's 1/{factor} and {factor - 1}/{factor} of the other"
+
+
 def grown_card(growth: dict[str, Any]) -> str:
     """Returns the card of a grown checkpoint, from its metadata (config.json's "growth")."""
     base = growth["base"]
@@ -44,7 +49,7 @@ def grown_card(growth: dict[str, Any]) -> str:
     if elsewhere:
         text += f"Its copies are of the MLPs of `{elsewhere}`: α = 0 is the base. "
     if growth["trained"] is None:
-        does = "the mean of both" if elsewhere else "what its base does"
+        does = copies_start(growth["factor"]) if elsewhere else "what its base does"
         text += f"Nothing has been trained yet: it computes {does}."
     title = "Grown, not trained" if growth["trained"] is None else "Grown and trained"
     text += _own_alphas(growth) + _switch(growth)

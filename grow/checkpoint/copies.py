@@ -35,7 +35,8 @@ def added_tensors(base: Checkpoint, plan: GrowthPlan, copies: Checkpoint | None 
         missing = sorted(set(where.layers) - set(prefixes))
         if missing:
             whose = f" of layers {missing}" * part.has_layers
-            raise UserError(f"{base.path}: has no {part.name}{whose} to grow; it has {sorted(prefixes)}")
+            there = f"; it has {sorted(prefixes)}" * part.has_layers
+            raise UserError(f"{base.path}: has no {part.name}{whose} to grow{there}")
         for layer in where.layers:
             ends = part.ends(base, prefixes[layer], where.kind)
             names = {end: f"{prefixes[layer]}.{end}" for end in ends}

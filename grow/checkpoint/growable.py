@@ -8,7 +8,12 @@ from grow.errors import UserError
 from grow.names import canonical, is_growth
 from grow.parts import FIELDS, MLPS, PARTS, grow_beside
 from grow.parts.part import TENSORS
-from grow.plan import GrowthPlan, parse_factor
+from grow.plan import GrowthPlan, parse_factor, text_config
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""What configs call the activation of their MLPs."""
+_SAME = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
+"""Other names of the same activations."""
 
 
 def make_plan(base: Checkpoint, **growth: Any) -> GrowthPlan:
@@ -61,3 +66,9 @@ def check_copies(base: Checkpoint, copies: Checkpoint, plan: GrowthPlan) -> None
                         f"--copies-from {copies.path}: {name} {said}, the base's {wanted}; the copies need an MLP of "
                         "the same shape, such as that of another training of the base"
                     )
+    ours, theirs = (
+        next((_SAME.get(known[key], known[key]) for key in _ACTIVATIONS if known.get(key)), "")
+        for known in (text_config(base.config), text_config(copies.config))
+    )
+    if ours and theirs and ours != theirs:
+        raise UserError(f"--copies-from {copies.path}: the activation of its MLPs is {theirs}, the base's is {ours}")

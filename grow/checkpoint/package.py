@@ -102,6 +102,8 @@ def _extract_skill(whole: Checkpoint, name: str, out: str, max_shard_size: int, 
 def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     """Writes OUT, a grown checkpoint: the base with a growth package (a folder, or a name on the hub).
 
+    Growth is put in the base's dtype; "rounded" in the result says so where that is another than the package's.
+
     Raises UserError for another base than the one it grew from: growth is a difference from that base's every bit.
     """
     refuse_existing(Path(out))
@@ -113,9 +115,8 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     made = added_as_of(own, added)
     with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in added.shards]]}) as folder:
         link_base(folder, own)
-        if {name: tensor.dtype for name, tensor in made.items()} == {
-            n: info.dtype for n, info in added.tensors.items()
-        }:
+        before, after = ({name: one.dtype for name, one in of.items()} for of in (added.tensors, made))
+        if before == after:
             for shard in added.shards:
                 folder.link(shard, shard.name)
             weight_map = {name: info.file.name for name, info in added.tensors.items()}
@@ -127,7 +128,9 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
         weight_map |= {name: grown_name(info.file) for name, info in own.tensors.items()}
         folder.write_index(weight_map, sizes | {name: info.nbytes for name, info in own.tensors.items()})
         write_metadata(folder, facts | base, own.config)
-    return {"base": base_path, "growth": package, "out": out}
+    changed = sorted(set(before.values()) - set(after.values()))
+    rounded = {"rounded": f"{', '.join(changed)} to {', '.join(sorted(set(after.values())))}"} if changed else {}
+    return {"base": base_path, "growth": package, "out": out} | rounded
 
 
 def package_folder(name: str) -> Path:

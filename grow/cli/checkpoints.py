@@ -131,7 +131,7 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
         result["problems"] += [
             f"{name}: logits differ by up to {found['difference']:.3g}"
             for name, found in result["logits"].items()
-            if not found["difference"] <= allowed * found["largest"]
+            if "left_out" not in found and not found["difference"] <= allowed * found["largest"]
         ]
     if result["problems"]:
         raise UserError(f"{checkpoint}: {len(result['problems'])} problems: " + "; ".join(result["problems"][:5]))
@@ -253,7 +253,12 @@ def attach(base: str, *packages: str, alpha: str = "", json: bool = False) -> st
         result = attach_growth(base, growths[0], out)
     else:
         result = attach_skills(base, named_packages(growths), out, parse_alphas(alpha))
-    return say(result, lambda r: f"grown checkpoint written: {r['out']}", json)
+
+    def text(r: dict[str, Any]) -> str:
+        rounded = f"; its growth is rounded to the base's dtype, {r['rounded']}" if "rounded" in r else ""
+        return f"grown checkpoint written: {r['out']}{rounded}"
+
+    return say(result, text, json)
 
 
 def _count(average: str) -> int:

@@ -4,6 +4,8 @@ import json as json_module
 from collections.abc import Callable
 from typing import Any
 
+from grow.checkpoint.card import copies_start
+
 
 def plan_text(r: dict[str, Any]) -> str:
     """Returns the text of `plan` and `expand`."""
@@ -54,9 +56,12 @@ def verify_text(r: dict[str, Any]) -> str:
     """Returns the text of `verify`."""
     lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
     if "copies_from" in r:
-        lines.append(f"its copies came from {r['copies_from']}: it starts at the mean of both; at α = 0:")
+        start = copies_start(r["factor"])
+        lines.append(f"its copies came from {r['copies_from']}: it starts at {start}; at α = 0:")
     for name, found in r.get("logits", {}).items():
-        if found["difference"] == 0:
+        if "left_out" in found:
+            lines.append(f"{name}: not compared, {found['left_out']}")
+        elif found["difference"] == 0:
             lines.append(f"{name}: every logit equal to the base's, bit for bit")
         else:
             lines.append(

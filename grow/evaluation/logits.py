@@ -1,5 +1,6 @@
 """Compares two checkpoints bit for bit: runs both on the same tokens and compares every logit."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -24,24 +25,28 @@ TEXT = (
 
 
 @torch.no_grad()
-def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float = 1.0) -> dict[str, dict[str, float]]:
+def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float = 1.0) -> dict[str, dict[str, Any]]:
     """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}; and
-    where something of the tower for images has grown what both make of one, "float32, of an image".
+    where something of the tower for images has grown what both make of one, "float32, of an image", or why not:
+    {"left_out": "its class asks for image_sizes"}.
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
     logit of the second checkpoint, for comparison. `alpha` is the first one's.
     """
     tokenizer = load_tokenizer(base_path)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        models = [load(path, dtype, alpha).to(device), load(base_path, dtype).to(device)]
+        models: list[Any] = [load(path, dtype, alpha).to(device), load(base_path, dtype).to(device)]
         if isinstance(models[0], SwitchedModel):  # it is the growth that is compared
             set_switch(models[0], "on")
         name = str(dtype).removeprefix("torch.")
-        found[name] = _compared([model(input_ids=ids, use_cache=False).logits for model in models])
+        places = getattr(models[1].config.get_text_config(), "max_position_embeddings", None)
+        found[name] = _compared([model(input_ids=ids[:, :places], use_cache=False).logits for model in models])
         if grown_beside_text(models[0]):
-            found[f"{name}, of an image"] = _compared([_of_an_image(model) for model in models])
+            asked = _asks_for(models[0])
+            of_image = {"left_out": f"its class asks for {asked}"} if asked else None
+            found[f"{name}, of an image"] = of_image or _compared([_of_an_image(model) for model in models])
     return found
 
 
@@ -49,6 +54,14 @@ def _compared(results: list[Tensor]) -> dict[str, float]:
     one, other = results
     difference = 0.0 if torch.equal(one, other) else float((one - other).abs().max())
     return {"difference": difference, "largest": float(other.abs().max())}
+
+
+def _asks_for(model: Any) -> str:
+    """Returns what a model's tower asks for, beside pixels, that is not known here; "" for nothing."""
+    known = ("pixel_values", "image_position_ids")
+    parameters = inspect.signature(model.get_image_features).parameters.values()
+    asked = (one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD)
+    return ", ".join(name for name in asked if name not in known)
 
 
 def _of_an_image(model: Any) -> Tensor:

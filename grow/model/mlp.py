@@ -27,6 +27,7 @@ from grow.model.layouts import (
     hidden_size,
     layer_like,
     layout_of,
+    linear_in,
     mix_in,
     sizes,
     stock_class,
@@ -136,7 +137,22 @@ class Between:
 
 
 def _between(own: Any, after: Any, alpha: float | Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.lerp(own(x), after(x), alpha)
+    inner, other = linear_in(own), linear_in(after)
+
+    def mixed(x: Tensor) -> Tensor:
+        return torch.lerp(inner(x), other(x), alpha)
+
+    return mixed if inner is own else lambda x: stock_class(own).forward(_Around(own, mixed), x)
+
+
+class _Around:
+    """Stands for a layer around a linear one, with another in its place."""
+
+    def __init__(self, layer: Any, linear: Callable[[Tensor], Tensor]):
+        self._layer, self.linear = layer, linear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:

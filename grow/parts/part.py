@@ -102,14 +102,14 @@ class Part:
         if self.has_layers:
             return parse_layers(layers, len(prefixes), f"--{self.name}-layers")
         names = [f"{prefix}.{end}" for prefix in prefixes.values() for end in self.ends(base, prefix, kind)]
+        flag = f"--{next(iter(self.fields)).replace('_', '-')}"
         if not names or len(base.tensors[names[0]].shape) != 2:
-            known = " or ".join(layout[-1] for layout in self.layouts(kind))
-            raise UserError(f"{next(iter(self.fields))}: {base.path} has no {self.name} that is known here ({known})")
+            raise UserError(f"{flag}: {base.path} has no {self.name} of a single matrix that is known here")
         check_floats(base, f"the {self.name}", names)
         own = [name for name in base.tensors if _above(name)[0] in prefixes.values() and not is_growth(name)]
         left = next((name for name in own if name not in names), "")
         if left:
-            raise UserError(f"{next(iter(self.fields))}: {base.path}: what {left} does to copies is not known here")
+            raise UserError(f"{flag}: {base.path}: what {left} does to copies is not known here")
         return (0,)
 
     def prefixes(self, names: Iterable[str]) -> dict[int, str]:

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable
 from typing import ClassVar
 
-from grow.parts.part import Field, Part
+from grow.errors import UserError
+from grow.names import VISION
+from grow.parts.part import Base, Field, Part
 from grow.plan import Where
 
 _NAMES = re.compile(r"(?:^|\.)(?:multi_modal_projector|embed_vision\.embedding_projection)$")
@@ -20,6 +22,12 @@ class Projector(Part):
     }
     has_layers = False
     of_images = True
+
+    def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
+        """Returns (0,). Raises UserError where it cannot grow."""
+        if not any(VISION in name.split(".") for name in base.tensors):  # Gemma 4 Unified's class has other names
+            raise UserError(f"--train-projector: {base.path} has no tower for images ({VISION}) that is known here")
+        return super().checked(base, kind, layers, factor)
 
     def layer_of(self, module: str) -> int | None:
         """Returns 0 for the projector."""

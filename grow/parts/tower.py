@@ -31,7 +31,7 @@ class Tower(Part):
         prefixes, config = self.prefixes(base.tensors), base.config.get(_CONFIG)
         if not isinstance(config, dict) or not any(VISION in name.split(".") for name in base.tensors):
             raise UserError(f"--tower {kind}: {base.path} has no tower for images ({VISION}) that is known here")
-        count = config.get("num_hidden_layers")
+        count = config.get("num_hidden_layers", len(prefixes))  # hub configs may leave their class's default out
         if list(prefixes) != list(range(len(prefixes))) or not prefixes or len(prefixes) != count:
             raise UserError(
                 f"--tower {kind}: {base.path}: a plain MLP in each of its {count} layers is needed, and there are "

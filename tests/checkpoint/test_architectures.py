@@ -16,10 +16,12 @@ from grow.checkpoint.expand import expand
 from grow.checkpoint.package import extract_base
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
+from grow.evaluation.logits import compare_logits
 from grow.model.loading import load
+from grow.names import layer_of, of_language_model
 from grow.plan import setting
 from tests.helpers import tiny
-from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, make_base, tokens
+from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, make_base, make_tokenizer, tokens
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -320,3 +322,39 @@ def test_stock_of_larger_factors(text_base: Path, factor: int, tmp_path: Path) -
     assert (logits(tmp_path / "stock") - logits(tmp_path / "grown")).abs().max() < 1e-3
     width = json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"]
     assert width == factor * TEXT_CONFIG["intermediate_size"]
+
+
+def test_layers_that_predict_more_tokens_are_passed_over(tmp_path: Path) -> None:
+    """Qwen 3.5's files have some, as a model of its own beside the decoder's; classes do not load them."""
+    base = make(tmp_path / "base", "qwen3")
+    own = load_file(base / "model.safetensors")
+    more = {f"mtp.{name.removeprefix('model.')}": tensor for name, tensor in own.items() if ".layers.0." in name}
+    save_file({**own, **{name: tensor.clone() for name, tensor in more.items()}}, base / "model.safetensors")
+    expand(str(base), str(tmp_path / "grown"))
+    assert verify(str(tmp_path / "grown"), str(base))["problems"] == []
+    extract_base(str(tmp_path / "grown"), str(tmp_path / "again"))
+    assert folder_checksums(tmp_path / "again") == folder_checksums(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "text"),
+    [
+        ("model.text_model.layers.3.mlp.up_proj.weight", 3, True),  # Idefics3, SmolVLM
+        ("model.vision_model.encoder.layers.3.mlp.fc1.weight", None, False),
+        ("model.connector.modality_projection.proj.weight", None, False),
+        ("model.language_model.layers.3.mlp.up_proj.weight", 3, True),  # Qwen 2.5 VL
+        ("model.visual.blocks.3.mlp.up_proj.weight", None, False),
+        ("model.image_newline", None, False),  # LLaVA-NeXT
+        ("model.language_model.embed_tokens.weight", None, True),
+    ],
+)
+def test_which_parameters_text_does_not_pass(name: str, layer: int | None, text: bool) -> None:
+    assert (layer_of(name), of_language_model(name)) == (layer, text)
+
+
+def test_a_text_longer_than_the_positions_there_are(tmp_path: Path) -> None:
+    """`verify --forward` compares what fits."""
+    base = make(tmp_path / "base", "gpt2")
+    make_tokenizer(base)
+    expand(str(base), str(tmp_path / "grown"))
+    assert compare_logits(str(tmp_path / "grown"), str(base))["float32"]["difference"] == 0

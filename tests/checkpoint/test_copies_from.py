@@ -15,6 +15,7 @@ from grow.errors import UserError
 from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
 from tests.checkpoint.test_architectures import make
+from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import train_and_resume
 from tests.helpers.tiny import folder_checksums, grow, logits, make_base, make_recipe
 
@@ -90,3 +91,14 @@ def test_what_cannot_stand_in_is_refused(text_base: Path, other: Path, tmp_path:
     assert not Path(out).exists()
     said = grow("expand", text_base, tmp_path / "grown", "--keep", "--copies-from", other, code=2).stderr
     assert "with copies from its base, not from other" in said
+
+
+def test_another_activation_and_another_factor(text_base: Path, other: Path, tmp_path: Path) -> None:
+    """An MLP that computes otherwise is refused; by a factor of 3 two thirds of the start are the other's."""
+    expand(str(text_base), str(tmp_path / "three"), copies_from=str(other), factor=3)
+    said = grow("verify", tmp_path / "three").stdout
+    assert "it starts at the base's 1/3 and 2/3 of the other" in said
+    assert "it computes the base's 1/3 and 2/3" in (tmp_path / "three/README.md").read_text()
+    edit_json(other / "config.json", hidden_activation="relu")
+    with pytest.raises(UserError, match="the activation of its MLPs is relu, the base's is gelu"):
+        expand(str(text_base), str(tmp_path / "no"), copies_from=str(other))

@@ -18,6 +18,7 @@ from grow.errors import UserError
 from grow.evaluation.find_alpha import find_alpha
 from grow.evaluation.logits import compare_logits
 from grow.model.alpha import set_alpha
+from grow.model.images import image_features
 from grow.model.loading import load
 from tests.checkpoint.test_architectures import E2B
 from tests.checkpoint.test_attention_heads import move
@@ -135,6 +136,36 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
         assert of_image["difference"] < 1e-5 < of_image["largest"]
 
 
+def test_g_train_between_base_and_stock_form(tmp_path: Path) -> None:
+    """Where layers clip, what lies between the base's up-projection and the trained one is clipped, as in one MLP."""
+    base = base_of(tmp_path / "base", "gemma4-clips")
+    model: Any = grow.grow_model(load(base, torch.float32), "none", tower="vision")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in grow.trainable(model, "g_train"):
+        parameter.data += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    set_alpha(model, 0.5)
+    grow.to_stock(model, tmp_path / "stock")
+    stock: Any = load(tmp_path / "stock", torch.float32)
+    seen_by = [torch.cat(image_features(one, inputs_of_image())) for one in (model, stock, load(base, torch.float32))]
+    assert torch.allclose(seen_by[0], seen_by[1], atol=1e-5) and not torch.allclose(seen_by[0], seen_by[2], atol=1e-2)
+
+
+def inputs_of_image() -> dict[str, Any]:
+    return {name: value for name, value in seen("gemma4").items() if name in ("pixel_values", "image_position_ids")}
+
+
+def test_a_class_that_asks_for_more_than_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What LLaVA-NeXT makes of an image is not compared, and that is said."""
+    text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
+    vision = {"model_type": "clip_vision_model", **VISION_CONFIG, "projection_dim": 16}
+    config = transformers.LlavaNextConfig(text_config={"model_type": "llama", **text}, vision_config=vision)
+    transformers.LlavaNextForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    expand(str(tmp_path / "base"), str(tmp_path / "grown"), tower="vision")
+    said = here(capsys, "verify", tmp_path / "grown", "--base", tmp_path / "base", "--forward")
+    assert "float32, of an image: not compared, its class asks for image_sizes" in said
+
+
 def test_what_text_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A projector that has moved computes what its base does of text: `verify --forward` sees it all the same, and
     `find-alpha` does not measure it. By any factor it starts exact."""
@@ -216,7 +247,7 @@ def test_mistakes(tmp_path: Path, how: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [({"tower": "vision"}, "no tower for images"), ({"train_projector": True}, "no projector that is")],
+    [({"tower": "vision"}, "no tower for images"), ({"train_projector": True}, "--train-projector: .*no tower for")],
 )
 def test_a_model_of_text_has_neither(text_base: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -237,6 +237,7 @@ def test_it_trains(
     growth = ("--tower", "vision", "--train-projector")
     growth += ("--attention", "queries") if kind == "gemma3" else ("--layers", "all")
     here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
+    assert "parameters" in here(capsys, "plan", recipe)
     weights = train_and_resume(recipe, 1)
     parts = {"vision_tower", "multi_modal_projector" if kind == "gemma3" else "embed_vision", "language_model"}
     assert {next(part for part in parts if part in name) for name in weights} == parts

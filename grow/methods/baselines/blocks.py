@@ -71,7 +71,7 @@ class Blocks(Method):
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter belongs to a copy."""
-        return ".blocks." in name
+        return bool(_BLOCK.fullmatch(name)) and layer_of(name) is not None
 
     def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:
         """Returns the tensors of a deeper model, and its config."""
