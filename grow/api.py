@@ -50,12 +50,12 @@ def grow_model(
     """Grows a loaded model's MLPs, or other parts, in place, and returns it: with factor 2 its outputs stay exactly the
     same.
 
-    Works on any Hugging Face model whose decoder layers have a gated MLP, in float32, bfloat16 or float16 (in float16
-    and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8", "0,3,7-9"; each
-    of these MLPs becomes `factor` times as wide. `parts` are the further flags of `grow expand`: `attention` "queries"
-    or "heads" in `attention_layers` or all, `tower` "vision" (the MLPs of the tower for images) in `tower_layers` or
-    all, `train_projector`, `train_embedding`; with one of these MLPs grow only in the `layers` that are given. Raises
-    UserError for a model that cannot grow, and for a part that there is not.
+    Works on any Hugging Face model whose MLPs are known (grow/checkpoint/README.md), in float32, bfloat16 or float16
+    (in float16 and for factors above 2 the difference is in the last bits). `layers` are indices, or "all", "0-8",
+    "0,3,7-9"; each of these MLPs becomes `factor` times as wide. `parts` are the further flags of `grow expand`:
+    `attention` "queries" or "heads" in `attention_layers` or all, `tower` "vision" (the MLPs of the tower for images)
+    in `tower_layers` or all, `train_projector`, `train_embedding`; with one of these MLPs grow only in the `layers`
+    that are given. Raises UserError for a model that cannot grow, and for a part that there is not.
     """
     for name in parts:
         if name not in FIELDS:

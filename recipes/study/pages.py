@@ -22,7 +22,13 @@ def pages(folder: str) -> None:
     here = Path(folder)
     results = here / "results.jsonl"
     _put(here / "README.md", "what report says", "up to here", study_report(results, folder)["text"])
-    for left in ("study.md", "entailment.png", "entailment-layers.png", "rivals-over-steps.png"):
+    for left in (
+        "study.md",
+        "entailment.png",
+        "entailment-layers.png",
+        "rivals-over-steps.png",
+        "longer-over-steps.png",
+    ):
         (here / left).unlink(missing_ok=True)  # no page shows them
     grids = switch_report.titled(results)
     switch_report.draw(grids, here / "switch.png")

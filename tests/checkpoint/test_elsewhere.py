@@ -52,7 +52,8 @@ def stock(request: pytest.FixtureRequest, real_base: Path, tmp_path_factory: pyt
     """The real 270M, grown and moved, as a stock checkpoint; where only some layers grow, the others are padded."""
     folder = tmp_path_factory.mktemp("elsewhere")
     layers, _, heads = request.param.partition(", ")
-    model = grow.grow_model(AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.bfloat16), layers, 2, heads)
+    model = AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.bfloat16)
+    grow.grow_model(model, layers, attention=heads)
     generator = torch.Generator().manual_seed(0)
     for parameter in grow.trainable(model, "g_freeze"):
         moved = 0.1 * parameter.float().std() * torch.randn(parameter.shape, generator=generator)
