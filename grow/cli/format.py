@@ -4,8 +4,6 @@ import json as json_module
 from collections.abc import Callable
 from typing import Any
 
-from grow.checkpoint.card import copies_start
-
 
 def plan_text(r: dict[str, Any]) -> str:
     """Returns the text of `plan` and `expand`."""
@@ -56,6 +54,8 @@ def verify_text(r: dict[str, Any]) -> str:
     """Returns the text of `verify`."""
     lines = [f"{r['checkpoint']}: {r['tensors']} tensors, all as they should be"]
     if "copies_from" in r:
+        from grow.checkpoint.card import copies_start  # not for the help, which is to be quick
+
         start = copies_start(r["factor"])
         lines.append(f"its copies came from {r['copies_from']}: it starts at {start}; at α = 0:")
     for name, found in r.get("logits", {}).items():
