@@ -259,7 +259,8 @@ def test_it_trains(
     for part in ("task", "retention"):  # rows of text that are among the training rows are left out, pictures are not
         assert (at_0[part]["rows"], at_0[part]["contaminated"]) == (12, 4)
     assert at_0["task"]["identical"] == at_0["retention"]["identical"] == 1
-    assert at_1["task"]["loss"] < at_0["task"]["loss"] - 0.2 and at_1["task"]["identical"] < 1
+    learnt = 0.5 if kind == "gemma3" else 0.2
+    assert at_1["task"]["loss"] < at_0["task"]["loss"] - learnt and at_1["task"]["identical"] < 1
     assert len(at_1["samples"]) == 2 and "failed" not in at_1
 
 
