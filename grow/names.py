@@ -31,18 +31,13 @@ BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 """What such a layer may clip by: one number each, which are the copies' as well."""
 _MATRIX = "|".join(MATRICES)
 
-_MLP_KEY = re.compile(rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
-_TOWER_KEY = re.compile(_MLP_KEY.pattern.replace(r"\.weight", rf"(?:\.{INNER})?\.weight"), re.ASCII)
+_OF_MATRIX = rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})"
+_MLP_KEY = re.compile(rf"{_OF_MATRIX}\.weight", re.ASCII)
+_TOWER_KEY = re.compile(rf"{_OF_MATRIX}(?:\.{INNER})?\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
 VISION = "vision_tower"
 """What a tower for images is called in the classes whose towers can grow: Gemma 3, LLaVA and its kin."""
-_BESIDE = (
-    "multi_modal_projector",
-    "embed_vision",
-    "embed_audio",
-    "embed_tokens_extend",
-    "connector",
-)
+_BESIDE = ("multi_modal_projector", "embed_vision", "embed_audio", "embed_tokens_extend", "connector")
 """What leads from towers to a language model, beside what OTHER_TOWERS names."""
 _PREDICTION = re.compile(r"(?:^|\.)mtp\.")
 """Layers that predict several tokens, which classes pass over (Qwen 3.5)."""
@@ -84,7 +79,12 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
 def tower_prefixes(keys: Iterable[str]) -> dict[int, str]:
     """Maps each layer of the tower for images to the prefix of its MLP's keys, as mlp_prefixes does; {} without one."""
-    return _prefixes((key for key in keys if VISION in key.split(".")), _TOWER_KEY)
+    return _prefixes(filter(of_tower, keys), _TOWER_KEY)
+
+
+def of_tower(name: str) -> bool:
+    """Says whether a tensor or module is of a tower for images that is known here."""
+    return VISION in name.split(".")
 
 
 def _prefixes(keys: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
@@ -146,8 +146,7 @@ def is_down(key: str) -> bool:
 def matrix_of(key: str) -> str:
     """Returns the name of the matrix that a tensor is of: gate_proj of `….gate_proj.weight`, and of
     `….gate_proj.linear.weight`."""
-    names = key.split(".")[:-1]
-    return names[-2] if names[-1:] == [INNER] and names[1:] else (names or [""])[-1]
+    return key.rpartition(".")[0].removesuffix(f".{INNER}").rpartition(".")[2]
 
 
 def skill_of(key: str) -> str:

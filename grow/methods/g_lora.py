@@ -7,7 +7,7 @@ from typing import Any
 from grow.errors import UserError
 from grow.methods.g_freeze import GFreeze
 from grow.methods.lora import Lora
-from grow.names import check_matrices, is_copy, own_name
+from grow.names import check_matrices, is_copy, matrix_of, own_name
 from grow.parts import MLPS, growing
 from grow.parts.part import Part
 
@@ -35,7 +35,7 @@ class GLora(Lora, GFreeze):
     def check_names(self, names: Collection[str]) -> None:
         """Raises UserError for a matrix that has not grown."""
         super().check_names(names)
-        whole = next((name for name in names if is_copy(name) and name.split(".")[-2] == "grown"), "")
+        whole = next((name for name in names if is_copy(name) and matrix_of(name) == "grown"), "")
         if whole:
             raise UserError(f"g_lora: has no LoRA for {whole}; take g_freeze, or growth without it")
         grown = [own_name(name) for name in names if is_copy(name)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from grow.methods.kl import KlRegularized
-from grow.names import check_matrices, layer_of, mlp_prefixes
+from grow.names import check_matrices, layer_of, matrix_of, mlp_prefixes
 from grow.plan import parse_layers
 
 _ANY = 10**6
@@ -30,7 +30,7 @@ class Sft(KlRegularized):
 
     def trains(self, name: str) -> bool:
         """Says whether a parameter trains: every one, or those that are chosen."""
-        if not super().trains(name) or (self.sft_matrices and name.split(".")[-2] not in self.sft_matrices):
+        if not super().trains(name) or (self.sft_matrices and matrix_of(name) not in self.sft_matrices):
             return False
         layer = layer_of(name) if ".mlp." in name else None
         if not self.mlp_layers:

@@ -21,14 +21,14 @@ class SwitchedLora:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps […, in] to […, out]."""
-        every_rank = hasattr(self.base_layer.weight, "ds_id")
-        if self.switch.acts(self.training, x) is True and not every_rank:
+        on, every_rank = self.switch.acts(self.training, x), hasattr(self.base_layer.weight, "ds_id")
+        if on is True and not every_rank:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
         def full(chosen: Tensor, _: Tensor) -> Tensor:
             return super(SwitchedLora, self).forward(chosen, *args, **kwargs)  # type: ignore[misc]
 
-        return where_on(self.switch.acts(self.training, x), x, self.base_layer(x), full, every_rank)
+        return where_on(on, x, self.base_layer(x), full, every_rank)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from grow.model.layouts import (
+    Around,
     Instead,
     down_layer,
     down_name,
     hidden_size,
     layer_like,
     layout_of,
-    linear_in,
     mix_in,
     sizes,
     stock_class,
@@ -77,14 +77,15 @@ class GrownMLP:
         """Maps […, h] to […, h]."""
         if self.alpha == 0:
             return self._base(x)
-        every_rank = hasattr(down_layer(self).weight, "ds_id")
-        if self.switch is None or (self.switch.acts(self.training, x) is True and not every_rank):
+        on = True if self.switch is None else self.switch.acts(self.training, x)
+        every_rank = self.switch is not None and hasattr(down_layer(self).weight, "ds_id")
+        if on is True and not every_rank:
             return self._with_growth(x, self._base(x))
 
         def full(chosen: Tensor, own: Tensor) -> Tensor:
             return self._with_growth(chosen, own if self.trained is None else self._base(chosen))
 
-        return where_on(self.switch.acts(self.training, x), x, super().forward(x), full, every_rank)  # type: ignore[misc]
+        return where_on(on, x, super().forward(x), full, every_rank)  # type: ignore[misc]
 
     def _with_growth(self, x: Tensor, base: Tensor) -> Tensor:
         """Adds what the copies make of x, […, h], to the base's output, […, h]."""
@@ -127,7 +128,7 @@ class Between:
 
     def __getattr__(self, name: str) -> Any:
         own, alpha = getattr(self._mlp, name), self._alpha
-        if name not in up_names(self._mlp):
+        if name not in self._trained._modules:
             return own
         after = getattr(self._trained, name)
         # Interpolates outputs, which for linear layers is the same as weights. Weights may be in ZeRO-3 partitions.
@@ -137,22 +138,9 @@ class Between:
 
 
 def _between(own: Any, after: Any, alpha: float | Tensor) -> Callable[[Tensor], Tensor]:
-    inner, other = linear_in(own), linear_in(after)
-
-    def mixed(x: Tensor) -> Tensor:
-        return torch.lerp(inner(x), other(x), alpha)
-
-    return mixed if inner is own else lambda x: stock_class(own).forward(_Around(own, mixed), x)
-
-
-class _Around:
-    """Stands for a layer around a linear one, with another in its place."""
-
-    def __init__(self, layer: Any, linear: Callable[[Tensor], Tensor]):
-        self._layer, self.linear = layer, linear
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+    if isinstance(after, Around):
+        return lambda x: trained_base(own, after, x, alpha)
+    return lambda x: torch.lerp(own(x), after(x), alpha)
 
 
 def with_growth(grown: Tensor, base: Tensor, k: int, alpha: float | Tensor) -> Tensor:

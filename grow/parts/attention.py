@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import ATTENTION, OTHER_TOWERS, QUERY, mlp_prefixes
+from grow.names import ATTENTION, OTHER_TOWERS, QUERY, matrix_of, mlp_prefixes
 from grow.parts.part import Base, Field, Part, check_floats, layer_in
 from grow.plan import Where, text_config, with_text_config
 
@@ -12,7 +12,7 @@ TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Kinds of model (model_type) whose heads of attention can grow."""
 SHARING = ("gemma3n_text", "gemma4_text")
 """Kinds whose query heads can grow: layers read the keys and values of others, or have values that are the keys."""
-_KEY, _OUT = "k_proj.weight", "o_proj.weight"
+_KEY = "k_proj.weight"
 
 
 class Attention(Part):
@@ -53,10 +53,10 @@ class Attention(Part):
                 f"{', '.join((*TYPES, *SHARING))} is"
             )
         chosen, prefixes = super().checked(base, kind, layers, factor), self.prefixes(base.tensors)
+        needed = ATTENTION["queries" if model_type in SHARING else "heads"]
         for layer in chosen:
             names = [f"{prefixes[layer]}.{name}.weight" for name in ATTENTION["heads"]]
-            if model_type in SHARING:
-                names = [name for name in names if name in base.tensors or name.endswith(("q_proj.weight", _OUT))]
+            names = [name for name in names if name in base.tensors or matrix_of(name) in needed]
             shapes: list[tuple[int, ...]] = [base.tensors[name].shape if name in base.tensors else () for name in names]
             widths = {shape[1] for shape in (*shapes[:-1], shapes[-1][::-1]) if len(shape) == 2}
             if () in shapes or len(widths) != 1 or shapes[0][0] != shapes[-1][1] or len(set(shapes[1:-1])) > 1:
@@ -130,14 +130,12 @@ def head_counts(base: Base, prefix: str) -> tuple[int, int, int]:
 
 
 def _with_keys(base: Base, prefix: str) -> str:
-    """Returns the prefix of the attention whose keys one reads: its own, or those of the last layer of its type that
-    has some. Raises UserError where there is none."""
-    if f"{prefix}.{_KEY}" in base.tensors:
-        return prefix
-    types, prefixes = text_config(base.config).get("layer_types") or [], Attention().prefixes(base.tensors)
-    own = next((layer for layer, other in prefixes.items() if other == prefix and layer < len(types)), None)
-    having = [layer for layer, other in prefixes.items() if f"{other}.{_KEY}" in base.tensors and layer < len(types)]
-    alike = [prefixes[layer] for layer in having if own is not None and types[layer] == types[own]]
-    if not alike:
-        raise UserError(f"{base.path}: {prefix} has no {_KEY}, and its config does not say whose keys it reads")
-    return alike[-1]
+    """Returns the prefix of the attention whose keys one reads: its own, or those of the last layer of its type below
+    that has some. Raises UserError where there is none."""
+    types, own = text_config(base.config).get("layer_types") or [], layer_in(prefix, "self_attn") or 0
+    stem = prefix.removesuffix(f"{own}.self_attn")
+    for layer in range(own, -1, -1):
+        alike = layer == own or (own < len(types) and types[layer] == types[own])
+        if alike and f"{stem}{layer}.self_attn.{_KEY}" in base.tensors:
+            return f"{stem}{layer}.self_attn"
+    raise UserError(f"{base.path}: {prefix} has no {_KEY}, and its config does not say whose keys it reads")

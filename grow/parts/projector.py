@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from grow.errors import UserError
-from grow.names import VISION
+from grow.names import VISION, of_tower
 from grow.parts.part import Base, Field, Part
 from grow.plan import Where
 
@@ -25,7 +25,7 @@ class Projector(Part):
 
     def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
         """Returns (0,). Raises UserError where it cannot grow."""
-        if not any(VISION in name.split(".") for name in base.tensors):  # Gemma 4 Unified's class has other names
+        if not any(map(of_tower, base.tensors)):  # Gemma 4 Unified's class has other names
             raise UserError(f"--train-projector: {base.path} has no tower for images ({VISION}) that is known here")
         return super().checked(base, kind, layers, factor)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import INNER, LAYOUTS, VISION, tower_prefixes
+from grow.names import INNER, LAYOUTS, VISION, of_tower, tower_prefixes
 from grow.parts.mlps import check_mlp
 from grow.parts.part import Base, Field, Part, in_layers, layer_in
 from grow.plan import Where, parse_layers, ranges
@@ -29,7 +29,7 @@ class Tower(Part):
     def checked(self, base: Base, kind: str, layers: str, factor: int) -> tuple[int, ...]:
         """Returns the layers whose MLPs grow, of those that the model uses. Raises UserError where they cannot."""
         prefixes, config = self.prefixes(base.tensors), base.config.get(_CONFIG)
-        if not isinstance(config, dict) or not any(VISION in name.split(".") for name in base.tensors):
+        if not isinstance(config, dict) or not any(map(of_tower, base.tensors)):
             raise UserError(f"--tower {kind}: {base.path} has no tower for images ({VISION}) that is known here")
         count = config.get("num_hidden_layers", len(prefixes))  # hub configs may leave their class's default out
         if list(prefixes) != list(range(len(prefixes))) or not prefixes or len(prefixes) != count:
@@ -37,17 +37,12 @@ class Tower(Part):
                 f"--tower {kind}: {base.path}: a plain MLP in each of its {count} layers is needed, and there are "
                 f"{len(prefixes)} that can grow"
             )
+        sizes = config.get("hidden_size"), config.get("intermediate_size")
         for prefix in prefixes.values():
-            check_mlp(
-                base,
-                prefix,
-                self.on_disk(base, prefix),
-                config.get("hidden_size"),
-                config.get("intermediate_size"),
-                None,
-            )
+            check_mlp(base, prefix, self.on_disk(base, prefix), *sizes, None)
         layers_own = tuple(f"{prefix}." for prefix in prefixes.values())
-        other = next((name for name in base.tensors if _in_mlp(name) and not name.startswith(layers_own)), "")
+        of_mlps = (name for name in filter(of_tower, base.tensors) if ".mlp." in name)
+        other = next((name for name in of_mlps if not name.startswith(layers_own)), "")
         if other:  # such as SigLIP's attention pooling head, which Gemma 3 and LLaVA go without (vision_use_head)
             raise UserError(f"--tower {kind}: {base.path}: {other} is as wide as the layers' MLPs, but of none of them")
         used = _used_layers(base.config, len(prefixes))
@@ -63,7 +58,7 @@ class Tower(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns the layer of an MLP of the tower; None for other modules."""
-        return layer_in(module, "mlp") if VISION in module.split(".") else None
+        return layer_in(module, "mlp") if of_tower(module) else None
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
         """Returns all that are known, as they are in memory and, in files, within layers around them."""
@@ -84,12 +79,6 @@ class Tower(Part):
         if not name or shapes[name] == base.tensors[name].shape:
             return config
         return {**config, _CONFIG: {**config[_CONFIG], "intermediate_size": shapes[name][1]}}
-
-
-def _in_mlp(name: str) -> bool:
-    """Says whether a tensor is of an MLP of the tower."""
-    names = name.split(".")
-    return VISION in names and "mlp" in names
 
 
 def _used_layers(config: dict[str, Any], count: int) -> int:

@@ -257,7 +257,7 @@ def tower_activations(recipe: Recipe, config: dict[str, Any], shapes: Shapes, tr
         return 0
     hidden, patches = config.get("hidden_size", 0), SOFT_TOKENS * config.get("pooling_kernel_size", 0) ** 2
     if "image_size" in config:
-        patches = (config["image_size"] // config["patch_size"]) ** 2
+        patches = (config["image_size"] // config.get("patch_size", 1)) ** 2
     widths: dict[int, int] = {}
     for name, layer in layers.items():
         matrix = matrix_of(name)

@@ -151,11 +151,8 @@ def named(label: str) -> str:
     parts = re.match(r"(sft mlps|\w+)( upper| all)?", label)
     assert parts is not None
     where = {" upper": ", layers 6–17", " all": ", all layers"}.get(parts[2] or "", "")
-    return (
-        NAMES.get(parts[1], parts[1])
-        + where
-        + label[parts.end() :].replace(", mlp ", ", MLPs ").replace("of sft", "of SFT")
-    )
+    rest = label[parts.end() :].replace(", mlp ", ", MLPs ").replace("of sft", "of SFT")
+    return NAMES.get(parts[1], parts[1]) + where + rest
 
 
 def draw_layers(lines: list[dict[str, Any]], path: Path) -> None:
