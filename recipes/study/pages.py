@@ -21,15 +21,11 @@ def pages(folder: str) -> None:
     """Writes the tables and pictures of FOLDER/results.jsonl into the pages in FOLDER."""
     here = Path(folder)
     results = here / "results.jsonl"
-    _put(here / "README.md", "what report says", "up to here", study_report(results, folder)["text"])
-    for left in (
-        "study.md",
-        "entailment.png",
-        "entailment-layers.png",
-        "rivals-over-steps.png",
-        "longer-over-steps.png",
-    ):
-        (here / left).unlink(missing_ok=True)  # no page shows them
+    report = study_report(results, folder)
+    _put(here / "README.md", "what report says", "up to here", report["text"])
+    shown = (here / "README.md").read_text(encoding="utf-8")
+    for left in (report["table"], *(plot for plot in report["plots"] if f"({Path(plot).name})" not in shown)):
+        Path(left).unlink()  # no page shows it
     grids = switch_report.titled(results)
     switch_report.draw(grids, here / "switch.png")
     used = {name: switch_report.table(lines) for name, lines in grids.items()}
