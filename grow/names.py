@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from grow.errors import UserError, unknown
 
+VIT = ("intermediate.dense", "output.dense")
+"""The matrices of a ViT's MLPs in files, which have no MLP in their names; in memory they are mlp.fc1 and mlp.fc2."""
 LAYOUTS = (
     ("gate_proj", "up_proj", "down_proj"),  # Gemma, Llama, Mistral, Qwen …
     ("gate_up_proj", "down_proj"),  # gate above up in one matrix: Phi 3 and 4, GLM 4
@@ -13,17 +15,18 @@ LAYOUTS = (
     ("c_fc", "c_proj"),  # GPT-2, StarCoder 2
     ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX and Pythia, Falcon
     ("fc_in", "fc_out"),  # GPT-J, CodeGen
+    VIT,
 )
 """The matrices of the MLPs that can grow, by their names in the classes; the last maps back to the hidden size."""
-FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out")
+FUSED, DOWN = "gate_up_proj", ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", VIT[1])
 ATTENTION = {"queries": ("q_proj", "o_proj"), "heads": ("q_proj", "k_proj", "v_proj", "o_proj")}
 """The matrices of attention that grow, by kind; as an MLP's, the last maps back to the hidden size. Query heads share
 the keys and values that are there, whole heads have their own."""
 QUERY, OUTPUT = "q_proj", "o_proj"
 TRANSPOSED = ("gpt2",)
 """Kinds of model (model_type) whose matrices lie in the files as [in, out], transformers' Conv1D."""
-LAYERS = "(?:layers|h)"
-"""What the list of decoder layers is called in the classes, a regular expression."""
+LAYERS = "(?:layers?|h)"
+"""What the list of layers is called in the classes, a regular expression."""
 MATRICES = tuple(dict.fromkeys(name for layout in LAYOUTS for name in layout))
 INNER = "linear"
 """What the matrix is called in a layer around it, such as Gemma 4's towers have: gate_proj.linear.weight."""
@@ -31,9 +34,12 @@ BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 """What such a layer may clip by: one number each, which are the copies' as well."""
 _MATRIX = "|".join(MATRICES)
 
-_OF_MATRIX = rf"((?:.*\.)?{LAYERS}\.(\d{{1,6}})\.mlp)\.(?:{_MATRIX})"
-_MLP_KEY = re.compile(rf"{_OF_MATRIX}\.weight", re.ASCII)
-_TOWER_KEY = re.compile(rf"{_OF_MATRIX}(?:\.{INNER})?\.weight", re.ASCII)
+_LAYER = rf"(?:.*\.)?{LAYERS}\.(\d{{1,6}})"
+_MLP_KEY = re.compile(rf"({_LAYER}\.mlp)\.(?:{_MATRIX})\.weight", re.ASCII)
+TOWER_MLP = "(?:mlp|feed_forward)"
+"""What an MLP is called in the layers of a tower, a regular expression; Pixtral has a feed_forward."""
+_TOWER_KEY = re.compile(rf"({_LAYER}\.{TOWER_MLP})\.(?:{_MATRIX})(?:\.{INNER})?\.weight", re.ASCII)
+_VIT_KEY = re.compile(rf"({_LAYER})\.(?:{'|'.join(VIT)})\.weight", re.ASCII)
 OTHER_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|img)\w*\.")
 VISION = "vision_tower"
 """What a tower for images is called in the classes whose towers can grow: Gemma 3, LLaVA and its kin."""
@@ -56,6 +62,16 @@ _OTHER_NAMES = {
     "ln_f": "norm", "final_layer_norm": "norm", "embed_out": "lm_head",
 }  # fmt: skip
 """What GPT-2's, GPT-NeoX's and Falcon's classes call the parts of a model."""
+VIT_COPIES = {
+    f".{added}.{name}": f".mlp.{added}.fc{place}" for added in ("grown", "trained") for place, name in enumerate(VIT, 1)
+}
+"""What a ViT's copies are called in files, and in memory."""
+_IN_TOWERS = {
+    "attention.output.dense": "attention.o_proj", "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj", "attention.attention.value": "attention.v_proj",
+    **VIT_COPIES, **{f".{name}": f".mlp.fc{place}" for place, name in enumerate(VIT, 1)}, ".encoder.layer.": ".layers.",
+}  # fmt: skip
+"""What the parts of a ViT's and a DINOv2's layers are called in files, and in transformers' classes."""
 
 
 def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
@@ -79,7 +95,8 @@ def mlp_prefixes(keys: Iterable[str]) -> dict[int, str]:
 
 def tower_prefixes(keys: Iterable[str]) -> dict[int, str]:
     """Maps each layer of the tower for images to the prefix of its MLP's keys, as mlp_prefixes does; {} without one."""
-    return _prefixes(filter(of_tower, keys), _TOWER_KEY)
+    keys = list(filter(of_tower, keys))
+    return _prefixes(keys, _TOWER_KEY) or _prefixes(keys, _VIT_KEY)
 
 
 def of_tower(name: str) -> bool:
@@ -146,7 +163,8 @@ def is_down(key: str) -> bool:
 def matrix_of(key: str) -> str:
     """Returns the name of the matrix that a tensor is of: gate_proj of `….gate_proj.weight`, and of
     `….gate_proj.linear.weight`."""
-    return key.rpartition(".")[0].removesuffix(f".{INNER}").rpartition(".")[2]
+    name = key.rpartition(".")[0].removesuffix(f".{INNER}")
+    return next((matrix for matrix in VIT if f".{name}".endswith(f".{matrix}")), name.rpartition(".")[2])
 
 
 def skill_of(key: str) -> str:
@@ -166,6 +184,8 @@ def named_beside(key: str, own: str) -> str:
     match = _ADDED.search(key)
     assert match, key
     end = key[match.end() :]
+    if own and matrix_of(own) in VIT:
+        end = f"{matrix_of(own)}.{own.rpartition('.')[2]}"
     return f"{own.removesuffix(end)}{match[1]}.{end}" if own else ""
 
 
@@ -174,10 +194,14 @@ def canonical(key: str) -> str:
 
     On disk a Gemma 3 4B is `language_model.model.layers.…` (hub) or `model.language_model.layers.…` (newer saves), in
     memory `model.language_model.layers.…`; a 1B is `model.layers.…`, a GPT-2 `h.…` (hub) or `transformer.h.…`. All
-    become `layers.…`. Its tower is `vision_tower.vision_model.…` on the hub, and `vision_tower.…` in memory. PEFT calls
-    what it wraps `….q_proj.base_layer`.
+    become `layers.…`. Its tower is `vision_tower.vision_model.…` on the hub, and `vision_tower.…` in memory, where a
+    ViT's layers have other names as well. PEFT calls what it wraps `….q_proj.base_layer`.
     """
-    first, dot, rest = _TOWER_WRAPPER.sub(r"\1.", _WRAPPERS.sub("", key)).partition(".")
+    name = _TOWER_WRAPPER.sub(r"\1.", _WRAPPERS.sub("", key))
+    if name.startswith(f"{VISION}."):
+        for on_disk, in_memory in _IN_TOWERS.items():
+            name = name.replace(on_disk, in_memory)
+    first, dot, rest = name.partition(".")
     return (_OTHER_NAMES.get(first, first) + dot + rest).replace(".base_layer.", ".")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grow.data.tokenizer import load_tokenizer
 from grow.model.grown import grown_beside_text
-from grow.model.images import image_features
+from grow.model.images import image_features, sides
 from grow.model.loading import load
 from grow.model.switched import SwitchedModel, set_switch
 
@@ -58,10 +58,15 @@ def _compared(results: list[Tensor]) -> dict[str, float]:
 
 def _asks_for(model: Any) -> str:
     """Returns what a model's tower asks for, beside pixels, that is not known here; "" for nothing."""
-    known = ("pixel_values", "image_position_ids")
+    known = ("pixel_values", "image_position_ids", *["image_sizes"] * _is_pixtral(model))
     parameters = inspect.signature(model.get_image_features).parameters.values()
     asked = (one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD)
     return ", ".join(name for name in asked if name not in known)
+
+
+def _is_pixtral(model: Any) -> bool:
+    """Says whether a model's tower takes images of any size, with their sizes."""
+    return str(model.config.vision_config.model_type) == "pixtral"
 
 
 def _of_an_image(model: Any) -> Tensor:
@@ -69,10 +74,12 @@ def _of_an_image(model: Any) -> Tensor:
     config, generator = model.config.vision_config, torch.Generator().manual_seed(0)
     size, inputs = getattr(config, "image_size", None), dict[str, Tensor]()
     if size is None:  # Gemma 4's takes patches and where they are: here 4 tokens, each made of a square of patches
-        sides = torch.arange(2 * config.pooling_kernel_size)
-        inputs["image_position_ids"] = torch.cartesian_prod(sides, sides)[None].to(model.device)
-        shape: tuple[int, ...] = (1, len(sides) ** 2, 3 * config.patch_size**2)
+        along = torch.arange(2 * config.pooling_kernel_size)
+        inputs["image_position_ids"] = torch.cartesian_prod(along, along)[None].to(model.device)
+        shape: tuple[int, ...] = (1, len(along) ** 2, 3 * config.patch_size**2)
     else:
-        shape = (1, 3, size, size)
+        shape = (1, 3, *sides(size))
+        if _is_pixtral(model):
+            inputs["image_sizes"] = torch.tensor([sides(size)])
     inputs["pixel_values"] = torch.randn(shape, generator=generator).to(model.device, model.dtype)
     return torch.cat(image_features(model, inputs))

@@ -6,7 +6,7 @@ image through tower and projector, at the place where the model's code would; wh
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,12 @@ def image_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     made = model.get_image_features(**inputs)
     features = getattr(made, "pooler_output", made)
     return list(features) if isinstance(features, (list, tuple)) else [features]
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns the height and the width that a tower's config means: a number is both, InternVL has them apart."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_images(recipe: Recipe, tower: bool, config: Any) -> None:

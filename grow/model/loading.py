@@ -1,6 +1,7 @@
 """Loads a checkpoint folder, stock or grown, as a model of any class that transformers knows."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from grow.model.layouts import decoder_mlps
 from grow.model.lora import add_gates
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
-from grow.names import canonical
+from grow.names import VIT_COPIES, canonical
 from grow.plan import GrowthPlan, skill_plans
 
 LORA_CONFIG = "adapter_config.json"
+_COPIES = {re.escape(on_disk): in_memory for on_disk, in_memory in VIT_COPIES.items()}
+"""What transformers is to call a ViT's copies as it loads them, beside those names that it knows."""
 _LANGUAGE_MODEL = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 
 
@@ -66,7 +69,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", alpha:
         raise UserError(f"{path}: no checkpoint there (it has no config.json)")
     refuse_adapter(path)
     config, cls = class_of(path)
-    model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, local_files_only=True)
+    how: dict[str, Any] = {"config": config, "dtype": dtype, "key_mapping": _COPIES, "local_files_only": True}
+    model, info = cls.from_pretrained(path, output_loading_info=True, **how)
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise UserError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]} …")

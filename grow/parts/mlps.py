@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grow.errors import UserError, one_line
-from grow.names import BOUNDS, FUSED, INNER, LAYOUTS, OTHER_TOWERS, is_growth, mlp_prefixes
+from grow.names import BOUNDS, FUSED, INNER, LAYOUTS, OTHER_TOWERS, VIT, is_growth, mlp_prefixes
 from grow.parts.part import TENSORS, Base, Part, check_floats, is_transposed, layer_in
 from grow.plan import Where, growing_layers, mlp_widths, setting, text_config, width_key, with_text_config
 
@@ -106,12 +106,9 @@ def check_mlp(
         raise UserError(
             f"{base.path}: {prefix} lacks one of gate_proj, up_proj, down_proj: the checkpoint is incomplete"
         )
+    inside = tuple(f"{prefix}.{name.partition('.')[0]}." for name in layout) if layout == VIT else f"{prefix}."
     for name in base.tensors:
-        if (
-            name.startswith(f"{prefix}.")
-            and not is_growth(name)
-            and not _known(name.removeprefix(f"{prefix}."), layout)
-        ):
+        if name.startswith(inside) and not is_growth(name) and not _known(name.removeprefix(f"{prefix}."), layout):
             raise UserError(
                 f"{base.path}: {one_line(name)}: what it does to copies is not known here; a plain MLP is needed"
             )

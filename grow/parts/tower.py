@@ -1,15 +1,20 @@
-"""The MLPs of a tower for images: SigLIP's in Gemma 3, Gemma 4's own, CLIP's in LLaVA and its kin."""
+"""The MLPs of a tower for images: SigLIP's in Gemma 3, Gemma 4's own; CLIP's, ViT's, DINOv2's, InternVL's and Pixtral's
+below other language models."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from grow.errors import UserError
-from grow.names import INNER, LAYOUTS, VISION, of_tower, tower_prefixes
+from grow.names import INNER, LAYOUTS, TOWER_MLP, VISION, of_tower, tower_prefixes
 from grow.parts.mlps import check_mlp
 from grow.parts.part import Base, Field, Part, in_layers, layer_in
 from grow.plan import Where, parse_layers, ranges
 
 _CONFIG = "vision_config"
+_RATIO = "mlp_ratio"
+"""What DINOv2's config has in place of intermediate_size: that over hidden_size."""
+_OF_MLP = re.compile(rf"\.{TOWER_MLP}\.")
 
 
 class Tower(Part):
@@ -37,11 +42,12 @@ class Tower(Part):
                 f"--tower {kind}: {base.path}: a plain MLP in each of its {count} layers is needed, and there are "
                 f"{len(prefixes)} that can grow"
             )
-        sizes = config.get("hidden_size"), config.get("intermediate_size")
+        hidden, ratio = config.get("hidden_size"), config.get(_RATIO)
+        sizes = hidden, int(hidden * ratio) if hidden and ratio else config.get("intermediate_size")
         for prefix in prefixes.values():
             check_mlp(base, prefix, self.on_disk(base, prefix), *sizes, None)
         layers_own = tuple(f"{prefix}." for prefix in prefixes.values())
-        of_mlps = (name for name in filter(of_tower, base.tensors) if ".mlp." in name)
+        of_mlps = (name for name in filter(of_tower, base.tensors) if _OF_MLP.search(name))
         other = next((name for name in of_mlps if not name.startswith(layers_own)), "")
         if other:  # such as SigLIP's attention pooling head, which Gemma 3 and LLaVA go without (vision_use_head)
             raise UserError(f"--tower {kind}: {base.path}: {other} is as wide as the layers' MLPs, but of none of them")
@@ -58,7 +64,7 @@ class Tower(Part):
 
     def layer_of(self, module: str) -> int | None:
         """Returns the layer of an MLP of the tower; None for other modules."""
-        return layer_in(module, "mlp") if of_tower(module) else None
+        return layer_in(module, TOWER_MLP) if of_tower(module) else None
 
     def layouts(self, kind: str = "") -> Iterable[tuple[str, ...]]:
         """Returns all that are known, as they are in memory and, in files, within layers around them."""
@@ -78,7 +84,9 @@ class Tower(Part):
         name = f"{prefix}.{self.on_disk(base, prefix)[-1]}.weight" if prefix else ""
         if not name or shapes[name] == base.tensors[name].shape:
             return config
-        return {**config, _CONFIG: {**config[_CONFIG], "intermediate_size": shapes[name][1]}}
+        width, tower = shapes[name][1], config[_CONFIG]
+        said = {_RATIO: width // shapes[name][0]} if _RATIO in tower else {"intermediate_size": width}
+        return {**config, _CONFIG: {**tower, **said}}
 
 
 def _used_layers(config: dict[str, Any], count: int) -> int:

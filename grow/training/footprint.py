@@ -8,6 +8,7 @@ Bytes sent follow what DeepSpeed 0.19.8 does, which is not always what the paper
 
 import re
 from math import ceil, gcd, prod
+from operator import floordiv
 from typing import Any
 
 from grow.checkpoint.copies import added_tensors
@@ -16,7 +17,8 @@ from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.starting import second_head
 from grow.errors import UserError
 from grow.model.head import PIECE
-from grow.names import DOWN, MATRICES, VISION, canonical, layer_of, matrix_of, of_language_model
+from grow.model.images import sides
+from grow.names import DOWN, LAYERS, MATRICES, VISION, canonical, layer_of, matrix_of, of_language_model
 from grow.parts import grown_words
 from grow.plan import GrowthPlan, setting, text_config
 from grow.recipe import Recipe
@@ -251,13 +253,13 @@ def activations(
 def tower_activations(recipe: Recipe, config: dict[str, Any], shapes: Shapes, trained: Shapes) -> int:
     """Estimates the values that the tower for images leaves for the backward pass of one image, as `activations` does
     for the language model; `config` is the tower's."""
-    layers = {name: int(match[1]) for name in shapes if (match := re.search(rf"{VISION}\..*layers\.(\d+)\.", name))}
+    layers = {name: int(match[1]) for name in shapes if (match := re.search(rf"{VISION}\..*{LAYERS}\.(\d+)\.", name))}
     training = [layer for name, layer in layers.items() if name in trained]
     if not recipe.images or not training:
         return 0
     hidden, patches = config.get("hidden_size", 0), SOFT_TOKENS * config.get("pooling_kernel_size", 0) ** 2
     if "image_size" in config:
-        patches = (config["image_size"] // config.get("patch_size", 1)) ** 2
+        patches = prod(map(floordiv, sides(config["image_size"]), sides(config.get("patch_size", 1))))
     widths: dict[int, int] = {}
     for name, layer in layers.items():
         matrix = matrix_of(name)

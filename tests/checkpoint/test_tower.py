@@ -28,24 +28,39 @@ from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, mak
 
 BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "train_projector": True}
 
-KINDS = ["gemma3", "llava", "gemma4", "gemma4-clips"]
+KINDS = ["gemma3", "llava", "gemma4", "gemma4-clips", "vit", "dinov2", "internvl", "pixtral", "mistral3"]
+OF_LLAVA = {"llava": "clip_vision_model", "vit": "vit", "dinov2": "dinov2", "pixtral": "pixtral"}
 
 
 def base_of(folder: Path, kind: str) -> Path:
-    """Gemma 3 as on the hub, with SigLIP; LLaVA, whose tower is CLIP; or Gemma 4, whose tower has gates and may clip
-    what goes through its matrices."""
+    """Gemma 3 as on the hub, with SigLIP; Gemma 4, whose tower has gates and may clip what goes through its matrices;
+    or a Llama below CLIP, ViT, DINOv2, InternVL's tower or Pixtral's, in LLaVA's class or in one of their own."""
     if kind == "gemma3":
         return make_base(folder, "multimodal")
     if kind.startswith("gemma4"):
         return make_gemma4(folder, clips=kind == "gemma4-clips")
     torch.manual_seed(0)
     text = {key: value for key, value in TEXT_CONFIG.items() if "query_pre" not in key and key != "sliding_window"}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **text},
-        vision_config={"model_type": "clip_vision_model", **VISION_CONFIG, "projection_dim": 16},
-        image_token_index=259, vision_feature_layer=-1, image_seq_length=16,
-    )  # fmt: skip
-    model = transformers.LlavaForConditionalGeneration(config)
+    parts: dict[str, Any] = {"text_config": {"model_type": "llama", **text}}
+    tower = {**VISION_CONFIG, "projection_dim": 16, "model_type": OF_LLAVA.get(kind, "pixtral")}
+    tower |= {"mlp_ratio": 3} if kind == "dinov2" else {}
+    tower |= {"head_dim": 8} if tower["model_type"] == "pixtral" else {}
+    model: Any
+    if kind in OF_LLAVA:
+        parts |= {"image_token_index": 259, "vision_feature_layer": -1, "image_seq_length": 16}
+        whole = "full" if kind == "pixtral" else "default"
+        config = transformers.LlavaConfig(vision_config=tower, vision_feature_select_strategy=whole, **parts)
+        model = transformers.LlavaForConditionalGeneration(config)
+    elif kind == "mistral3":
+        parts["text_config"]["model_type"] = "mistral"
+        model = transformers.Mistral3ForConditionalGeneration(
+            transformers.Mistral3Config(vision_config=tower, image_token_index=259, **parts)
+        )
+    else:
+        sizes = {"image_size": [16, 16], "patch_size": [4, 4], "model_type": "internvl_vision"}
+        model = transformers.InternVLForConditionalGeneration(
+            transformers.InternVLConfig(vision_config=tower | sizes, image_token_id=259, image_seq_length=4, **parts)
+        )
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.15)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -84,9 +99,10 @@ def seen(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         types = {"mm_token_type_ids": (ids == 259).long()}
         return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, **types}
     image = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
-    ids = torch.cat([tokens(8), torch.full((1, 4 if kind == "gemma3" else 16), 259), tokens(8, 2)], dim=1)
-    types = {"token_type_ids": (ids == 259).long()} if kind == "gemma3" else {}
-    return {"input_ids": ids, "pixel_values": image, **types}
+    ids = torch.cat([tokens(8), torch.full((1, 16 if kind in OF_LLAVA else 4), 259), tokens(8, 2)], dim=1)
+    more = {"token_type_ids": (ids == 259).long()} if kind == "gemma3" else {}
+    more |= {"image_sizes": torch.tensor([[16, 16]])} if kind == "mistral3" else {}
+    return {"input_ids": ids, "pixel_values": image, **more}
 
 
 def logits(model: Any, kind: str) -> torch.Tensor:
@@ -99,7 +115,7 @@ def logits(model: Any, kind: str) -> torch.Tensor:
 def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """All logits are equal, in a pass and token by token; and once moved, at α = 0. The base comes out again."""
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(str(base), str(grown), **(BOTH | {"train_projector": kind != "llava"}))
+    expand(str(base), str(grown), **(BOTH | {"train_projector": kind.startswith("gemma")}))
     assert verify(str(grown), str(base))["problems"] == []
     models = [load(path, dtype) for path in (base, grown)]
     assert torch.equal(*(logits(model, kind) for model in models))
@@ -118,9 +134,14 @@ def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_stock_form(tmp_path: Path, kind: str) -> None:
     """Of one layer of the tower, padded, with the projector and an MLP of the language model; at α = 0.5 too."""
-    before = VISION_CONFIG if kind in ("gemma3", "llava") else E2B["vision_config"]
+    before = E2B["vision_config"] if kind.startswith("gemma4") else VISION_CONFIG
+    width = 3 * before["hidden_size"] if kind == "dinov2" else before["intermediate_size"]
     base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
-    expand(str(base), str(grown), **(BOTH | {"layers": "all", "tower_layers": "1", "train_projector": kind != "llava"}))
+    expand(
+        str(base),
+        str(grown),
+        **(BOTH | {"layers": "all", "tower_layers": "1", "train_projector": kind.startswith("gemma")}),
+    )
     move(grown)
     model: Any = load(grown, torch.float32)
     for alpha in (1.0, 0.5):
@@ -128,7 +149,8 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
             consolidate(str(grown), str(tmp_path / "no"), alpha=alpha)
         consolidate(str(grown), str(tmp_path / f"{alpha}"), alpha=alpha, uniform=True, dtype="float32")
         stock: Any = type(load(base)).from_pretrained(tmp_path / f"{alpha}", dtype=torch.float32).eval()
-        assert stock.config.vision_config.intermediate_size == 2 * before["intermediate_size"]
+        said = stock.config.vision_config
+        assert (16 * said.mlp_ratio if kind == "dinov2" else said.intermediate_size) == 2 * width
         set_alpha(model, alpha)
         assert torch.allclose(logits(stock, kind), logits(model, kind), atol=1e-3)
         assert not any(tensor.isnan().any() for tensor in stock.state_dict().values()), "bounds may be infinite"
@@ -201,32 +223,42 @@ def test_a_head_of_the_tower_that_is_as_wide(tmp_path: Path) -> None:
         expand(str(tmp_path / "base"), str(tmp_path / "no"), tower="vision")
 
 
-def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
-    said = here(capsys, "expand", base, grown, "--tower", "vision", "--train-projector", "--attention", "queries")
+@pytest.mark.parametrize("kind", ["gemma3", "vit", "mistral3"])
+def test_a_package_and_a_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture, kind: str) -> None:
+    base, grown = base_of(tmp_path / "base", kind), tmp_path / "grown"
+    projector = kind == "gemma3"
+    flags = ["--train-projector"] * projector + ["--attention", "queries"]
+    said = here(capsys, "expand", base, grown, "--tower", "vision", *flags)
     assert "the query heads of 4 layers (0-3); the MLPs of 2 layers (0-1) of the tower for images, 2 times" in said
     move(grown)
     extract_growth(str(grown), str(tmp_path / "package"))
     attach_growth(str(base), str(tmp_path / "package"), str(tmp_path / "again"))
-    expected = logits(load(grown, torch.float32), "gemma3")
-    assert torch.equal(logits(load(tmp_path / "again", torch.float32), "gemma3"), expected)
+    expected = logits(load(grown, torch.float32), kind)
+    assert torch.equal(logits(load(tmp_path / "again", torch.float32), kind), expected)
     with pytest.raises(UserError, match="tower for images cannot be one of several"):
         attach_skills(str(base), {"a": str(tmp_path / "package"), "b": str(tmp_path / "package")}, "no", {})
 
     model: Any = load(base, torch.float32)
-    before = logits(model, "gemma3")
-    grow.grow_model(model, [], tower="vision", tower_layers=[1], train_projector=True)
-    assert torch.equal(logits(model, "gemma3"), before)
+    before = logits(model, kind)
+    grow.grow_model(model, [], tower="vision", tower_layers=[1], train_projector=projector)
+    assert torch.equal(logits(model, kind), before)
     trained = grow.trainable(model, "g_train")
-    assert len(trained) == 4 + 2 + 1, "the copies, the original fc1 and its bias, the projector"
+    matrices = 3 if kind == "mistral3" else 2
+    biases = 0 if kind == "mistral3" else 3
+    assert len(trained) == 2 * matrices - 1 + biases + projector, (
+        "the copies, the original up-projection, the projector"
+    )
     for parameter in trained:
         parameter.data.mul_(1.5)
-    after = logits(model, "gemma3")
+    after = logits(model, kind)
     grow.save_growth(model, tmp_path / "saved")
     other: Any = grow.attach(load(base, torch.float32), tmp_path / "saved")
-    assert torch.equal(logits(other, "gemma3"), after) and not torch.equal(after, before)
+    assert torch.equal(logits(other, kind), after) and not torch.equal(after, before)
+    attach_growth(str(base), str(tmp_path / "saved"), str(tmp_path / "saved-again"))
+    rounded = logits(load(tmp_path / "saved-again", torch.float32), kind)  # to the base's bf16
+    assert (rounded - after).abs().max() < (before - after).abs().max() / 5
     grow.to_stock(other, tmp_path / "stock", uniform=True)
-    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), "gemma3"), after, atol=1e-3)
+    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), kind), after, atol=1e-3)
 
 
 @pytest.mark.parametrize(
