@@ -96,7 +96,7 @@ def consolidate(
         plans = plans_of(source.start.config)
         tensors = stock_tensors(source, plans, uniform, alpha, _DTYPES.get(dtype))
         if program:
-            source.facts["note"] = check_program(program, path, stock_config(source, tensors))
+            source.facts["note"] = check_program(program, path, stock_config(source, tensors), tensors)
         written = _write_stock(source, plans, out, tensors, alpha, dtype, size, progress)
     return {"source": path, "out": out, "format": format, "alpha": alpha, "bytes": written, **source.facts}
 

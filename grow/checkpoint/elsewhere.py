@@ -1,20 +1,24 @@
 """Where stock checkpoints go: what is known not to work there, and what has been tried."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from grow.errors import UserError
 from grow.plan import setting, text_config
 
 PROGRAMS = ("llama.cpp", "vllm")
-TRIED = ("gemma3_text",)
-"""Kinds of model (model_type) of which grown ones have written the same tokens there (checkpoint/test_elsewhere.py)."""
+TRIED = ("gemma3_text", "gemma3")
+"""Kinds of model (model_type) of which grown ones have written the same tokens there, the latter of images as well
+(checkpoint/test_elsewhere.py)."""
+_TOWER_IN_FILES = {"gemma3": "vision_tower.vision_model."}
+"""What names of a tower's tensors begin with where vLLM reads them, by kind of model."""
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 """Kinds of model, and the number of layers by which llama.cpp takes one for a 27B."""
 
 
-def check_program(program: str, path: str, config: dict[str, Any]) -> str:
-    """Returns a note on how a stock checkpoint with this config fares in a program, for `path`, which it is made of.
-    Raises UserError for one that would be loaded and compute something else."""
+def check_program(program: str, path: str, config: dict[str, Any], names: Iterable[str] = ()) -> str:
+    """Returns a note on how a stock checkpoint with this config and tensors of these names fares in a program, for
+    `path`, which it is made of. Raises UserError for one that would be loaded and compute something else."""
     if program not in PROGRAMS:
         raise UserError(f"--for {program}: there are {' and '.join(PROGRAMS)}")
     text = text_config(config)
@@ -35,6 +39,11 @@ def check_program(program: str, path: str, config: dict[str, Any]) -> str:
             f"{path}: has a head of its own beside the embedding, which has trained, and llama.cpp takes a Gemma's "
             "embedding for its head; grow something else for it"
         )
-    if "vision_config" in config:
-        return f"{program}: no grown {config.get('model_type')}, with a tower for images, has been tried there"
+    kind = config.get("model_type") if "vision_config" in config else kind
+    begin = _TOWER_IN_FILES.get(str(kind)) if "vision_config" in config else None
+    if program == "vllm" and begin and not any(name.startswith(begin) for name in names):
+        return (
+            f"vllm: looks for the tower's tensors as {begin}…, as the hub has them; {path} has them under the names of "
+            "newer saves"
+        )
     return "" if kind in TRIED else f"{program}: no grown {kind} has been tried there"

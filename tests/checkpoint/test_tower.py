@@ -158,6 +158,22 @@ def test_its_stock_form(tmp_path: Path, kind: str) -> None:
         assert of_image["difference"] < 1e-5 < of_image["largest"]
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_where_its_stock_form_goes(tmp_path: Path, capsys: pytest.CaptureFixture, newer: bool) -> None:
+    """What vLLM looks for, the hub's names of tensors, files that a newer transformers has written lack."""
+    base, grown = base_of(tmp_path / "base", "gemma3"), tmp_path / "grown"
+    if newer:
+        model: Any = load(base)
+        type(model)(model.config).save_pretrained(tmp_path / "newer")
+        make_tokenizer(tmp_path / "newer")
+        base = tmp_path / "newer"
+    expand(str(base), str(grown), tower="vision")
+    for program in ("vllm", "llama.cpp"):
+        said = here(capsys, "consolidate", grown, tmp_path / program, "--for", program)
+        assert ("vision_tower.vision_model.…, as the hub has them" in said) == (newer and program == "vllm")
+        assert "tried" not in said
+
+
 def test_g_train_between_base_and_stock_form(tmp_path: Path) -> None:
     """Where layers clip, what lies between the base's up-projection and the trained one is clipped, as in one MLP."""
     base = base_of(tmp_path / "base", "gemma4-clips")

@@ -47,7 +47,7 @@ def make_base(path: Path, kind: str, seed: int = 0) -> Path:
         parameter.data.normal_(0, 0.15)
     model.to(torch.bfloat16).save_pretrained(path)
     if kind == "multimodal":
-        _to_hub_layout(path)
+        to_hub_layout(path)
     make_tokenizer(path)
     if kind == "multimodal":
         _make_processor(path)
@@ -65,12 +65,12 @@ def _make_processor(path: Path) -> None:
     Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(path)
 
 
-def _to_hub_layout(path: Path) -> None:
+def to_hub_layout(path: Path) -> None:
     """Renames the tensors as google/gemma-3-4b-pt has them, and shares them out to two shards."""
     tensors = {}
     for name, tensor in load_file(path / "model.safetensors").items():
-        name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
-        tensors[name.replace("language_model.", "language_model.model.", 1)] = tensor
+        name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name.removeprefix("model."))
+        tensors[re.sub(r"^language_model\.(?!model\.)", "language_model.model.", name)] = tensor
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
     weight_map = {}

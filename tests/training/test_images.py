@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import AutoTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from grow.checkpoint.package import attach_growth, extract_base
 from grow.checkpoint.verify import verify
@@ -33,8 +35,8 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
     "{{ eos_token }}{% endif %}{% endfor %}"
 )
-LENGTH = {"gemma3": 32, "gemma4": 96}
-"""Of a sequence with an image's 4 tokens, or 70 at most."""
+LENGTH = {"gemma3": 32, "gemma4": 96, "vit": 32}
+"""Of a sequence with an image's 4 or 16 tokens, or 70 at most."""
 PLACE = {"gemma3": "<boi>", "gemma4": "<img>"}
 """What a processor takes for an image's place."""
 
@@ -46,7 +48,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    others = {kind: base_of(tmp_path_factory.mktemp("images") / kind, kind) for kind in ("gemma4", "gemma4-clips")}
+    kinds = ("gemma4", "gemma4-clips", "vit")
+    others = {kind: base_of(tmp_path_factory.mktemp("images") / kind, kind) for kind in kinds}
+    tokenizer = AutoTokenizer.from_pretrained(others["vit"], extra_special_tokens={"image_token": "<img>"})
+    how = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    of_images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(of_images, tokenizer, image_token="<img>", **how).save_pretrained(others["vit"])
     return {"gemma3": base, **others}
 
 
@@ -222,7 +229,8 @@ def test_rows_of_text_beside_them(bases: dict[str, Path], pictures: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("gemma3", "g_freeze"), ("gemma3", "g_train"), ("gemma4-clips", "g_freeze")]
+    ("kind", "method"),
+    [("gemma3", "g_freeze"), ("gemma3", "g_train"), ("gemma4-clips", "g_freeze"), ("vit", "g_train")],
 )
 def test_it_trains(
     bases: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, method: str
@@ -230,16 +238,18 @@ def test_it_trains(
     """The tower, its projector and query heads, or MLPs, from pictures and text; the run resumes in the same bits, and
     its base is inside, bit for bit, also for images."""
     base = bases[kind]
-    how = {"tower": "vision", "train_projector": True, "method": method, "max_length": LENGTH[kind[:6]]}
+    projector = kind.startswith("gemma")
+    how = {"tower": "vision", "train_projector": projector, "method": method, "max_length": LENGTH[kind[:6]]}
     how |= {"attention": "queries"} if kind == "gemma3" else {"layers": "all"}
     rate = 5e-3 if kind == "gemma3" else 3e-2
     recipe = recipe_of(tmp_path, base, pictures, learning_rate=rate, train_batch_size=16, **how)
-    growth = ("--tower", "vision", "--train-projector")
+    growth = ("--tower", "vision", *["--train-projector"] * projector)
     growth += ("--attention", "queries") if kind == "gemma3" else ("--layers", "all")
     here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
     assert "parameters" in here(capsys, "plan", recipe)
     weights = train_and_resume(recipe, 1)
-    parts = {"vision_tower", "multi_modal_projector" if kind == "gemma3" else "embed_vision", "language_model"}
+    parts = {"vision_tower", "language_model"}
+    parts |= {"multi_modal_projector" if kind == "gemma3" else "embed_vision"} if projector else set()
     assert {next(part for part in parts if part in name) for name in weights} == parts
     trained = tmp_path / "run"
     consolidate(str(trained), str(tmp_path / "still"), "grown")
