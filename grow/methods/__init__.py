@@ -11,6 +11,7 @@ from grow.methods.baselines.adapter import Adapter
 from grow.methods.baselines.blocks import Blocks
 from grow.methods.baselines.disel import Disel
 from grow.methods.baselines.ewc import Ewc
+from grow.methods.baselines.finch import Finch
 from grow.methods.baselines.flow import Flow
 from grow.methods.baselines.osf import Osf
 from grow.methods.baselines.stm import Stm
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "blocks": Blocks,
     "disel": Disel,
     "ewc": Ewc,
+    "finch": Finch,
     "flow": Flow,
     "osf": Osf,
     "stm": Stm,

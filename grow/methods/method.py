@@ -123,6 +123,13 @@ class Method:
         """Returns what is added to the mean loss of every step, in nats: []."""
         return 0.0
 
+    # At which rate.
+
+    def rate_factor(self, loss: float) -> float:
+        """Returns what a step's learning rate is multiplied by, given the mean loss of its labels, in nats, without
+        `penalty`."""
+        return 1.0
+
     # What is exported.
 
     def export(self, start: Checkpoint, trained: dict[str, LazyTensor], dtype: str) -> Export:

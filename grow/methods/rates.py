@@ -17,6 +17,7 @@ _RATES = {
     "blocks": (5e-5, 5e-5),
     "disel": (3e-4, 2e-4),
     "ewc": (2e-5, 1e-5),
+    "finch": (2e-5, 1e-5),
     "flow": (2e-5, 1e-5),
     "osf": (2e-5, 1e-5),
     "stm": (2e-5, 1e-5),

@@ -56,6 +56,7 @@ class GrowTrainer(CheckpointingTrainer):
         self.meter = ThroughputMeter(StepFlops(self.model), self.args.world_size)
         self.loss_is_scaled_for_ga = True
         self.recipe, self.method = recipe, method
+        self.step_loss: Tensor | float = 0.0
 
     @cached_property
     def head(self) -> Head | None:
@@ -85,7 +86,19 @@ class GrowTrainer(CheckpointingTrainer):
         weights = self.method.token_weights(inputs["rows"][inputs["labels"] != IGNORED])
         loss = head_loss_sum(model, self.head, inputs, weights) / num_items_in_batch * self.accelerator.num_processes
         self.shutdown.check_loss(loss)
+        if model.training and type(self.method).rate_factor is not Method.rate_factor:
+            self._set_rate(loss.detach())
         return loss + self.method.penalty() / self.args.gradient_accumulation_steps
+
+    def _set_rate(self, loss: Tensor) -> None:
+        """Sets the learning rate of a step by its loss, once its last micro-batch has one; `loss` is this one's share.
+        The schedule sets it anew after the step."""
+        self.step_loss = self.step_loss + loss
+        if self.accelerator.sync_gradients:
+            factor = self.method.rate_factor(self.accelerator.reduce(self.step_loss, "mean").item())
+            self.step_loss = torch.zeros_like(loss)
+            for group in self.optimizer.param_groups:
+                group["lr"] *= factor
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns 0: Trainer's estimate walks through all parameters in every step; grow.training.flops is used."""

@@ -19,7 +19,18 @@ from grow.methods.baselines.adapter import Adapter
 from grow.methods.baselines.disel import Disel
 from grow.model.alpha import base_inside
 from grow.model.loading import load
-from tests.helpers.running import Deeper, Toy, alone, consolidate, here, rows_of, train, train_and_resume
+from tests.helpers.running import (
+    Deeper,
+    Toy,
+    alone,
+    consolidate,
+    curve,
+    here,
+    rows_of,
+    start,
+    train,
+    train_and_resume,
+)
 from tests.helpers.tiny import logits, make_base, make_recipe
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +83,27 @@ def test_a_method_may_change_the_shape_of_the_model(
     assert torch.equal(logits(before), logits(after)), "all else is the base's"
     with pytest.raises(UserError, match="the base has no"):
         consolidate(str(tmp_path / "run"), str(tmp_path / "half"), alpha=0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_finch_goes_by_the_loss_of_the_whole_step(text_base: Path, sums: Path, ranks: int, tmp_path: Path) -> None:
+    """Of all ranks' micro-batches: Adam's first step moves each weight by its rate, and so by 1/√loss of what it does
+    in plain fine-tuning."""
+    moved = {}
+    before = load_file(text_base / "model.safetensors")
+    for method in ("sft", "finch"):
+        folder = tmp_path / method
+        folder.mkdir()
+        fields = {"method": method, "dtype": "float32", "weight_decay": 0.0, "max_steps": 1, "save_steps": 1}
+        start(make_recipe(folder / "r.yaml", text_base, tmp_path, sums, 1, **fields), ranks)
+        consolidate(str(folder / "run"), str(folder / "stock"), dtype="float32")
+        after = load_file(folder / "stock" / "model.safetensors")
+        moved[method] = torch.cat([(after[name] - before[name].float()).flatten() for name in before]).abs()
+    (loss,) = [entry["loss"] for entry in curve(tmp_path / "finch" / "run" / "checkpoint-1") if "loss" in entry]
+    sure = moved["sft"] > 0.99e-2  # where the gradient is far above Adam's ε
+    assert sure.float().mean() > 0.5
+    ratio = moved["finch"][sure] / moved["sft"][sure]
+    assert torch.allclose(ratio, torch.tensor(loss**-0.5), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.full)])
