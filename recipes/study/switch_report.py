@@ -137,11 +137,7 @@ def draw(grids: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def titled(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns the lines of the grids with switches, by the titles of their panels."""
-    names = {
-        "switch.yaml": "English to French",
-        "switch_entailment.yaml": "entailment",
-        "switch_science.yaml": "science",
-    }
+    names = {"switch.yaml": "English to French", "switch_entailment.yaml": "entailment"}
     found: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(path):
         if line["grid"] in names:
