@@ -35,5 +35,7 @@ else
     [[ -d $OUT ]] || grow consolidate "$run" "$OUT" --alpha "$alpha" --uniform
     alpha=1
 fi
+recipe=$1
+(($# == 1)) || recipe=$run # by its own, which has the fields, and their rows
 [[ $SCORES == none || -f $SCORES ]] ||
-    grow eval "$OUT" --alpha "$alpha" --recipe "$1" --limit "${LIMIT:-0}" "--name=$(basename "$run")" "--out=$SCORES"
+    grow eval "$OUT" --alpha "$alpha" --recipe "$recipe" --limit "${LIMIT:-0}" "--name=$(basename "$run")" "--out=$SCORES"

@@ -74,6 +74,7 @@ if [[ -n ${STUDY:-} ]]; then
     submit "${PARALLEL:-8}" "jobs, which share the cells of $STUDY" "$@"
     exit
 fi
+declare -A taken=() # the recipe of each run
 list=$SWEEP/runs-$(date +%Y%m%d-%H%M%S)-$$.tsv
 done=0
 
@@ -81,6 +82,9 @@ add() { # add RECIPE METHOD RATE SEED FIELDS…: to the list, unless it is done
     local name run words
     name=$(basename "$(dirname "$1")")-$(basename "$1" .yaml)
     run=$SWEEP/$name-$2${3:+-$3}-seed$4
+    [[ -z ${taken[$run]:-} ]] ||
+        die 2 "RECIPES: the run of $1 would have the folder of ${taken[$run]}, $run; name one's file or folder otherwise"
+    taken[$run]=$1
     if [[ -f $run/COMPLETE && (-f $run-scores.json || ${SCORES:-} == none) ]]; then
         done=$((done + 1))
         return

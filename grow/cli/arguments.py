@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from keyword import iskeyword
+from math import isfinite, nan
 from typing import Any
 
 from grow.errors import UserError, one_line, unknown
@@ -139,11 +140,14 @@ def with_flags(fields: Mapping[str, Field]) -> Callable[[Callable[..., str]], Ca
 
 
 def number(flag: str, value: str, kind: type = int) -> Any:
-    """Returns a flag's value as a number. Raises UserError if it is not one."""
+    """Returns a flag's value as a number. Raises UserError if it is not one, or not finite."""
     try:
-        return kind(value)
+        found = kind(value)
     except ValueError:
-        raise UserError(f"{flag} {value}: a number is needed") from None
+        found = nan
+    if not isfinite(found):
+        raise UserError(f"{flag} {value}: a number is needed")
+    return found
 
 
 def run_script(function: Callable[..., Any], about: str) -> None:

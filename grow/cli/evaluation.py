@@ -28,7 +28,8 @@ def eval(
 
     Args:
         checkpoint: A stock or a grown checkpoint, or what a run by `adapter` ends in (RUN/result).
-        recipe: The recipe whose task and retention rows are scored. Any of its fields can be given another value.
+        recipe: The recipe whose task and retention rows are scored, or a run, by its own. Its fields can be given other
+            values.
         alpha: The interpolation coefficient: 0 is the base, 1 as trained; or several values, with commas.
         start: The base of a stock checkpoint: its weights are interpolated with the base's.
         against: A file of the base's scores, to compare retention with row by row; or include 0 among the α.
@@ -46,16 +47,20 @@ def eval(
         fields: Fields of the recipe.
     """
     from grow.checkpoint.shards import read_json
-    from grow.methods import read_recipe
+    from grow.methods import read_recipe, read_run
 
     if not recipe and not lm_eval:
         raise UserError("eval: name what to score it on: --recipe FILE, or --lm-eval TASK,TASK")
-    settings = read_recipe(recipe, fields) if recipe else None
+    read = read_run if (Path(recipe) / "run.json").is_file() else read_recipe
+    settings = read(recipe, fields) if recipe else None
     flags = {
         "--limit": limit, "--retention-limit": retention_limit, "--samples": samples, "--generate": generate,
         "--shots": shots,
     }  # fmt: skip
     most, most_known, shown, tokens, before = (number(flag, value) for flag, value in flags.items())
+    for flag, value in flags.items():
+        if number(flag, value) < 0:
+            raise UserError(f"{flag} {value}: 0 or more")
     if before and not tokens:
         raise UserError("--shots: goes with --generate TOKENS")
     alphas = tuple(number("--alpha", part, float) for part in alpha.split(","))

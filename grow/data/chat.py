@@ -62,9 +62,14 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     tokens = tokenizer.special_tokens_map
     render = partial(render_chat, source=source, tools=tools or None, tokens=tokens, day=template.day)
     text, spans = render(turns)
+    spans = _joined(spans)
     if not GENERATION.search(source):
         around = _header_and_end(source, template.day, json.dumps(tokens, sort_keys=True, default=str))
         spans = _marked_spans(text, turns, render, around, tokenizer)
+        if not around[1] and spans[-1][1] == len(text) and tokenizer.eos_token:
+            # The template ends a turn with the next one's beginning alone: what would end the last one is missing.
+            spans[-1] = (spans[-1][0], len(text) + len(tokenizer.eos_token))
+            text += tokenizer.eos_token
     elif not all(learnt) and len(spans) != len(learnt):
         raise ValueError("which of the assistant's turns are to be learnt cannot be told in the chat template's text")
     if not all(learnt):
@@ -75,6 +80,15 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
         raise ValueError(f"of what the assistant says the chat template writes nothing{hint}")
     _check_written(text, turns, render)
     return Text(text, spans)
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Joins spans that touch: a template may mark what is said and what ends it each."""
+    found: list[Span] = []
+    for begin, end in spans:
+        touches = bool(found) and found[-1][1] == begin
+        found[-1:] = [(found[-1][0], end)] if touches else [*found[-1:], (begin, end)]
+    return found
 
 
 def _check_written(text: str, turns: list[Turn], render: Any) -> None:
@@ -118,8 +132,11 @@ def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, 
     for index in spoken:
         floor = spans[-1][1] if spans else 0
         begin, finish = places.get(("b", str(index))), places.get(("e", str(index)))
-        if any(("c", f"{index}x{n}") not in places for n in range(len(turns[index].get("tool_calls") or []))):
+        calls = [places.get(("c", f"{index}x{n}")) for n in range(len(turns[index].get("tool_calls") or []))]
+        if None in calls:
             raise ValueError("with tool calls, which the chat template does not write")
+        if calls:
+            finish = _end_of_calls(text, render(turns[: index + 1])[0], max(filter(None, calls)), end, tokenizer)
         begin, stop = _span(text, turns[index], begin, finish, floor, header, end)
         if begin < floor:
             raise ValueError("the chat template writes the assistant's turns in another order")
@@ -128,8 +145,22 @@ def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, 
             if not floor <= len(lead) <= begin or not text.startswith(lead):
                 raise ValueError("where the assistant's turn begins cannot be told in the chat template's text")
             begin = len(lead)
-        spans.append((begin, _whole_end(text, stop, end, tokenizer)))
+        own_end = bool(calls and end) and not text.startswith(end, stop)  # that of the calls, behind which `stop` is
+        spans.append((begin, stop if own_end else _whole_end(text, stop, end, tokenizer)))
     return spans
+
+
+def _end_of_calls(text: str, until: str, last: int, end: str, tokenizer: Any) -> int | None:
+    """Returns where the calls of a turn end, the last of which begins at `last`; `until` is the conversation up to this
+    turn, by itself. Where it does not end as others do, that is where the text goes on otherwise."""
+    same = common_start(text, until)
+    place = text.find(end, last, same) if end else -1
+    if place >= 0 or same <= last:
+        return place if place >= 0 else None
+    for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, last, len(text)):
+        if token.start() < same < token.end():
+            return token.start()
+    return same
 
 
 def _opens(text: str, turn: Turn, begin: int) -> bool:
@@ -141,8 +172,12 @@ def _opens(text: str, turn: Turn, begin: int) -> bool:
 def _whole_end(text: str, stop: int, end: str, tokenizer: Any) -> int:
     """Returns where a turn ends, with as much of `end` as stands there; never within a special token.
 
-    The last turn may end otherwise than those before it: with another token, or one more.
+    The last turn may end otherwise than those before it: with another token, or one more. Where turns end with nothing,
+    the token that begins the next one ends it.
     """
+    if not end:
+        token = _special_tokens(tokenizer, len(tokenizer)).match(text, stop)
+        return token.end() if token else stop
     place = stop + common_start(text[stop : stop + len(end)], end)
     if place - stop == len(end):
         return place
@@ -189,7 +224,7 @@ def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: i
     """Returns where a turn begins, and where the text that ends it begins."""
     more = bool(turn.get("tool_calls")) or any(turn.get(name) for name in _REASONING)
     core = turn["content"].strip()
-    if finish is None and core:
+    if finish is None and core and not turn.get("tool_calls"):
         if begin is None:
             raise ValueError("of what the assistant says the chat template writes nothing")
         raise ValueError("the chat template cuts off what the assistant says")
@@ -199,16 +234,16 @@ def _span(text: str, turn: Turn, begin: int | None, finish: int | None, floor: i
         begin = _begin_of_rest(text, core, floor, finish, header)
     place = text.rfind(header, floor, begin) if header else -1
     before = place + len(header) if place >= 0 else floor
-    if more:  # a thought or a call is learnt with the text that the template puts before it
+    said = place >= 0 and text[before:begin].strip() != ""
+    if more or said:  # learnt with what the template puts before it, such as an empty thought: the model must write it
         begin = before if place >= 0 else begin
     elif place >= 0:  # the turn's own white space, where the template keeps it
         begin -= _common_end(text[before:begin], lead)
-    if finish is not None and not text.startswith(end or "\0", finish):
-        finish += common_start(text[finish:], trail)
-    stop = finish if finish is not None and not turn.get("tool_calls") else text.find(end, begin) if end else -1
-    if stop < 0:
+    if finish is None:
         raise ValueError("where the assistant's turn ends cannot be told in the chat template's text")
-    return begin, stop
+    if not turn.get("tool_calls") and not text.startswith(end or "\0", finish):
+        finish += common_start(text[finish:], trail)
+    return begin, finish
 
 
 def _begin_of_rest(text: str, core: str, floor: int, finish: int, header: str) -> int:

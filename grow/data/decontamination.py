@@ -2,10 +2,12 @@
 
 Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
 in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
-without spaces between words, a character with its marks counts as half a word. Of a row with images these count alone:
-its question is often that of many rows.
+without spaces between words, a character with its marks counts as half a word. What stands in more than one of a
+hundred training rows, and in more than ten, is of their kind and not of a row, such as an instruction or a system turn,
+and does not count. Of a row with images these count alone: its question is often that of many rows.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from grow.data.template import Template
 Rows = tuple[Iterable[dict[str, Any]], Template]
 
 WORDS = 13
+_OFTEN = 10
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # A character of such a script, or a word of any other: letters and digits with the vowel signs and accents after them.
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}_])+")
@@ -33,18 +36,29 @@ def contaminated(held_out: Sequence[Rows], training: Rows) -> list[set[int]]:
         for index, row in enumerate(rows):
             for mark in _of_row(row, template):
                 marked.setdefault(mark, set()).add((number, index))
-    found: list[set[int]] = [set() for _ in held_out]
+    # How many training rows have each; of those that are whole rows, one will do.
+    shared: Counter[int] = Counter()
+    wholes: set[int] = set()
     rows, template = training
+    count = 0
     for row in rows:
-        for mark in _of_row(row, template):
-            for number, index in marked.get(mark, ()):
-                found[number].add(index)
+        count += 1
+        marks = list(_of_row(row, template))
+        wholes |= marked.keys() & set(marks[:1])
+        shared.update(marked.keys() & set(marks[1:]))
+    often = max(_OFTEN, count // 100)
+    found: list[set[int]] = [set() for _ in held_out]
+    for mark in wholes.union(mark for mark, times in shared.items() if times <= often):
+        for number, index in marked[mark]:
+            found[number].add(index)
     return found
 
 
 def _of_row(row: dict[str, Any], template: Template) -> Iterator[int]:
-    """Yields hashes of what a row shares with a row that contaminates it."""
+    """Yields hashes of what a row shares with a row that contaminates it, first of the row as a whole."""
     images = image_checksums(row, template.images, template.image_root) if template.images else []
+    if images:
+        yield hash(tuple(images))
     yield from map(hash, images) if images else _marks(template.texts(row))
 
 

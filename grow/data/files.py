@@ -22,6 +22,8 @@ _PACKED = ("", ".gz", ".zst", ".xz", ".bz2", ".lz4")
 _PART = r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{8,})?"
 # What `datasets` itself writes beside rows.
 _FACTS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow|tmp\w*(\.arrow)?")
+"""What `datasets` leaves beside the files of save_to_disk, of rows that were mapped or shuffled."""
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -93,7 +95,11 @@ def _prefix(folder: str | None) -> str:
 
 def _hidden(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.name in _FACTS or any(part.startswith((".", "__")) for part in path.parts)
+    return (
+        path.name in _FACTS
+        or _CACHED.fullmatch(path.name) is not None
+        or any(part.startswith((".", "__")) for part in path.parts)
+    )
 
 
 def _named_after(names: list[str], split: str) -> list[str]:

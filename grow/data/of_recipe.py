@@ -57,7 +57,12 @@ def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
     read_sequences does."""
     found = {}
     for folder, rows, template in mixed_rows(recipe):
-        whole = "{text}" not in template.completion  # a text may be a part of one
+        own = template_of(recipe)
+        text = "{text}" in template.completion and (template.prompt, template.completion) != (
+            own.prompt,
+            own.completion,
+        )
+        whole = not text  # a text may be a part of one
         encoded = encode_cached(rows, tokenizer, template, recipe.max_length, end=whole)
         encoded.check(f"mix: {folder}", recipe.max_bad_rows)
         found[folder] = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)
@@ -68,10 +73,11 @@ def other_template(rows: Rows, template: Template) -> Template:
     """Returns how rows of another data set become text: by the recipe's template if they have its columns, else by
     columns called prompt and completion, or text."""
     template = dataclasses.replace(template, images="", image_root="")
-    columns = rows.columns(["text", "prompt", *template.columns()])
-    if set(template.columns()) <= set(columns):
+    columns = set(rows.columns(["text", "prompt", "completion", *template.columns()]))
+    if set(template.columns()) <= columns:
         return template
-    return Template("", "{text}") if "text" in columns else Template("{prompt}", "{completion}")
+    only_text = "text" in columns and not {"prompt", "completion"} <= columns
+    return Template("", "{text}") if only_text else Template("{prompt}", "{completion}")
 
 
 def sliced(folder: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Rows of Parquet and Arrow files, through `datasets`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import logging
 
-from grow.data.rows import Rows
+from grow.data.rows import Rows, file_checksum
 from grow.data.text_files import Number
 
 
@@ -76,7 +77,9 @@ def read_table(path: Path, kind: str, name: str) -> Rows:
         before = logging.get_verbosity()
         logging.set_verbosity(logging.CRITICAL)  # the errors of a file that it cannot read are also raised
         try:
-            table = datasets.Dataset.from_parquet(str(path)).data
+            # By what the file holds: `datasets` itself goes by its name and time, which another file may have.
+            kept = os.path.join(datasets.config.HF_DATASETS_CACHE, "grow", file_checksum(path))
+            table = datasets.Dataset.from_parquet(str(path), cache_dir=kept).data
         finally:
             logging.set_verbosity(before)
     return TableRows(table, path, name)

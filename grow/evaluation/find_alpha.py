@@ -33,9 +33,9 @@ def read_passages(path: str, tokenizer: Any, limit: int) -> Examples:
     """Returns the first passages of a text, each with a label at every position: paragraphs of a plain file, between
     blank lines; the column `text` of a .jsonl. Raises UserError if there is none."""
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".jsonl"):
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         else:
             texts = [" ".join(part.split()) for part in content.split("\n\n")]
     except OSError as error:

@@ -18,6 +18,7 @@ from grow.errors import UserError
 from grow.model.alpha import has_base_inside, set_alpha
 from grow.model.bottleneck import CONFIG
 from grow.model.loading import compute_device, compute_dtype, is_lora, load
+from grow.model.lora import scale_adapter
 from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
 from grow.model.switched import set_switch
@@ -88,6 +89,7 @@ class Interpolation:
         """Sets the interpolation coefficient."""
         if self._base is None:
             set_alpha(self.model, alpha)
+            scale_adapter(self.model, alpha)
         elif alpha != self.alpha:
             for now, trained, before in self._trained:
                 between = trained if alpha else before

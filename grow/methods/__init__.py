@@ -57,6 +57,7 @@ def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, tra
     return METHODS[name].from_values(dict(recipe)).export(start, trained, dtype)
 
 
-def read_run(run: str) -> Recipe:
-    """Returns the recipe of a run that has begun in a folder. Raises UserError if none has."""
-    return recipe_of_run(run, METHODS)
+def read_run(run: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Returns the recipe of a run that has begun in a folder, with fields replaced by the overrides. Raises UserError
+    if none has."""
+    return recipe_of_run(run, METHODS, overrides)

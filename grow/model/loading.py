@@ -19,7 +19,7 @@ from grow.model import bottleneck
 from grow.model.alpha import set_alpha
 from grow.model.grown import add_parts
 from grow.model.layouts import decoder_mlps
-from grow.model.lora import add_gates
+from grow.model.lora import add_gates, scale_adapter
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
 from grow.names import VIT_COPIES, canonical
@@ -164,16 +164,10 @@ def is_lora(path: Path) -> bool:
 
 def load_lora(path: Path, dtype: torch.dtype | str, alpha: float = 1.0, base: str = "") -> PreTrainedModel:
     """Loads a folder of PEFT's, not merged, on the base that it names, or on another; with its switch, if it has one.
-
-    Raises UserError for a base that is not there, and for an α between both, which only merged weights have.
-    """
+    `alpha` is its interpolation coefficient. Raises UserError for a base that is not there."""
     name = base or read_json(path / LORA_CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{path}: its {LORA_CONFIG} does not name its base")
-    if alpha != 1:
-        raise UserError(
-            f"{path}: is an adapter that is not merged: grow consolidate RUN OUT --alpha {alpha:g} merges it"
-        )
     model = load(name, dtype)
     try:
         model.load_adapter(str(path), is_trainable=False)
@@ -182,6 +176,7 @@ def load_lora(path: Path, dtype: torch.dtype | str, alpha: float = 1.0, base: st
     _add_gates(model, path)
     if (path / SWITCH_NAME).is_file():
         put_switch(model, read_switch(read_json(path / SWITCH_NAME), path / SWITCH_NAME))
+    scale_adapter(model, alpha)
     return model.eval()
 
 

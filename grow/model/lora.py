@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grow.errors import UserError
 from grow.model.where_on import where_on
 from grow.names import LAYERS, is_copy
 
@@ -34,6 +35,21 @@ class SwitchedLora:
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Returns PEFT's linear layers outside of grown MLPs, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and not is_copy(name)}
+
+
+def scale_adapter(model: nn.Module, alpha: float) -> None:
+    """Sets the interpolation coefficient of LoRAs that are not merged: 0 is the base, exactly, 1 as trained. The
+    weights W + α·s·B A, s LoRA's own scaling, are those that merging at α has. Raises UserError for an adapter of
+    another kind, between 0 and 1."""
+    layers = lora_layers(model)
+    if alpha != 1 and not layers and getattr(model, "peft_config", None):
+        raise UserError(
+            f"alpha {alpha:g}: this adapter is no LoRA, and has no coefficient before it is merged: grow consolidate "
+            f"RUN OUT --alpha {alpha:g}"
+        )
+    for layer in layers.values():
+        own = layer.__dict__.setdefault("own_scaling", dict(layer.scaling))
+        layer.scaling = {name: alpha * scaling for name, scaling in own.items()}
 
 
 def highest_unchanged(names: list[str]) -> int:

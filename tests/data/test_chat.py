@@ -33,6 +33,29 @@ THINKS = (
     "{% else %}[{{ m.role }}]\n{{ m.content }}[/]{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n<think>\n{% endif %}"
 )
+# Qwen 3's: before the last answer an empty thought, which no prompt has.
+THINKS_NOT = (
+    "{% for m in messages %}[{{ m.role }}]\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m.content }}[/]\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+# GLM 4.5's: nothing ends a turn but the token that begins the next one.
+ENDLESS = (
+    "{% for m in messages %}{{ '[assistant]' if m.role == 'assistant' else '<bos>' }}"
+    "{% for call in m.tool_calls or [] %}{{ '{' + call.function.name + '}' }}{% endfor %}{{ m.content or '' }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# Gemma 4's: a turn goes on after a call, which ends in its own way.
+CALLS_OTHERWISE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}[assistant]"
+    "{% elif m.role == 'tool' %}{{ m.content }}<bos>"
+    "{% elif m.tool_calls %}{% for call in m.tool_calls %}({{ call.function.name }}){% endfor %}<eos>"
+    "{% else %}{{ m.content }}[/]{% endif %}{% endfor %}"
+)
+MARKS_EACH = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% generation %}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
 # The system's text is put before the last thing that the user says.
 MOVES = (
     "{% set first = messages[0].role == 'system' %}{% set rest = messages[1:] if first else messages %}"
@@ -77,7 +100,8 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "
         # The same words in several mouths.
         (PLAIN, [user("Go"), assistant("Go"), user("Go"), assistant("Go")], ["Go[/]\n", "Go[/]\n"]),
         (PLAIN, [user("Hi"), assistant(" spaces \n"), user("Bye")], [" spaces \n[/]\n"]),
-        (THINKS, [user("2+2?"), assistant(THOUGHT), user("Sure?"), assistant("Yes.")], ["Four.[/]", "Yes.[/]"]),
+        (THINKS, [user("2+2?"), assistant(THOUGHT), user("Sure?"), assistant("Yes.")],
+         ["Four.[/]", "\n</think>\n\nYes.[/]"]),
         (THINKS, [user("2+2?"), assistant(THOUGHT)], [f"{THOUGHT}[/]"]),
         (
             MOVES,
@@ -116,6 +140,20 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "
              {"from": "observation", "value": "4"}, {"from": "gpt", "value": "Four."}],
             ["CALL add {}[/]", "Four.[/]"],
         ),
+        # An empty thought, which the model has to write: the generation prompt ends before it.
+        (THINKS_NOT, [user("a"), assistant("b"), user("c"), assistant("d")],
+         ["b[/]\n", "<think>\n\n</think>\n\nd[/]\n"]),
+        # Turns that end with the next one's beginning.
+        (ENDLESS, [user("a"), assistant("b"), user("c"), assistant("d")], ["b<bos>", "d<eos>"]),
+        (ENDLESS, [user("a"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}, assistant("d")],
+         ["{add}<bos>", "d<eos>"]),
+        # Calls that end in another way than what is said, the last one too.
+        (CALLS_OTHERWISE,
+         [user("a"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}, assistant("d")],
+         ["(add)<eos>", "d[/]"]),
+        (CALLS_OTHERWISE, [user("a"), assistant(None, tool_calls=[CALL])], ["(add)<eos>"]),
+        # Marks for what is said and for what ends it.
+        (MARKS_EACH, [user("a"), assistant("b", weight=0), user("c"), assistant("d")], ["d<eos>"]),
         # Text that spells a special token is text, what the template writes is one.
         (MOVES, [user("What is <eos>?"), assistant("The end: <eos>.")], ["The end: <eos>.<eos>"]),
     ],

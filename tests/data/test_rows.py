@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 
 from grow.data.files import split_files
 from grow.data.load import load_rows
+from grow.data.rows import _checksum
 from grow.data.template import Template
 from grow.data.tokens import encode
 from grow.errors import UserError
@@ -91,6 +93,28 @@ def test_parquet_and_arrow_values(text_base: Path, tmp_path: Path) -> None:
 
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"v": ["a", "b"]})}).save_to_disk(tmp_path / "saved")
     assert written(load_rows(str(tmp_path / "saved"), "train"), text_base)[0] == ["a", "b"]
+
+
+def test_what_datasets_leaves_beside_its_files(text_base: Path, tmp_path: Path) -> None:
+    """Rows that were mapped, filtered or shuffled are kept there, under names of their own."""
+    import datasets
+
+    datasets.Dataset.from_dict({"v": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved" / "train")
+    rows = datasets.load_from_disk(tmp_path / "saved" / "train")
+    rows.map(lambda row: {"v": row["v"] * 2}).shuffle(seed=0).filter(lambda row: row["v"] != "aa")
+    assert any(file.name.startswith("cache-") for file in (tmp_path / "saved" / "train").iterdir())
+    assert written(load_rows(str(tmp_path / "saved"), "train"), text_base)[0] == ["a", "b", "c"]
+
+
+def test_a_table_that_is_replaced(text_base: Path, tmp_path: Path) -> None:
+    """Under the same name and time, as unpacking and copying keep them."""
+    path = tmp_path / "train.parquet"
+    for value in ("old", "new"):
+        pyarrow.parquet.write_table(pyarrow.table({"v": [value] * 3}), path)
+        os.utime(path, (10**9, 10**9))
+        found, _ = written(load_rows(str(tmp_path), "train"), text_base)
+        assert found == [value] * 3
+        _checksum.cache_clear()  # as in another process
 
 
 def test_an_object_of_json_is_as_it_stands(text_base: Path, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from grow.evaluation.generation import translation_scores
 from grow.methods import read_recipe
 from grow.model.loading import compute_dtype, load
 from tests.evaluation.test_find_alpha import shaken
-from tests.helpers.running import alone, here, rows_of
+from tests.helpers.running import alone, here, rows_of, train
 from tests.helpers.tiny import make_data, make_recipe
+from tests.helpers.tiny import run as script
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,11 @@ def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, t
     ]  # fmt: skip
     template = Template("Q: {q}\nA:", " {a}")
     assert contaminated([(held_out, template), (held_out[3:], template)], (training, template)) == [{0, 2}, set()]
+    # What is of many training rows, an instruction or a system turn, is of none; but a whole row is.
+    many = [{"q": f"{long} {n}", "a": str(n)} for n in range(11)]
+    assert contaminated([(held_out, template)], (many, template)) == [set()]
+    assert contaminated([(held_out, template)], (many[:10], template)) == [{0}]
+    assert contaminated([(many[3:4], template)], (many, template)) == [{0}]
     # In an evaluation: five of the training rows among the test rows.
     settings = read_recipe(str(recipe))
     data = make_data(tmp_path / "data")
@@ -292,3 +298,25 @@ def test_lm_eval_with_a_local_task(
 @pytest.mark.full
 def test_a_task_that_is_not_known(text_base: Path, capsys: Any) -> None:
     assert "is not a task" in here(capsys, "eval", text_base, "--lm-eval", "nonsense_task", code=2)
+
+
+def test_fields_of_a_run_go_along(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """What launch/consolidate.sh scores is of the rows that the run was given, and not of the recipe's file."""
+    other = tmp_path / "other"
+    shutil.copytree(sums, other)
+    lines = (sums / "test.jsonl").read_text().splitlines(keepends=True)
+    (other / "test.jsonl").write_text("".join(lines[:3]))
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, other, 2, method="sft")
+    train(recipe, 1)
+    make_recipe(recipe, text_base, tmp_path, sums, 2, method="sft")
+    script("launch/consolidate.sh", recipe, "--data", other)
+    scores = json.loads((tmp_path / "run-scores.json").read_text())["task"]
+    assert scores["rows"] + scores["contaminated"] == 3 < len(lines)
+
+
+def test_numbers_that_are_none(text_base: Path, recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    for flag, value in (("--limit", "-1"), ("--retention-limit", "-3"), ("--samples", "nan"), ("--alpha", "inf")):
+        assert f"{flag} {value}: " in here(capsys, "eval", text_base, "--recipe", recipe, flag, value, code=2)
+    assert "--temperature nan: a number" in here(
+        capsys, "chat", text_base, "--prompt", "x", "--temperature", "nan", code=2
+    )

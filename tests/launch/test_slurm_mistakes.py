@@ -124,6 +124,11 @@ def test_sweep(site: Site, cluster: Cluster, tmp_path: Path) -> None:
     wait_for(lambda: not cluster.ask("squeue", "--noheader"), 60, "the end of the jobs")
     printed = cluster.ask("slurm/sweep.sh", "--max_steps", "3", cwd=site.clone, **variables)
     assert printed.startswith("all 2 runs are done")
+    other = tmp_path / "again" / tmp_path.name / recipe.name  # whose runs would have the folders of the first
+    other.parent.mkdir(parents=True)
+    other.write_text(recipe.read_text())
+    variables |= {"RECIPES": f"{recipe} {other}", "SWEEP": str(tmp_path / "another")}
+    cluster.ask("slurm/sweep.sh", "--max_steps", "3", cwd=site.clone, code=2, **variables)
 
 
 def test_a_trial_and_then_the_run(site: Site, cluster: Cluster, tmp_path: Path) -> None:

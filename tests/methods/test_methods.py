@@ -14,6 +14,7 @@ from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.labels import IGNORED
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
+from grow.evaluation.interpolation import Interpolation
 from grow.methods import METHODS, read_recipe
 from grow.methods.baselines.adapter import Adapter
 from grow.methods.baselines.disel import Disel
@@ -244,6 +245,22 @@ def test_peft(sums: Path, method: str, kind: str, stage: int, ranks: int, dtype:
         assert torch.allclose(tensor, merged[name], atol=1e-5)
         assert torch.allclose(half[name], (own[name] + tensor) / 2, atol=1e-6)
         assert torch.equal(none[name], own[name])
+    # And so is the folder at α, which `eval` and `find-alpha` turn.
+    result = tmp_path / "run" / "result"
+    if method == "osf":
+        with pytest.raises(UserError, match="no coefficient before it is merged"):
+            load(result, torch.float32, 0.5)
+        return
+    for alpha, path in stock.items():
+        assert (logits(load(path)) - logits(load(result, torch.float32, alpha))).abs().max() < 1e-4
+    assert torch.equal(logits(load(result, torch.float32, 0.0)), expected_base)
+    turned = Interpolation(str(result))
+    found = {}
+    for alpha in (0.0, 0.5, 1.0):
+        turned.set(alpha)
+        found[alpha] = logits(turned.model)
+    assert torch.equal(found[0.0], logits(load(tiny_base, turned.model.dtype)))
+    assert not torch.equal(found[0.5], found[1.0]) and not torch.equal(found[0.5], found[0.0])
 
 
 @TEXT_OR_ALL

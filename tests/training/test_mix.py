@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from grow.checkpoint.expand import expand
+from grow.data.of_recipe import read_mixed
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
@@ -26,6 +28,28 @@ def test_a_run_learns_from_several(text_base: Path, sums: Path, text: Path, tmp_
     history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     alone = make_recipe(tmp_path / "alone.yaml", text_base, tmp_path / "grown", sums, 2)
     assert history[-1]["epoch"] > 0 and read_recipe(str(alone)).mix == {}
+
+
+def test_how_rows_that_are_mixed_in_become_text(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    """By the recipe's template with its end, as its own rows; by a prompt and a completion before a text."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for split in ("train", "validation"):
+        (own / f"{split}.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
+    (tmp_path / "both").mkdir()
+    row = {"text": "whole", "prompt": "asked ", "completion": "said"}
+    (tmp_path / "both" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+
+    def learnt(data: Path, mixed: Path, **fields: str) -> str:
+        words = {"data": str(data), "mix": f"{mixed}=0.5", **fields}
+        recipe = read_recipe(str(make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2)), words)
+        (packed,) = read_mixed(recipe, tokenizer).values()
+        return str(tokenizer.decode([token for token in packed.examples[0].labels if token >= 0]))
+
+    assert learnt(own, own, prompt="", completion="{text}") == "a b<eos>"
+    assert learnt(sums, tmp_path / "both") == "said<eos>"
+    assert learnt(sums, own) == "a b"
 
 
 @pytest.mark.parametrize(
