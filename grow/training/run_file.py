@@ -1,14 +1,16 @@
 """RUN/run.json says what a run is: its recipe with every default, the checksums of what it starts from and learns from,
 versions. A run that resumes must be the same run."""
 
+import fcntl
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,8 @@ from grow.training.same_run import NAME, places
 
 _CHECKSUMS = 2  # of rows: how they are computed
 _MADE = "made.json"
+_SECONDS = 60
+"""How long a run waits for another process of it to end."""
 _LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
 
 
@@ -155,6 +159,23 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     if found[1] is not None:
         raise UserError(found[1])
     return found[0]
+
+
+def claim(run: Path) -> IO[str]:
+    """Returns an open file in a run's folder, which no other process can claim before it is closed, or this process has
+    ended. Waits for one that is about to end. Raises UserError for one that goes on. File systems without locks keep
+    nobody out."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("w")
+    for _ in range(_SECONDS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:
+            return file
+    raise UserError(f"{run}: another process trains this run; wait for it, or give another output_dir")
 
 
 def device_name() -> str:

@@ -58,7 +58,7 @@ from grow.training.liger import check_kernels, use_liger, uses_liger
 from grow.training.quiet import hush_accumulation
 from grow.training.resume import needs_universal
 from grow.training.run_data import probe_of, read_data, shuffled, steps_of
-from grow.training.run_file import device_name, first_day, from_rank_0, made_once, write_run_file
+from grow.training.run_file import claim, device_name, first_day, from_rank_0, made_once, write_run_file
 from grow.training.start import with_learning_rate
 from grow.training.trainer import GrowTrainer, compare_frozen
 
@@ -85,6 +85,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     compile_nothing()
     hush_accumulation()
     deepspeed.init_distributed(verbose=False)
+    held = list[Any]()
+    from_rank_0(lambda: held.append(claim(run)))
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer = _trainer(recipe, run, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

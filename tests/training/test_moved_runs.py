@@ -23,6 +23,7 @@ from grow.checkpoint.run_folder import (
 )
 from grow.errors import UserError
 from grow.methods import read_recipe
+from grow.training import run_file
 from grow.training.same_run import check_same_run, places
 from tests.helpers.running import here, train
 from tests.helpers.tiny import ROOT, folder_checksums, make_data, make_recipe, step_lines
@@ -198,3 +199,13 @@ def test_a_disk_that_fails_is_still_seen(monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match=os.strerror(number)):
             sync(path)
+
+
+def test_one_process_trains_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another waits for it, and says so in the end."""
+    monkeypatch.setattr(run_file, "_SECONDS", 1)
+    first = run_file.claim(tmp_path / "run")
+    with pytest.raises(UserError, match="another process trains this run"):
+        run_file.claim(tmp_path / "run")
+    first.close()
+    run_file.claim(tmp_path / "run").close()
