@@ -77,9 +77,10 @@ def check_all(recipe: Recipe) -> None:
     probe_of(recipe, tokenizer, Path(recipe.output_dir))
     for name, sequences in data.items():
         print(f"{name}: {summary(sequences)}", file=sys.stderr)
-    if data["train"].examples.checksum() == data["validation"].examples.checksum():
+    same = data["train"].examples.checksum() == data["validation"].examples.checksum()
+    if same or recipe.validation_split.partition("[")[0] == recipe.train_split:
         print(
-            "validation: these are the training rows; cut them, such as --train_split 'train[:90%]' "
+            "validation: these rows are trained on; cut them, such as --train_split 'train[:90%]' "
             "--validation_split 'train[90%:]'",
             file=sys.stderr,
         )

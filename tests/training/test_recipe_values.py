@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grow.checkpoint.zero import ZeroCheckpoint
+from grow.cli.main import main
 from grow.methods import read_recipe
 from tests.cli.test_command_line import mistake
 from tests.helpers.running import curve, here, train
@@ -155,3 +156,12 @@ def test_for_as_many_ranks_as_are_planned(
     assert "contradicts the recipe" in here(capsys, "train", path, "--check", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     here(capsys, "train", path, "--check")
+
+
+def test_validation_on_rows_that_are_trained_on(
+    text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft")
+    for split, said in (("train", True), ("train[90%:]", True), ("validation", False)):
+        assert main(["train", str(path), "--check", "--validation_split", split]) == 0
+        assert ("validation: these rows are trained on; cut them" in capsys.readouterr().err) == said
