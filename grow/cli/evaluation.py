@@ -57,10 +57,11 @@ def eval(
         "--limit": limit, "--retention-limit": retention_limit, "--samples": samples, "--generate": generate,
         "--shots": shots,
     }  # fmt: skip
-    most, most_known, shown, tokens, before = (number(flag, value) for flag, value in flags.items())
-    for flag, value in flags.items():
-        if number(flag, value) < 0:
-            raise UserError(f"{flag} {value}: 0 or more")
+    counts = {flag: number(flag, value) for flag, value in flags.items()}
+    for flag, count in counts.items():
+        if count < 0:
+            raise UserError(f"{flag} {count}: 0 or more")
+    most, most_known, shown, tokens, before = counts.values()
     if before and not tokens:
         raise UserError("--shots: goes with --generate TOKENS")
     alphas = tuple(number("--alpha", part, float) for part in alpha.split(","))

@@ -58,11 +58,8 @@ def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
     found = {}
     for folder, rows, template in mixed_rows(recipe):
         own = template_of(recipe)
-        text = "{text}" in template.completion and (template.prompt, template.completion) != (
-            own.prompt,
-            own.completion,
-        )
-        whole = not text  # a text may be a part of one
+        as_own = (template.prompt, template.completion) == (own.prompt, own.completion)
+        whole = as_own or "{text}" not in template.completion  # another's text may be a part of one
         encoded = encode_cached(rows, tokenizer, template, recipe.max_length, end=whole)
         encoded.check(f"mix: {folder}", recipe.max_bad_rows)
         found[folder] = PackedDataset(encoded.examples, recipe.max_length, pad_token_id(tokenizer), recipe.seed)

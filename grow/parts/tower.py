@@ -85,7 +85,8 @@ class Tower(Part):
         if not name or shapes[name] == base.tensors[name].shape:
             return config
         width, tower = shapes[name][1], config[_CONFIG]
-        said = {_RATIO: width // shapes[name][0]} if _RATIO in tower else {"intermediate_size": width}
+        by_ratio = _RATIO in tower or str(tower.get("model_type")).startswith("dinov2")
+        said = {_RATIO: width // shapes[name][0]} if by_ratio else {"intermediate_size": width}
         return {**config, _CONFIG: {**tower, **said}}
 
 
