@@ -161,21 +161,28 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def claim(run: Path) -> IO[str]:
-    """Returns an open file in a run's folder, which no other process can claim before it is closed, or this process has
-    ended. Waits for one that is about to end. Raises UserError for one that goes on. File systems without locks keep
-    nobody out."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("w")
-    for _ in range(_SECONDS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(1)
-        except OSError:
-            return file
-    raise UserError(f"{run}: another process trains this run; wait for it, or give another output_dir")
+class Claim:
+    """Keeps a run's folder for this process, until that ends."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Locks RUN/.lock, unless this has been done; waits for another process that is about to end. Raises UserError
+        for one that goes on. A file system without locks keeps nobody out."""
+        if self._file is not None:
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._file = (self.run / ".lock").open("w")
+        for _ in range(_SECONDS):
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(1)
+            except OSError:
+                return
+        raise UserError(f"{self.run}: another process trains this run; wait for it, or give another output_dir")
 
 
 def device_name() -> str:

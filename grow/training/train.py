@@ -58,7 +58,7 @@ from grow.training.liger import check_kernels, use_liger, uses_liger
 from grow.training.quiet import hush_accumulation
 from grow.training.resume import needs_universal
 from grow.training.run_data import probe_of, read_data, shuffled, steps_of
-from grow.training.run_file import claim, device_name, first_day, from_rank_0, made_once, write_run_file
+from grow.training.run_file import Claim, device_name, first_day, from_rank_0, made_once, write_run_file
 from grow.training.start import with_learning_rate
 from grow.training.trainer import GrowTrainer, compare_frozen
 
@@ -85,10 +85,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     compile_nothing()
     hush_accumulation()
     deepspeed.init_distributed(verbose=False)
-    held = list[Any]()
-    from_rank_0(lambda: held.append(claim(run)))
+    claimed = Claim(run)
+    from_rank_0(lambda: claimed.take() if run.is_dir() else None)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
-    trainer = _trainer(recipe, run, start, shutdown, checkpoint)
+    trainer = _trainer(recipe, claimed, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not shutdown.preempted:
         result = _finish(trainer, run, start)
@@ -112,13 +112,15 @@ def _take_device() -> None:
         torch.cuda.set_device(rank if rank < torch.cuda.device_count() else 0)  # a launcher may show each rank its own
 
 
-def _trainer(recipe: Recipe, run: Path, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
+def _trainer(recipe: Recipe, claimed: Claim, start: Checkpoint, shutdown: Any, checkpoint: Path | None) -> Any:
     """Returns a trainer with the model, as the method prepares it, and the data; writes run.json."""
+    run = claimed.run
     recipe = recipe.on(from_rank_0(lambda: first_day(run)))
     tokenizer = tokenizer_of(recipe)
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
     steps = steps_of(recipe, sequences)
+    from_rank_0(claimed.take)  # a run's first start makes its folder once nothing is wrong
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
     method = recipe.make_method()

@@ -204,8 +204,10 @@ def test_a_disk_that_fails_is_still_seen(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_one_process_trains_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another waits for it, and says so in the end."""
     monkeypatch.setattr(run_file, "_SECONDS", 1)
-    first = run_file.claim(tmp_path / "run")
+    first = run_file.Claim(tmp_path / "run")
+    first.take()
+    first.take()
     with pytest.raises(UserError, match="another process trains this run"):
-        run_file.claim(tmp_path / "run")
-    first.close()
-    run_file.claim(tmp_path / "run").close()
+        run_file.Claim(tmp_path / "run").take()
+    del first
+    run_file.Claim(tmp_path / "run").take()
