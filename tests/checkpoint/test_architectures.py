@@ -139,6 +139,7 @@ def test_each_class_grows_and_comes_out_again(kind: str, tmp_path: Path) -> None
     expand(str(source), str(grown))
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(logits(grown, dtype), logits(source, dtype))
+        assert torch.equal(*(tiny.written_scores(load(path, dtype)) for path in (grown, source)))
     assert verify(str(grown), str(source))["problems"] == []
     consolidate(str(grown), str(stock))
     model, info = CLASSES[kind][0].from_pretrained(stock, dtype=torch.float32, output_loading_info=True)

@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from grow.checkpoint.consolidate import consolidate
 from grow.checkpoint.expand import expand
 from grow.checkpoint.package import extract_base
+from grow.checkpoint.switch_record import SwitchRecord
 from grow.checkpoint.updates import read_updates
 from grow.checkpoint.verify import verify
 from grow.errors import UserError
 from grow.model.layouts import decoder_mlps
 from grow.model.loading import load
+from grow.model.switched import put_switch
 from tests.checkpoint.test_architectures import make
 from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import train_and_resume
@@ -69,6 +72,13 @@ def test_it_trains(text_base: Path, other: Path, sums: Path, tmp_path: Path) -> 
     grow("consolidate", tmp_path / "run", tmp_path / "trained", "--format", "grown")
     assert json.loads((tmp_path / "trained/growth.json").read_text())["copies_from"] == "other"
     assert verify(str(tmp_path / "trained"))["problems"] == []
+    # As a package on its base again, with a switch.
+    grow("growth", tmp_path / "trained", tmp_path / "package")
+    grow("attach", text_base, tmp_path / "package", tmp_path / "again")
+    trained, again = (load(path, torch.float32) for path in (tmp_path / "trained", tmp_path / "again"))
+    assert torch.equal(logits(again), logits(trained))
+    put_switch(again, SwitchRecord("row", 0, np.zeros(32, np.float32), 1.0))
+    assert torch.equal(logits(again), logits(load(text_base, torch.float32))), "no row opens it"
     with pytest.raises(UserError, match="its copies came from other; name the run"):
         read_updates(str(tmp_path / "trained"))
 

@@ -21,7 +21,7 @@ from grow.parts import FIELDS, PARTS
 from tests.checkpoint.test_architectures import make
 from tests.checkpoint.test_attention_heads import move
 from tests.helpers.running import consolidate, here, train_and_resume
-from tests.helpers.tiny import folder_checksums, logits, make_base, make_recipe, tokens
+from tests.helpers.tiny import folder_checksums, logits, make_base, make_recipe, tokens, written_scores
 
 PROMPTS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(3))
 
@@ -42,6 +42,7 @@ def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, dtype
     assert verify(str(grown), str(base))["problems"] == []
     before = logits(load(base, dtype))
     assert torch.equal(logits(load(grown, dtype)), before)
+    assert torch.equal(*(written_scores(load(path, dtype)) for path in (grown, base)))
     move(grown)
     assert not torch.equal(logits(load(grown, dtype)), before)
     assert torch.equal(logits(load(grown, dtype, alpha=0)), before)

@@ -24,7 +24,15 @@ from tests.checkpoint.test_architectures import E2B
 from tests.checkpoint.test_attention_heads import move
 from tests.helpers.checkpoints import edit_json
 from tests.helpers.running import here
-from tests.helpers.tiny import TEXT_CONFIG, VISION_CONFIG, folder_checksums, make_base, make_tokenizer, tokens
+from tests.helpers.tiny import (
+    TEXT_CONFIG,
+    VISION_CONFIG,
+    folder_checksums,
+    make_base,
+    make_tokenizer,
+    tokens,
+    written_scores,
+)
 
 BOTH: dict[str, Any] = {"layers": "none", "tower": "vision", "train_projector": True}
 
@@ -119,9 +127,7 @@ def test_it_starts_as_its_base(tmp_path: Path, kind: str, dtype: torch.dtype) ->
     assert verify(str(grown), str(base))["problems"] == []
     models = [load(path, dtype) for path in (base, grown)]
     assert torch.equal(*(logits(model, kind) for model in models))
-    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_scores": True}
-    how |= {"return_dict_in_generate": True, **seen(kind, dtype)}
-    assert torch.equal(*(torch.stack(model.generate(**how).scores) for model in models))
+    assert torch.equal(*(written_scores(model, **seen(kind, dtype)) for model in models))
     move(grown)
     moved = load(grown, dtype)
     assert not torch.equal(logits(moved, kind), logits(models[0], kind))

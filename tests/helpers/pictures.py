@@ -29,5 +29,17 @@ def make_pictures(path: Path) -> Path:
     return path
 
 
+def make_kept(path: Path) -> Path:
+    """Held-out rows of another kind, with pictures and of text alone: is it dark, and what comes before?"""
+    path.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for index in range(6):
+        Image.new("RGB", (16, 20), (40 * index, 40 * index, 30)).save(path / f"{index}.png")
+        rows.append({"question": "dark?", "answer": "yn"[index > 2], "picture": f"{index}.png"})
+    rows += [{"question": f"before {number}:", "answer": str(number - 1), "picture": None} for number in (5, 8, 9)]
+    (path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 FIELDS = {"images": "picture", "prompt": "{question}", "completion": "{answer}", "max_length": 32}
 """Of a recipe for these rows."""

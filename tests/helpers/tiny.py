@@ -180,6 +180,13 @@ def tokens(count: int = 40, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 256, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
+def written_scores(model: Any, **inputs: Any) -> torch.Tensor:
+    """The logits of six tokens that are written greedily, with a KV cache."""
+    how: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_scores": True}
+    given = inputs or {"input_ids": tokens(8)}
+    return torch.stack(model.generate(**given, **how, return_dict_in_generate=True).scores)
+
+
 def logits(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
     """Of some text, or of other inputs."""
     with torch.no_grad():

@@ -27,7 +27,7 @@ from grow.methods import read_recipe
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
 from tests.checkpoint.test_tower import base_of, logits
-from tests.helpers.pictures import FIELDS, make_pictures
+from tests.helpers.pictures import FIELDS, make_kept, make_pictures
 from tests.helpers.running import consolidate, here, start, train_and_resume
 from tests.helpers.tiny import folder_checksums, make_base, make_recipe, run
 
@@ -262,16 +262,31 @@ def test_it_trains(
     assert torch.allclose(logits(load(tmp_path / "stock", torch.float32), kind), expected, atol=1e-3)
     extract_base(str(tmp_path / "still"), str(tmp_path / "base"))
     assert folder_checksums(tmp_path / "base") == folder_checksums(base)
-    # Scores, of pictures kept and of those learnt, at α = 0 and 1.
-    fields = {"retention": str(pictures), "retention_prompt": "{question}!", "retention_completion": "{answer}"}
+    # Scores, at α = 0 and 1: of the task, and of other pictures and text, held out, that the base is to keep.
+    kept = make_kept(tmp_path / "kept")
+    fields = {"retention": str(kept), "retention_prompt": "{question}", "retention_completion": "{answer}"}
     scored = evaluate(str(tmp_path / "still"), read_recipe(str(recipe), fields), (0.0, 1.0), samples=2)
     at_0, at_1 = scored["by_alpha"]
-    for part in ("task", "retention"):  # rows of text that are among the training rows are left out, pictures are not
-        assert (at_0[part]["rows"], at_0[part]["contaminated"]) == (12, 4)
+    assert (at_0["task"]["rows"], at_0["task"]["contaminated"]) == (12, 4)  # text that is among the training rows
+    assert (at_1["retention"]["rows"], at_1["retention"]["contaminated"]) == (9, 0)
     assert at_0["task"]["identical"] == at_0["retention"]["identical"] == 1
+    assert at_0["retention"]["kl"] == 0 < at_1["retention"]["kl"]
+    assert at_1["retention"]["from_base"]["rows"] == 9 and at_1["retention"]["loss"] != at_0["retention"]["loss"]
     learnt = 0.5 if kind == "gemma3" else 0.2
     assert at_1["task"]["loss"] < at_0["task"]["loss"] - learnt and at_1["task"]["identical"] < 1
     assert len(at_1["samples"]) == 2 and "failed" not in at_1
+
+
+@pytest.mark.parametrize("alone", ["tower", "language model"])
+def test_either_alone(
+    bases: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, alone: str
+) -> None:
+    """A tower that has grown, or a language model, learns from images while the other stays the base's."""
+    how: dict[str, Any] = {"tower": "vision"} if alone == "tower" else {"layers": "all"}
+    recipe = recipe_of(tmp_path, bases["gemma3"], pictures, learning_rate=2e-2, train_batch_size=16, **how)
+    here(capsys, "expand", bases["gemma3"], tmp_path / "run" / "grown", *(f"--{k}={v}" for k, v in how.items()))
+    weights = train_and_resume(recipe, 1)
+    assert weights and all(("vision_tower" in name) == (alone == "tower") for name in weights)
 
 
 @pytest.mark.parametrize(
