@@ -9,8 +9,9 @@ import pytest
 from grow.checkpoint.expand import expand
 from grow.methods import read_recipe
 from grow.training.footprint import describe_run
+from tests.helpers.pictures import FIELDS, make_pictures
 from tests.helpers.running import here, rank_here, start
-from tests.helpers.tiny import make_recipe
+from tests.helpers.tiny import make_base, make_recipe
 
 
 def bytes_of(tensors: Any) -> int:
@@ -52,28 +53,39 @@ def measured_rank(recipe: Path, *rank: Any) -> None:
     rank_here(recipe, *rank)
 
 
+SOME: dict[str, Any] = {"layers": "1,2"}
+
+
 @pytest.mark.parametrize(
-    ("stage", "method", "dtype"),
+    ("stage", "method", "dtype", "grows"),
     [
-        (1, "sft", "float32"),
-        (2, "g_freeze", "bfloat16"),
-        (3, "g_train", "bfloat16"),
-        pytest.param(1, "adapter", "bfloat16", marks=pytest.mark.full),
-        pytest.param(2, "lora", "float32", marks=pytest.mark.full),
-        pytest.param(3, "lora", "bfloat16", marks=pytest.mark.full),
-        pytest.param(2, "g_lora", "bfloat16", marks=pytest.mark.full),
+        (1, "sft", "float32", SOME),
+        (2, "g_freeze", "bfloat16", SOME),
+        (3, "g_train", "bfloat16", SOME),
+        (2, "g_freeze", "bfloat16", {"attention": "queries"}),
+        (2, "g_freeze", "bfloat16", {"tower": "vision", "train_projector": True}),
+        pytest.param(1, "g_train", "bfloat16", {"attention": "heads"}, marks=pytest.mark.full),
+        pytest.param(1, "g_freeze", "bfloat16", {"train_embedding": True}, marks=pytest.mark.full),
+        pytest.param(1, "adapter", "bfloat16", SOME, marks=pytest.mark.full),
+        pytest.param(2, "lora", "float32", SOME, marks=pytest.mark.full),
+        pytest.param(3, "lora", "bfloat16", SOME, marks=pytest.mark.full),
+        pytest.param(2, "g_lora", "bfloat16", SOME, marks=pytest.mark.full),
     ],
 )
 def test_a_run_takes_what_the_plan_says(
-    text_base: Path, sums: Path, stage: int, method: str, dtype: str, tmp_path: Path
+    text_base: Path, sums: Path, stage: int, method: str, dtype: str, grows: dict[str, Any], tmp_path: Path
 ) -> None:
-    expand(str(text_base), str(tmp_path / "grown"), layers="1,2")
-    fields = {"method": method, "dtype": dtype, "max_steps": 2}
-    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, **fields)
+    fields: dict[str, Any] = {"method": method, "dtype": dtype, "max_steps": 2}
+    base, rows = text_base, sums
+    if "tower" in grows:
+        base, rows = make_base(tmp_path / "base", "multimodal"), make_pictures(tmp_path / "pictures")
+        fields |= FIELDS | grows
+    expand(str(base), str(tmp_path / "grown"), **grows)
+    recipe = make_recipe(tmp_path / "r.yaml", base, tmp_path / "grown", rows, stage, **fields)
     planned = describe_run(read_recipe(str(recipe)), 2)
     start(recipe, 2, measured_rank)
     found = json.loads(recipe.with_suffix(".json").read_text())
-    assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1)
+    assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1, abs=300), "and what aligns a shard"
     files = list((tmp_path / "run" / "checkpoint-2").rglob("*_states.pt"))
     assert sum(file.stat().st_size for file in files) == pytest.approx(
         planned["checkpoint_bytes"], rel=0.1, abs=45_000 * len(files)
