@@ -85,7 +85,9 @@ def test_a_run_takes_what_the_plan_says(
     planned = describe_run(read_recipe(str(recipe)), 2)
     start(recipe, 2, measured_rank)
     found = json.loads(recipe.with_suffix(".json").read_text())
-    assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1, abs=300), "and what aligns a shard"
+    # A tower so small has gradients of 2 kB, beside which a buffer that is freed a moment later shows.
+    spare = 1024 if "tower" in grows else 0
+    assert planned["stages"][str(stage)] == pytest.approx(found, rel=0.1, abs=spare)
     files = list((tmp_path / "run" / "checkpoint-2").rglob("*_states.pt"))
     assert sum(file.stat().st_size for file in files) == pytest.approx(
         planned["checkpoint_bytes"], rel=0.1, abs=45_000 * len(files)
