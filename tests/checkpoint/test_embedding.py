@@ -69,14 +69,18 @@ def test_its_stock_form(text_base: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert "takes a Gemma's embedding for its head" in said
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_it_trains(text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [(1, 1), (3, 1), *(pytest.param(stage, 2, marks=pytest.mark.full) for stage in (2, 3))]
+)
+def test_it_trains(
+    text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture, stage: int, ranks: int
+) -> None:
     """By a recipe that asks for it, under any stage, and resumes in the same bits."""
     said = here(capsys, "expand", text_base, tmp_path / "grown", "--train-embedding")
     assert "grown: the input embedding\n" in said
     asked = {"layers": "none", "train_embedding": True}
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path / "grown", sums, stage, **asked)
-    assert list(train_and_resume(recipe, 1)) == ["model.embed_tokens.grown.weight"]
+    assert list(train_and_resume(recipe, ranks)) == ["model.embed_tokens.grown.weight"]
     run = tmp_path / "run"
     consolidate(str(run), str(tmp_path / "still"), "grown")
     expected = logits(load(tmp_path / "still", torch.float32))

@@ -229,11 +229,25 @@ def test_rows_of_text_beside_them(bases: dict[str, Path], pictures: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"),
-    [("gemma3", "g_freeze"), ("gemma3", "g_train"), ("gemma4-clips", "g_freeze"), ("vit", "g_train")],
+    ("kind", "method", "stage", "ranks"),
+    [
+        ("gemma3", "g_freeze", 1, 1),
+        ("gemma3", "g_train", 1, 1),
+        ("gemma4-clips", "g_freeze", 1, 1),
+        ("vit", "g_train", 1, 1),
+        pytest.param("gemma3", "g_freeze", 2, 2, marks=pytest.mark.full),
+        pytest.param("gemma3", "g_train", 3, 2, marks=pytest.mark.full),
+    ],
 )
 def test_it_trains(
-    bases: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, method: str
+    bases: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    kind: str,
+    method: str,
+    stage: int,
+    ranks: int,
 ) -> None:
     """The tower, its projector and query heads, or MLPs, from pictures and text; the run resumes in the same bits, and
     its base is inside, bit for bit, also for images."""
@@ -242,12 +256,12 @@ def test_it_trains(
     how = {"tower": "vision", "train_projector": projector, "method": method, "max_length": LENGTH[kind[:6]]}
     how |= {"attention": "queries"} if kind == "gemma3" else {"layers": "all"}
     rate = 5e-3 if kind == "gemma3" else 3e-2
-    recipe = recipe_of(tmp_path, base, pictures, learning_rate=rate, train_batch_size=16, **how)
+    recipe = recipe_of(tmp_path, base, pictures, stage, learning_rate=rate, train_batch_size=16, **how)
     growth = ("--tower", "vision", *["--train-projector"] * projector)
     growth += ("--attention", "queries") if kind == "gemma3" else ("--layers", "all")
     here(capsys, "expand", base, tmp_path / "run" / "grown", *growth)
     assert "parameters" in here(capsys, "plan", recipe)
-    weights = train_and_resume(recipe, 1)
+    weights = train_and_resume(recipe, ranks)
     parts = {"vision_tower", "language_model"}
     parts |= {"multi_modal_projector" if kind == "gemma3" else "embed_vision"} if projector else set()
     assert {next(part for part in parts if part in name) for name in weights} == parts

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.gpu
         pytest.param("gpt2", "g_train", 3, 2, marks=pytest.mark.full),
         pytest.param("gemma4", "g_freeze", 3, 2, marks=pytest.mark.full),
         pytest.param("gemma4-e2b", "sft", 3, 2, marks=pytest.mark.full),
+        pytest.param("gemma4-e2b", "g_freeze", 2, 2, marks=pytest.mark.full),
+        pytest.param("gemma3n", "g_train", 2, 2, marks=pytest.mark.full),
     ],
 )
 def test_it_learns_and_resumes(kind: str, method: str, stage: int, ranks: int, sums: Path, tmp_path: Path) -> None:
