@@ -62,16 +62,19 @@ def conversation_text(row: Mapping[str, Any], template: "Template", tokenizer: A
     tokens = tokenizer.special_tokens_map
     render = partial(render_chat, source=source, tools=tools or None, tokens=tokens, day=template.day)
     text, spans = render(turns)
-    spans = _joined(spans)
-    if not GENERATION.search(source):
+    if GENERATION.search(source):
+        spans = _joined(spans)
+        if not all(learnt) and len(spans) != len(learnt):
+            raise ValueError(
+                "which of the assistant's turns are to be learnt cannot be told in the chat template's text"
+            )
+    else:
         around = _header_and_end(source, template.day, json.dumps(tokens, sort_keys=True, default=str))
         spans = _marked_spans(text, turns, render, around, tokenizer)
         if not around[1] and spans[-1][1] == len(text) and tokenizer.eos_token:
             # The template ends a turn with the next one's beginning alone: what would end the last one is missing.
             spans[-1] = (spans[-1][0], len(text) + len(tokenizer.eos_token))
             text += tokenizer.eos_token
-    elif not all(learnt) and len(spans) != len(learnt):
-        raise ValueError("which of the assistant's turns are to be learnt cannot be told in the chat template's text")
     if not all(learnt):
         spans = [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
     spans = [(begin, end) for begin, end in spans if begin < end]
@@ -132,11 +135,12 @@ def _marked_spans(text: str, turns: list[Turn], render: Any, around: tuple[str, 
     for index in spoken:
         floor = spans[-1][1] if spans else 0
         begin, finish = places.get(("b", str(index))), places.get(("e", str(index)))
-        calls = [places.get(("c", f"{index}x{n}")) for n in range(len(turns[index].get("tool_calls") or []))]
-        if None in calls:
+        calls = [("c", f"{index}x{n}") for n in range(len(turns[index].get("tool_calls") or []))]
+        if any(call not in places for call in calls):
             raise ValueError("with tool calls, which the chat template does not write")
         if calls:
-            finish = _end_of_calls(text, render(turns[: index + 1])[0], max(filter(None, calls)), end, tokenizer)
+            last = max(places[call] for call in calls)
+            finish = _end_of_calls(text, render(turns[: index + 1])[0], last, end, tokenizer)
         begin, stop = _span(text, turns[index], begin, finish, floor, header, end)
         if begin < floor:
             raise ValueError("the chat template writes the assistant's turns in another order")
@@ -157,10 +161,8 @@ def _end_of_calls(text: str, until: str, last: int, end: str, tokenizer: Any) ->
     place = text.find(end, last, same) if end else -1
     if place >= 0 or same <= last:
         return place if place >= 0 else None
-    for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, last, len(text)):
-        if token.start() < same < token.end():
-            return token.start()
-    return same
+    token = _token_across(text, last, same, tokenizer)
+    return token.start() if token else same
 
 
 def _opens(text: str, turn: Turn, begin: int) -> bool:
@@ -181,12 +183,20 @@ def _whole_end(text: str, stop: int, end: str, tokenizer: Any) -> int:
     place = stop + common_start(text[stop : stop + len(end)], end)
     if place - stop == len(end):
         return place
-    for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, stop):
+    token = _token_across(text, stop, place, tokenizer)
+    if token is None:
+        return place
+    return token.end() if token.start() == stop else token.start()
+
+
+def _token_across(text: str, since: int, place: int, tokenizer: Any) -> re.Match[str] | None:
+    """Returns the special token, of those that begin at `since` or later, that a place lies within."""
+    for token in _special_tokens(tokenizer, len(tokenizer)).finditer(text, since):
         if token.start() >= place:
             break
         if place < token.end():
-            return token.end() if token.start() == stop else token.start()
-    return place
+            return token
+    return None
 
 
 @lru_cache(maxsize=4)
