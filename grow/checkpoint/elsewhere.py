@@ -40,7 +40,7 @@ def check_program(program: str, path: str, config: dict[str, Any], names: Iterab
             "embedding for its head; grow something else for it"
         )
     kind = config.get("model_type") if "vision_config" in config else kind
-    begin = _TOWER_IN_FILES.get(str(kind)) if "vision_config" in config else None
+    begin = _TOWER_IN_FILES.get(str(kind))
     if program == "vllm" and begin and not any(name.startswith(begin) for name in names):
         return (
             f"vllm: looks for the tower's tensors as {begin}…, as the hub has them; {path} has them under the names of "

@@ -46,18 +46,22 @@ def read_sequences(recipe: Any, tokenizer: Any, split: str) -> PackedDataset:
 def mixed_rows(recipe: Recipe) -> Iterator[tuple[str, Rows, Template]]:
     """Yields the data sets that are mixed in: name, rows, and how a row becomes text, by the recipe's template if they
     have its columns, else a prompt and its completion, or a text, all of which is learnt."""
+    if not recipe.mix:
+        return
+    own = template_of(recipe)
     for folder in recipe.mix:
         path, part = sliced(folder)
         rows = _placed(load_rows(path, "train" + part), recipe, path)
-        yield folder, rows, with_images(other_template(rows, template_of(recipe)), recipe, rows, path)
+        yield folder, rows, with_images(other_template(rows, own), recipe, rows, path)
 
 
 def read_mixed(recipe: Recipe, tokenizer: Any) -> dict[str, PackedDataset]:
     """Returns the data sets that are mixed in, packed, by the names that `mix` gives them. Raises UserError as
     read_sequences does."""
-    found = {}
+    if not recipe.mix:
+        return {}
+    own, found = template_of(recipe), {}
     for folder, rows, template in mixed_rows(recipe):
-        own = template_of(recipe)
         as_own = (template.prompt, template.completion) == (own.prompt, own.completion)
         whole = as_own or "{text}" not in template.completion  # another's text may be a part of one
         encoded = encode_cached(rows, tokenizer, template, recipe.max_length, end=whole)

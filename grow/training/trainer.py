@@ -96,7 +96,7 @@ class GrowTrainer(CheckpointingTrainer):
         self.step_loss = self.step_loss + loss
         if self.accelerator.sync_gradients:
             factor = self.method.rate_factor(self.accelerator.reduce(self.step_loss, "mean").item())
-            self.step_loss = torch.zeros_like(loss)
+            self.step_loss = 0.0
             for group in self.optimizer.param_groups:
                 group["lr"] *= factor
 
