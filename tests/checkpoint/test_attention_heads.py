@@ -25,7 +25,7 @@ from grow.training.check import check_run
 from tests.checkpoint.test_architectures import make
 from tests.helpers.running import consolidate as consolidate_run
 from tests.helpers.running import here, train_and_resume
-from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, logits, make_base, make_recipe, tokens
+from tests.helpers.tiny import TEXT_CONFIG, folder_checksums, logits, make_base, make_recipe, tokens, written_scores
 
 SHARING = ("gemma4", "gemma4-values", "gemma3n")
 """Layers share keys and values, and have heads of two sizes; or values that are the keys."""
@@ -87,14 +87,7 @@ def test_it_starts_as_its_base(text_base: Path, tmp_path: Path, kind: str, heads
     packed = {"input_ids": tokens(24), "position_ids": torch.cat((torch.arange(10), torch.arange(14)))[None]}
     for inputs in ({"input_ids": tokens(20)}, packed | {"use_cache": False}):
         assert torch.equal(*(model(**inputs).logits for model in models))
-    how: dict[str, Any] = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "output_scores": True,
-        "return_dict_in_generate": True,
-    }
-    scores = [torch.stack(model.generate(tokens(9), **how).scores) for model in models]
-    assert torch.equal(*scores)
+    assert torch.equal(*map(written_scores, models))
     for part in grown_parts(models[1]):
         part.grown.o_proj.weight.data.mul_(2)
     assert not torch.equal(*(model(tokens(20)).logits for model in models))

@@ -181,9 +181,9 @@ def tokens(count: int = 40, seed: int = 1) -> torch.Tensor:
 
 
 def written_scores(model: Any, **inputs: Any) -> torch.Tensor:
-    """The logits of six tokens that are written greedily, with a KV cache."""
-    how: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_scores": True}
-    given = inputs or {"input_ids": tokens(8)}
+    """The logits of eight tokens that are written greedily, with a KV cache."""
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "output_scores": True}
+    given = inputs or {"input_ids": tokens(9)}
     return torch.stack(model.generate(**given, **how, return_dict_in_generate=True).scores)
 
 
