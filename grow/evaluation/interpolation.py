@@ -17,8 +17,8 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.errors import UserError
 from grow.model.alpha import has_base_inside, set_alpha
 from grow.model.bottleneck import CONFIG
-from grow.model.loading import compute_device, compute_dtype, is_lora, load
-from grow.model.lora import scale_adapter
+from grow.model.loading import LORA_CONFIG, compute_device, compute_dtype, is_lora, load
+from grow.model.lora import check_scales, not_scaled
 from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
 from grow.model.switched import set_switch
@@ -35,7 +35,7 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     if (folder / "run.json").is_file():
         raise UserError(f"{path}: is a run; score what it is consolidated to (launch/consolidate.sh RECIPE)")
     refuse_package(folder)
-    inside = holds_base(folder)
+    alphas, inside = tuple(alphas), holds_base(folder)
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")
     if start and _shapes(path) != _shapes(start):
@@ -43,6 +43,8 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise UserError(f"--alpha {alpha:g}: it lies between 0 (the base) and 1 (as trained)")
+        if is_lora(folder):
+            check_scales(_adapter(folder), alpha)
         if alpha != 1 and not (inside or start):
             raise UserError(f"{path}: no base is inside; name what it was trained from: --start BASE")
 
@@ -55,7 +57,13 @@ def refuse_package(folder: Path) -> None:
 
 def holds_base(folder: Path) -> bool:
     """Says whether a checkpoint's folder holds, or names, the base beside what was trained."""
-    return (folder / CONFIG).is_file() or is_lora(folder) or "growth" in read_json(folder / "config.json")
+    if is_lora(folder):
+        return not _adapter(folder)
+    return (folder / CONFIG).is_file() or "growth" in read_json(folder / "config.json")
+
+
+def _adapter(folder: Path) -> str:
+    return not_scaled(read_json(folder / LORA_CONFIG))
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
@@ -89,7 +97,6 @@ class Interpolation:
         """Sets the interpolation coefficient."""
         if self._base is None:
             set_alpha(self.model, alpha)
-            scale_adapter(self.model, alpha)
         elif alpha != self.alpha:
             for now, trained, before in self._trained:
                 between = trained if alpha else before

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from grow.model import bottleneck
 from grow.model.alpha import set_alpha
 from grow.model.grown import add_parts
 from grow.model.layouts import decoder_mlps
-from grow.model.lora import add_gates, scale_adapter
+from grow.model.lora import add_gates
 from grow.model.skills import add_skills
 from grow.model.switched import put_switch, put_switches
 from grow.names import VIT_COPIES, canonical
@@ -168,16 +169,26 @@ def load_lora(path: Path, dtype: torch.dtype | str, alpha: float = 1.0, base: st
     name = base or read_json(path / LORA_CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{path}: its {LORA_CONFIG} does not name its base")
-    model = load(name, dtype)
-    try:
-        model.load_adapter(str(path), is_trainable=False)
-    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
-        raise UserError(f"{path}: PEFT cannot put it on {name} ({_short(error)})") from error
+    model = _with_adapter(load(name, dtype), path, name)
     _add_gates(model, path)
     if (path / SWITCH_NAME).is_file():
         put_switch(model, read_switch(read_json(path / SWITCH_NAME), path / SWITCH_NAME))
-    scale_adapter(model, alpha)
+    set_alpha(model, alpha)
     return model.eval()
+
+
+def _with_adapter(model: PreTrainedModel, path: Path, base: str) -> PreTrainedModel:
+    # By PEFT itself: transformers' load_adapter leaves out the magnitudes of a DoRA.
+    import peft
+
+    try:
+        if peft.PeftConfig.from_pretrained(str(path)).is_prompt_learning:
+            raise ValueError("it is in the prompt, and not in the model's layers")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False).get_base_model()
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"{path}: PEFT cannot put it on {base} ({_short(error)})") from error
 
 
 def _add_gates(model: Any, path: Path) -> None:

@@ -10,6 +10,8 @@ from grow.errors import UserError
 from grow.model.where_on import where_on
 from grow.names import LAYERS, is_copy
 
+# PEFT takes the LoRA's start out of the base's own weights.
+_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LAYER = re.compile(rf"(?:^|\.){LAYERS}\.(\d+)\.(\w+)")
 
 
@@ -37,17 +39,45 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and not is_copy(name)}
 
 
-def scale_adapter(model: nn.Module, alpha: float) -> None:
-    """Sets the interpolation coefficient of LoRAs that are not merged: 0 is the base, exactly, 1 as trained. The
-    weights W + α·s·B A, s LoRA's own scaling, are those that merging at α has. Raises UserError for an adapter of
-    another kind, between 0 and 1."""
-    layers = lora_layers(model)
-    if alpha != 1 and not layers and getattr(model, "peft_config", None):
+def not_scaled(config: dict[str, Any]) -> str:
+    """Says what of an adapter of PEFT's, by its config, `scale_loras` leaves as it is: training moved it too, or put
+    it in the base's place. "" if there is no such thing."""
+    if config.get("peft_type") != "LORA":
+        return f"an adapter of the kind {config.get('peft_type')}"
+    for field in ("use_dora", "modules_to_save", "trainable_token_indices"):
+        if config.get(field):
+            return f"a LoRA with {field}"
+    if config.get("bias", "none") != "none":
+        return f"a LoRA with bias: {config['bias']}"
+    start = str(config.get("init_lora_weights"))
+    return f"a LoRA with init_lora_weights: {start}" if start.startswith(_OF_THE_BASE) else ""
+
+
+def _not_scaled(model: nn.Module) -> str:
+    configs = (config.to_dict() for config in (getattr(model, "peft_config", None) or {}).values())
+    return next(filter(None, map(not_scaled, configs)), "")
+
+
+def has_scaled_loras(model: nn.Module) -> bool:
+    """Says whether a model has LoRAs, all of which `scale_loras` takes back to the base."""
+    return bool(lora_layers(model)) and not _not_scaled(model)
+
+
+def check_scales(kind: str, alpha: float) -> None:
+    """Raises UserError for an interpolation coefficient where `not_scaled` says that there is none."""
+    if kind and alpha != 1:
         raise UserError(
-            f"alpha {alpha:g}: this adapter is no LoRA, and has no coefficient before it is merged: grow consolidate "
-            f"RUN OUT --alpha {alpha:g}"
+            f"alpha {alpha:g}: {kind} has no coefficient before it is merged; merge it (grow consolidate RUN OUT, or "
+            f"PEFT's merge_and_unload), and name its base beside it: --start BASE"
         )
-    for layer in layers.values():
+
+
+def scale_loras(model: nn.Module, alpha: float) -> None:
+    """Sets the interpolation coefficient of LoRAs that are not merged: 0 is the base, exactly, 1 as trained. The
+    weights W + α·s·B A, s LoRA's own scaling, are those that merging at α has. Raises UserError for adapters that have
+    none, unless α is 1."""
+    check_scales(_not_scaled(model), alpha)
+    for layer in lora_layers(model).values():
         own = layer.__dict__.setdefault("own_scaling", dict(layer.scaling))
         layer.scaling = {name: alpha * scaling for name, scaling in own.items()}
 

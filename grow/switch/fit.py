@@ -113,7 +113,7 @@ def fit_switch(
         "opens_at_most": limit.opens_at_most,
         "table": table,
     }
-    _refuse(table, kind)
+    check_table(table, kind)
     return SwitchRecord(kind, layer, detector.weight.float().numpy(), limit.value - detector.bias, decay, facts=facts)
 
 
@@ -127,16 +127,16 @@ def _line(what: str, name: str, scores: Tensor, of_task: Tensor, limit: float) -
     return line if what == "task" else line | {"auroc": auroc(of_task, scores)}
 
 
-def _refuse(table: list[dict[str, Any]], kind: str) -> None:
-    """Raises UserError where a switch would not do what it is for."""
+def check_table(table: list[dict[str, Any]], kind: str) -> None:
+    """Raises UserError where a switch would not do what it is for. One text alone, of a few, tells nothing."""
     task, unit = table[0], "tokens" if kind == "token" else "rows"
-    if task["open"] < _LEAST_OPEN[kind]:
+    if (1 - task["open"]) * task["rows"] > max(1, (1 - _LEAST_OPEN[kind]) * task["rows"]):
         raise UserError(
             f"switch: the task cannot be told apart: {task['open']:.0%} of the validation {unit} would open; see "
             "whether they are like the training rows (grow preview), or train without a switch"
         )
     for line in table:
-        if line["kind"] == "other" and line["open"] > _MOST_OPEN:
+        if line["kind"] == "other" and line["open"] * line["rows"] > max(1, _MOST_OPEN * line["rows"]):
             raise UserError(
                 f"switch: the task cannot be told apart from {line['name']}, {line['open']:.0%} of which would open; "
                 "give the template words that no other text has, or train without a switch"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -20,26 +21,35 @@ pytestmark = [
 ]
 
 
-def test_from_the_hub_to_a_scored_stock_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "base", "cls"),
+    [
+        ("gemma3_1b", "gemma-3-1b-pt", transformers.Gemma3ForCausalLM),
+        ("gemma4_e2b", "gemma-4-E2B", transformers.Gemma4ForConditionalGeneration),
+    ],
+)
+def test_from_the_hub_to_a_scored_stock_checkpoint(
+    size: str, base: str, cls: Any, cluster: Cluster, tmp_path: Path
+) -> None:
     stand_ins(tmp_path / "hub")
     ours = clone(tmp_path / "clone")
     places = {"HF_HOME": str(tmp_path / "hf"), "GROW_CACHE": str(tmp_path / "cache"), "VENV": str(environment(ours))}
-    recipe = "recipes/gemma3_1b/translation.yaml"
-    with serving(Hub(tmp_path / "hub", gated=("google/gemma-3-1b-pt",))) as hub:
+    recipe = f"recipes/{size}/translation.yaml"
+    with serving(Hub(tmp_path / "hub", gated=(f"google/{base}",))) as hub:
         run(ours / "launch/prepare.sh", ours / recipe, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, **places)
     # There is no network from here on: nobody answers under the hub's address any more.
+    script = f"slurm/grow_{size.replace('gemma3_', 'gemma')}.sh"
     job = cluster.ask(
-        "sbatch", "--parsable", f"--chdir={ours}", *NODES, "slurm/grow_gemma1b.sh", "--max_steps", "3",
+        "sbatch", "--parsable", f"--chdir={ours}", *NODES, script, "--max_steps", "3",
         cwd=ours, HF_ENDPOINT=hub.url, MIN_FREE_GB="0.01", RANK_WAIT="5", **places,
     ).strip()  # fmt: skip
     state = cluster.finish(job)
     (log,) = ours.glob(f"*-{job}.out")
     assert state == "COMPLETED", log.read_text()
-    model, info = transformers.Gemma3ForCausalLM.from_pretrained(
-        ours / "runs/gemma3_1b-translation-g_freeze-stock", output_loading_info=True
-    )
+    run_folder = ours / f"runs/{size}-translation-g_freeze"
+    stock, info = cls.from_pretrained(f"{run_folder}-stock", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    base = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "hub/models/google/gemma-3-1b-pt/main")
-    assert model.config.num_attention_heads == 2 * base.config.num_attention_heads
-    scores = json.loads((ours / "runs/gemma3_1b-translation-g_freeze-scores.json").read_text())
+    before = cls.from_pretrained(tmp_path / f"hub/models/google/{base}/main")
+    assert stock.num_parameters() > before.num_parameters()
+    scores = json.loads(Path(f"{run_folder}-scores.json").read_text())
     assert scores["task"]["rows"] == 10 and "chrf" in scores["task"]

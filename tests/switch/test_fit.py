@@ -1,5 +1,6 @@
 """A switch is fitted before training, from the task's rows and text that the base writes, and goes with the growth."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -16,7 +17,9 @@ from grow.checkpoint.metadata import read_growth
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.switch_record import switch_file, switch_of_run
 from grow.cli.main import main
+from grow.errors import UserError
 from grow.model.loading import load
+from grow.switch.fit import check_table
 from tests.helpers.running import here, start, train
 from tests.helpers.tiny import logits, make_recipe, tokens
 from tests.helpers.tiny import run as script
@@ -167,6 +170,26 @@ def test_a_task_that_cannot_be_told_apart(text_base: Path, sums: Path, tmp_path:
     assert main(["fit-switch", str(recipe), "--off", str(sums)]) == 2
     assert f"the task cannot be told apart from {sums}" in capsys.readouterr().err
     assert not switch_file(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "other", "message"),
+    [
+        ((4, 5), (1, 5), ""),
+        ((3, 5), (0, 5), "60% of the validation rows"),
+        ((5, 5), (2, 5), "apart from near text, 40%"),
+        ((90, 100), (10, 100), ""),
+        ((89, 100), (10, 100), "89% of the validation rows"),
+        ((90, 100), (11, 100), "apart from near text, 11%"),
+    ],
+)
+def test_one_text_of_a_few_tells_nothing(task: tuple[int, int], other: tuple[int, int], message: str) -> None:
+    table = [
+        {"kind": "task", "name": "validation rows", "rows": task[1], "open": task[0] / task[1]},
+        {"kind": "other", "name": "near text", "rows": other[1], "open": other[0] / other[1]},
+    ]
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_table(table, "row")
 
 
 def test_mistakes_of_the_command(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
