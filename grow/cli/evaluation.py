@@ -31,7 +31,8 @@ def eval(
         recipe: The recipe whose task and retention rows are scored, or a run, by its own. Its fields can be given other
             values.
         alpha: The interpolation coefficient: 0 is the base, 1 as trained; or several values, with commas.
-        start: The base of a stock checkpoint: its weights are interpolated with the base's.
+        start: The base of a stock checkpoint: its weights are interpolated with the base's. One that has grown has
+            other shapes; it is compared with its base at α = 1.
         against: A file of the base's scores, to compare retention with row by row; or include 0 among the α.
         samples: For how many test rows to show what the model writes.
         limit: Score only so many test rows (of each task of lm-eval, too); 0 is all.

@@ -23,13 +23,14 @@ from grow.model.loss import base_logits
 from grow.model.memory import tune_malloc
 from grow.model.switched import set_switch
 from grow.names import canonical
+from grow.plan import text_config
 
 
 def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     """Raises UserError, before anything is loaded, for an invalid α, and for any α but 1 where there is no base.
 
-    There is none if the checkpoint has no base inside and no `start` is given. A `start` that the checkpoint cannot
-    have been trained from is refused, too.
+    There is none if the checkpoint has no base inside and no `start` is given. A `start` of other shapes, as a grown
+    model that was made stock has it, is a base to compare with, at α = 1 alone; one of another vocabulary is refused.
     """
     folder = locate(path)
     if (folder / "run.json").is_file():
@@ -38,8 +39,10 @@ def check_alphas(path: str, start: str, alphas: Iterable[float]) -> None:
     alphas, inside = tuple(alphas), holds_base(folder)
     if start and inside:
         raise UserError(f"--start {start}: {path} has its base inside")
-    if start and _shapes(path) != _shapes(start):
-        raise UserError(f"{path} and {start} are of different shapes, so there is nothing between them")
+    if start and (_vocabulary(path) != _vocabulary(start)):
+        raise UserError(f"--start {start}: its vocabulary is another than that of {path}")
+    if start and set(alphas) != {1} and _shapes(path) != _shapes(start):
+        raise UserError(f"{path} and {start} are of different shapes, so there is nothing between them: --alpha 1")
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise UserError(f"--alpha {alpha:g}: it lies between 0 (the base) and 1 (as trained)")
@@ -71,6 +74,10 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
     return {canonical(name): info.shape for name, info in tensors.items() if not name.endswith("lm_head.weight")}
 
 
+def _vocabulary(path: str) -> int:
+    return int(text_config(Checkpoint(path).config)["vocab_size"])
+
+
 class Interpolation:
     """Holds a model at an interpolation coefficient, which is 1 at first.
 
@@ -88,10 +95,13 @@ class Interpolation:
         self._base: Any = None
         if start:
             self._base = load(start, compute_dtype()).to(device)
-            pairs = zip(self.model.parameters(), self._base.parameters(), strict=True)
-            self._trained = [
-                (own.data, own.data.clone(), before.data) for own, before in pairs if not torch.equal(own, before)
-            ]
+            own, before = (dict(model.named_parameters()) for model in (self.model, self._base))
+            if {name: p.shape for name, p in own.items()} == {name: p.shape for name, p in before.items()}:
+                self._trained = [
+                    (p.data, p.data.clone(), before[name].data)
+                    for name, p in own.items()
+                    if not torch.equal(p, before[name])
+                ]
 
     def set(self, alpha: float) -> None:
         """Sets the interpolation coefficient."""

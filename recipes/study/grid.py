@@ -54,9 +54,14 @@ class Cell:
         return self.method != "disel"
 
     @property
+    def is_between(self) -> bool:
+        """Says whether there is something between the base and the result; a deeper model is of other shapes."""
+        return self.method != "blocks"
+
+    @property
     def is_ranked(self) -> bool:
         """Says whether its layers are ranked, by how far their MLPs moved."""
-        return self.merges and self.layers != "none"
+        return self.merges and self.is_between and self.layers != "none"
 
     @property
     def name(self) -> str:

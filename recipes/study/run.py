@@ -66,6 +66,8 @@ class Study:
 
     def places(self, cell: Cell) -> str:
         """Returns the α at which a cell is scored, with commas."""
+        if not cell.is_between:
+            return "1"
         alphas = {*map(float, self.grid["alphas"]), *self.done().get(cell.name, ())}
         return self.alphas or ",".join(f"{alpha:g}" for alpha in sorted(alphas))
 

@@ -49,7 +49,7 @@ def stand_ins(root: Path) -> None:
             (folder / other).write_text("not wanted")
     for name in ("gemma-3-1b-it", "gemma-3-4b-it", "gemma-4-E2B-it"):
         (root / "models/google" / name / "main/chat_template.jinja").write_text(TEMPLATE)
-    pairs = [{"translation": {"en": f"We saw {n} boats.", "fr": f"Nous avons vu {n} bateaux."}} for n in range(40)]
+    pairs = [{"translation": {"en": f"We saw {n} boats.", "fr": f"Nous avons vu {n} bateaux."}} for n in range(120)]
     claims = [{"premise": f"{n} is odd.", "hypothesis": f"{n} is a number.", "label": "entails"} for n in range(40)]
     sums = [{"Problem": f"{n} + 1?", "options": f"a ) {n} , b ) {n + 1}", "correct": "b"} for n in range(40)]
     parquet(root, "Helsinki-NLP/opus-100", "en-fr", pairs)
@@ -88,7 +88,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def parquet(root: Path, name: str, folder: str, rows: list[dict[str, Any]]) -> None:
     """As the hub converts every data set: a folder a configuration, in it one a split."""
-    for split, part in {"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}.items():
+    for split, part in {"train": rows[:-20], "validation": rows[-20:-10], "test": rows[-10:]}.items():
         write(root / "datasets" / name / "refs+convert+parquet" / folder / split / "0000.parquet", part)
 
 

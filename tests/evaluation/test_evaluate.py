@@ -97,6 +97,12 @@ def test_over_the_dial_and_against_the_base(
     consolidate(str(trained), str(tmp_path / "half"), alpha=0.5)
     wide = here(capsys, "eval", tmp_path / "half", "--start", text_base, "--alpha", "0,1", "--recipe", recipe, code=2)
     assert "of different shapes" in wide
+    stock, inside = tmp_path / "whole", tmp_path / "inside.json"
+    consolidate(str(trained), str(stock))
+    here(capsys, "eval", trained, "--recipe", recipe, "--limit", "5", "--out", inside)
+    here(capsys, "eval", stock, "--start", text_base, "--recipe", recipe, "--limit", "5", "--out", out)
+    beside, inside_of = (json.loads(path.read_text())["retention_sets"]["prose"]["kl"] for path in (out, inside))
+    assert 0 < beside == pytest.approx(inside_of, rel=0.05)
     assert "no base is inside" in here(capsys, "eval", text_base, "--alpha", "0.5", "--recipe", recipe, code=2)
     with pytest.raises(UserError, match="without α = 0"):
         evaluate(str(trained), settings, limit=5, against={"by_alpha": found["by_alpha"][1:]})
