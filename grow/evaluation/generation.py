@@ -107,8 +107,20 @@ def translation_scores(outputs: list[str], references: list[str]) -> dict[str, A
     2018)."""
     from sacrebleu.metrics import BLEU, CHRF
 
+    class OfFloats:
+        """sacrebleu fails to average its floats with NumPy's, which it mixes where outputs share little."""
+
+        def _compute_score_from_stats(self, stats: Any) -> Any:
+            score = super()._compute_score_from_stats(stats)  # type: ignore[misc]
+            score.score = float(score.score)
+            return score
+
+    class Chrf(OfFloats, CHRF): ...
+
+    class Bleu(OfFloats, BLEU): ...
+
     found: dict[str, Any] = {"intervals": {}}
-    for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+    for name, metric in (("chrf", Chrf()), ("bleu", Bleu())):
         figure = metric.corpus_score(outputs, [references], n_bootstrap=_DRAWS)
         found[name] = float(figure.score)
         middle, half = float(figure._mean), float(figure._ci)

@@ -24,7 +24,7 @@ from grow.methods import read_recipe
 from grow.model.loading import compute_dtype, load
 from tests.evaluation.test_find_alpha import shaken
 from tests.helpers.running import alone, here, rows_of, train
-from tests.helpers.tiny import make_data, make_recipe
+from tests.helpers.tiny import folder_checksums, make_data, make_recipe
 from tests.helpers.tiny import run as script
 
 
@@ -211,6 +211,8 @@ def test_translations_are_written_and_scored(trained: Path, recipe: Path) -> Non
     assert "nrefs:1" in same["bleu_signature"]
     other = translation_scores(["Le chien est sur la chaise.", "Il fait froid.", "Je sais."], french)
     assert 10 < other["chrf"] < 90 and other["intervals"]["chrf"][0] < other["chrf"] < other["intervals"]["chrf"][1]
+    little = translation_scores(["–", "a", "0", " ", "Le"], ["Le chat", "Il fait", "Je ne", "Oui", "Le chat"])
+    assert 0 < little["chrf"] < 20 and little["intervals"]["chrf"][0] < little["chrf"]
     settings = read_recipe(str(recipe), {"metric": "chrf"})
     found = json.loads(json.dumps(evaluate(str(trained), settings, limit=20, samples=2)))
     assert 0 <= found["task"]["chrf"] <= 100 and len(found["samples"]) == 2
@@ -318,6 +320,21 @@ def test_fields_of_a_run_go_along(text_base: Path, sums: Path, tmp_path: Path) -
     script("launch/consolidate.sh", recipe, "--data", other)
     scores = json.loads((tmp_path / "run-scores.json").read_text())["task"]
     assert scores["rows"] + scores["contaminated"] == 3 < len(lines)
+    # A part that fails is tried again.
+    (tmp_path / "run-scores.json").unlink()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sacrebleu.py").write_text("raise ValueError('no scores today')")
+    words = ("launch/consolidate.sh", recipe, "--metric", "chrf")
+    failed = script(*words, code=1, PYTHONPATH=str(tmp_path / "broken"))
+    assert "no scores today (all else is scored, and in" in failed.stderr
+    script(*words)
+    assert "chrf" in json.loads((tmp_path / "run-scores.json").read_text())["task"]
+    # Another α has results of its own, and what is there is kept aloud.
+    half = script("launch/consolidate.sh", recipe, "--data", other, ALPHA="0.50")
+    assert "is kept" not in half.stderr and (tmp_path / "run-scores-alpha0.5.json").is_file()
+    assert folder_checksums(tmp_path / "run-stock") != folder_checksums(tmp_path / "run-stock-alpha0.5")
+    again = script("launch/consolidate.sh", recipe, "--data", other, ALPHA="0.5")
+    assert again.stderr.count("is kept") == 2
 
 
 def test_numbers_that_are_none(text_base: Path, recipe: Path, capsys: pytest.CaptureFixture) -> None:
