@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grow.checkpoint.files import write_text
 from grow.data.packing import PackedDataset
 from grow.model.gather import gathered
 from grow.model.grown import grown_units
@@ -60,10 +61,15 @@ class Probe:
                 "update_max": max(layer["update"] for layer in layers),
             }
             if trainer.args.process_index == 0:
-                with self.out.open("a") as file:
-                    file.write(json.dumps({"step": trainer.state.global_step, **found, "layers": layers}) + "\n")
+                self._note({"step": trainer.state.global_step, **found, "layers": layers})
         self.spent += time.monotonic() - start
         return found | {"probe_share": self.spent / (time.monotonic() - self.begun)}
+
+    def _note(self, line: dict[str, Any]) -> None:
+        # A run that was killed resumes from a checkpoint, and measures again what came after that.
+        lines = self.out.read_text().splitlines() if self.out.exists() else []
+        kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
+        write_text(self.out, "".join(f"{text}\n" for text in [*kept, json.dumps(line)]))
 
 
 def _score(model: Any, batch: dict[str, Tensor], keeps_base: bool) -> Tensor:

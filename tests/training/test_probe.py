@@ -1,6 +1,7 @@
 """What a run watches while it trains: retention, KL from the base inside, its throughput."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from grow.data.tokens import encode
 from grow.methods import METHODS
 from grow.model.loading import load
 from grow.model.loss import labelled_logits
+from tests.helpers.running import train
 from tests.helpers.tiny import grow, make_data, make_recipe, run
 
 
@@ -73,3 +75,21 @@ def test_the_probe_sees_what_a_second_model_would(
     if grows:
         layers = [json.loads(line)["layers"] for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()]
         assert len(layers) == len(probes) and all(len(step) == 2 for step in layers)
+
+
+def test_what_comes_after_a_checkpoint_is_measured_anew(text_base: Path, tmp_path: Path) -> None:
+    """A killed run resumes from its last checkpoint; no step is in the file twice."""
+    expand(str(text_base), str(tmp_path / "grown"), layers="1,3")
+    data = make_data(tmp_path / "data")
+    recipe = make_recipe(
+        tmp_path / "recipe.yaml", text_base, tmp_path / "grown", data, 2, retention=str(data), probe_rows=4,
+        retention_prompt="{question}", retention_completion="{answer}", eval_steps=1,
+    )  # fmt: skip
+    train(recipe, 1)
+    probes = tmp_path / "run" / "probe.jsonl"
+    steps = [json.loads(line)["step"] for line in probes.read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "COMPLETE").unlink()
+    train(recipe, 1)
+    assert [json.loads(line)["step"] for line in probes.read_text().splitlines()] == steps
