@@ -37,6 +37,7 @@ from grow.model.alpha import set_alpha
 from grow.model.grown import add_parts, grown_mlps, grown_units, parts_with_alpha
 from grow.model.in_memory import InMemoryCheckpoint, fill
 from grow.model.switched import SwitchedModel, set_switch
+from grow.model.wrapped import unwrapped
 from grow.names import canonical, is_growth, named_beside, own_name
 from grow.parts import FIELDS
 from grow.plan import GrowthPlan
@@ -60,13 +61,14 @@ def grow_model(
     for name in parts:
         if name not in FIELDS:
             raise UserError(f"grow_model: {unknown(name, FIELDS, 'part')}")
+    whole, model = model, unwrapped(model)
     base = InMemoryCheckpoint(model)
     named = {name: value if isinstance(value, bool) else _listed(value) for name, value in parts.items()}
     plan = make_plan(base, factor=factor, layers="" if layers is None else _listed(layers) or "none", **named)
     _add(model, plan)
     fill(model, added_tensors(base, plan))
     model.config.growth = plan.facts() | {"trained": None, "base": {"name": str(base.path), "files": {}}}
-    return model
+    return whole
 
 
 def _listed(layers: str | int | Iterable[int] | None) -> str:
@@ -84,6 +86,7 @@ def trainable(model: PreTrainedModel, method: str = "g_freeze") -> list[nn.Param
     cls = METHODS.get(method)
     if cls is None or not issubclass(cls, GFreeze) or method == "g_lora":
         raise UserError(f"trainable: {method}: there are g_freeze and g_train; other methods train by a recipe")
+    model = unwrapped(model)
     _plan_of(model)
     cls().prepare(model)
     model.config.growth["trained_up"] = any(part.trained is not None for part in grown_units(model))
@@ -96,6 +99,7 @@ def save_growth(model: PreTrainedModel, folder: str | Path) -> None:
     growth.json identifies the base by checksums of its tensors, and of its files if the model was loaded from local
     ones. Raises UserError if the model has not grown, or if the folder is there already.
     """
+    model = unwrapped(model)
     plan = _plan_of(model)
     own = InMemoryCheckpoint(model)
     files = own.files()
@@ -125,10 +129,11 @@ def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     growth is a difference from that base's every value.
     """
     facts, added = open_package(str(package))
+    whole, model = model, unwrapped(model)
     own = InMemoryCheckpoint(model)
     if any(is_growth(name) for name in own.tensors):
         raise UserError(f"{own.path}: is grown already; load its base anew")
-    check_base_tensors(own, facts)
+    check_base_tensors(own, facts, own.files())
     plan = GrowthPlan.from_config({"growth": facts})
     assert plan is not None
     _add(model, plan)
@@ -136,7 +141,7 @@ def attach(model: PreTrainedModel, package: str | Path) -> PreTrainedModel:
     set_alpha(model, 1.0)
     model.config.growth = without_checksums(facts)
     loading.put_own_switch(model)
-    return model
+    return whole
 
 
 def load(path: str | Path, dtype: torch.dtype | str = "auto", alpha: float = 1.0, start: str = "") -> PreTrainedModel:
@@ -157,7 +162,7 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     writes a model that has one as it is when it is on. The tokenizer of the folder that the model was loaded from goes
     with it. Raises UserError where one of both is needed and not given, or if the folder is there already.
     """
-    out = Path(folder)
+    out, model = Path(folder), unwrapped(model)
     refuse_existing(out)
     plan = _plan_of(model)
     if isinstance(model, SwitchedModel) and not without_switch:
@@ -177,7 +182,8 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
     if left:
         raise UserError(f"{out}: the model in memory has no {left[0]}, which {type(stock).__name__} needs")
-    stock.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        stock.generation_config = model.generation_config
     with OutputFolder(out, {"stock from memory": uuid4().hex}) as written:
         stock.save_pretrained(written.partial)
         with contextlib.suppress(UserError):  # the folder that the model was loaded from need not be here

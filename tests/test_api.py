@@ -1,15 +1,19 @@
 """`import grow`: growth in memory, for training loops of one's own, is the growth of the commands."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -20,7 +24,7 @@ from grow.checkpoint.verify import verify
 from grow.data.tokenizer import load_tokenizer
 from grow.model.loading import load
 from tests.helpers.running import consolidate, train
-from tests.helpers.tiny import ROOT, folder_checksums, logits, make_base, make_recipe, tokens
+from tests.helpers.tiny import ROOT, file_checksum, folder_checksums, free_ports, logits, make_base, make_recipe, tokens
 
 
 def base_model(path: Path, dtype: Any = torch.float32) -> Any:
@@ -221,6 +225,123 @@ def test_the_readmes_example(text_base: Path, tmp_path: Path, monkeypatch: pytes
     assert torch.allclose(logits(stock.eval()), logits(base), atol=1e-4)
     grow.set_alpha(base, 1)
     assert torch.equal(logits(base), logits(trained))
+
+
+WRAPPERS: dict[str, Any] = {
+    "compile": torch.compile,
+    "data parallel": torch.nn.DataParallel,
+    # As `device_map` does it where a model is on several devices: each module has a forward pass of its own.
+    "devices": lambda model: dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True),
+    "peft, merged": lambda model: peft.get_peft_model(model, LORA).merge_and_unload(),
+}
+LORA = peft.LoraConfig(r=4, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("attention", ["", "queries"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_within_a_wrapper(text_base: Path, tmp_path: Path, wrapper: str, attention: str) -> None:
+    parts = {"attention": attention} if attention else {"layers": "all"}
+    plain = grow.grow_model(base_model(text_base), **parts)
+    grow.trainable(plain)
+    grow.save_growth(shaken(plain), tmp_path / "package")
+    model = WRAPPERS[wrapper](base_model(text_base))
+    assert grow.grow_model(model, **parts) is model
+    shaken_as_well = [p.data.copy_(own) for p, own in zip(grow.trainable(model), grow.trainable(plain), strict=True)]
+    assert shaken_as_well
+    grow.save_growth(model, tmp_path / "own")
+    tensors = {path.name: file_checksum(path) for path in (tmp_path / "own").glob("*.safetensors")}
+    assert tensors == {path.name: file_checksum(path) for path in (tmp_path / "package").glob("*.safetensors")}
+    again = WRAPPERS[wrapper](base_model(text_base))
+    assert grow.attach(again, tmp_path / "package") is again
+    if wrapper != "compile":  # which would take a minute
+        assert torch.equal(logits(again), logits(plain)) and torch.equal(logits(model), logits(plain))
+    grow.to_stock(again, tmp_path / "stock")
+    assert torch.allclose(logits(load(tmp_path / "stock", torch.float32)), logits(plain), atol=1e-4)
+
+
+def test_what_would_compute_in_place_of_growth_is_refused(text_base: Path) -> None:
+    model = base_model(text_base)
+    for layer in model.model.layers:  # as Liger binds its own
+        layer.mlp.__dict__["forward"] = type(layer.mlp).forward.__get__(layer.mlp)
+    with pytest.raises(grow.UserError, match="grow the model first"):
+        grow.grow_model(model)
+
+
+def test_loras_among_growth_are_refused(text_base: Path, tmp_path: Path) -> None:
+    model = grow.grow_model(base_model(text_base))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    for call in (grow.save_growth, grow.to_stock):
+        with pytest.raises(grow.UserError, match="merge_and_unload"):
+            call(adapted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    grow.save_growth(adapted.merge_and_unload(), tmp_path / "out")
+    assert torch.equal(logits(grow.attach(base_model(text_base), tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("own", "grew", "there"),
+    [
+        ("float32", "float32", "bfloat16"),
+        ("bfloat16", "float32", "float16"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_base_in_another_type(text_base: Path, tmp_path: Path, own: str, grew: str, there: str) -> None:
+    """One that rounds what stands in the base's files, where the growth grew or where it goes."""
+    base, model = tmp_path / "base", base_model(text_base)
+    shutil.copytree(text_base, base)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data *= 1 + 0.03 * torch.rand(parameter.shape, generator=generator)
+    model.to(getattr(torch, own)).save_pretrained(base)
+    grown = grow.grow_model(base_model(base, getattr(torch, grew)))
+    grow.trainable(grown)
+    grow.save_growth(shaken(grown), tmp_path / "package")
+    again = grow.attach(base_model(base, getattr(torch, there)), tmp_path / "package")
+    assert torch.allclose(logits(again).float(), logits(grown).float(), atol=0.3)
+    attach_growth(str(base), str(tmp_path / "package"), str(tmp_path / "grown"))
+    assert not verify(str(tmp_path / "grown"), str(base))["problems"]
+    with pytest.raises(grow.UserError, match="another base"):
+        grow.attach(base_model(text_base, getattr(torch, there)), tmp_path / "package")
+
+
+def test_a_class_that_does_not_generate(text_base: Path, tmp_path: Path) -> None:
+    model = grow.grow_model(transformers.AutoModel.from_pretrained(text_base, dtype=torch.float32))
+    ids = tokens()
+    expected = model(ids).last_hidden_state
+    grow.to_stock(model, tmp_path / "stock")
+    stock = transformers.AutoModel.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    assert torch.allclose(stock(ids).last_hidden_state, expected, atol=1e-4)
+
+
+@pytest.mark.full  # DeepSpeed alone takes half a minute to begin
+def test_partitions_are_refused(text_base: Path, tmp_path: Path) -> None:
+    """What ZeRO-3 has taken apart is not there; within GatheredParameters it is."""
+    code = f"""
+import deepspeed, grow, torch
+from grow.model.loading import load
+deepspeed.init_distributed("gloo", rank=0, world_size=1, verbose=False)
+model = grow.grow_model(load({str(text_base)!r}, torch.float32))
+deepspeed.zero.Init(module=model, config_dict_or_path={{"train_batch_size": 1, "zero_optimization": {{"stage": 3}}}})
+try:
+    grow.save_growth(model, {str(tmp_path / "out")!r})
+except grow.UserError as error:
+    print(error)
+with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    grow.save_growth(model, {str(tmp_path / "out")!r})
+"""
+    env = os.environ | {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+    }
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "in partitions (ZeRO-3)" in done.stdout, done.stderr[-2000:]
+    assert torch.equal(
+        logits(grow.attach(base_model(text_base), tmp_path / "out")), logits(grow.grow_model(base_model(text_base)))
+    )
 
 
 def test_the_import_is_fast() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from grow.errors import UserError, innermost
 
+FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers is to read a folder: without a network, and without asking whether to run code that lies in it."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 

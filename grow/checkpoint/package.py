@@ -176,25 +176,30 @@ def matches(tensor: LazyTensor, digest: str | None) -> bool:
 
 
 def check_same_base(own: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is known of the base beyond the package, since growth saved from memory may know only the tensors.
+    """Returns what is known of the base beyond the package, since growth saved from memory may know only the tensors,
+    in the type in which they were loaded.
 
     Raises UserError for another base.
     """
     files = facts["base"]["files"]
     if files:
-        _check_base(own.path, {grown_name(shard): shard for shard in own.shards}, files)
-        return {}
+        return {"base_tensors": _check_base(own.path, {grown_name(shard): shard for shard in own.shards}, files)}
     check_base_tensors(own, facts)
     files, tensors = base_identity(own)
     return {"base": {**base_facts(own), "files": files}, "base_tensors": tensors}
 
 
-def check_base_tensors(own: Checkpoint, facts: dict[str, Any]) -> None:
-    """Raises UserError if a tensor of the base is not the one that growth grew from, by its checksum."""
+def check_base_tensors(own: Checkpoint, facts: dict[str, Any], files: Checkpoint | None = None) -> None:
+    """Raises UserError if a tensor of the base is not the one that growth grew from, by its checksum; nor the same
+    rounded, which only the `files` that it was loaded from can tell."""
     known = {canonical(name): digest for name, digest in facts["base_tensors"].items()}
+    on_disk = {canonical(name): files.lazy(name) for name in files.tensors} if files else {}
     tied = second_head(own) or ("",)
     for name in own.tensors:
-        if name != tied[0] and not matches(own.lazy(name), known.get(canonical(name))):
+        digest, before = known.get(canonical(name)), on_disk.get(canonical(name))
+        if name == tied[0] or matches(own.lazy(name), digest):
+            continue
+        if before is None or not (matches(before, digest) and matches(before, checksum(own.lazy(name)))):
             raise UserError(f"{own.path}: the growth grew from another base, {facts['base']['name']}: {name} differs")
 
 
@@ -228,9 +233,14 @@ def set_layer_alphas(path: str, out: str, alphas: Sequence[float]) -> dict[str, 
     return {"source": path, "out": out, "layers": facts["layers"], "alphas": list(alphas)}
 
 
-def _check_base(where: Path, present: dict[str, Path], files: dict[str, Any]) -> None:
+def _check_base(where: Path, present: dict[str, Path], files: dict[str, Any]) -> dict[str, str]:
+    """Returns the checksums of a base's tensors. Raises UserError where its files are not those."""
+    tensors: dict[str, str] = {}
     if set(present) != set(files):
         raise UserError(f"{where}: has other files than the base of this growth, which has {', '.join(files)}")
     for name, facts in files.items():
-        if not present[name].is_file() or file_checksums(present[name])[0] != facts["xxh3_128"]:
+        whole, own = file_checksums(present[name]) if present[name].is_file() else ("", {})
+        if whole != facts["xxh3_128"]:
             raise UserError(f"{present[name]}: not the file that this growth grew from (checksum)")
+        tensors |= own
+    return tensors

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
+from grow.checkpoint.hub import FROM_FOLDER
 from grow.data.chat import chat_template
 from grow.data.examples import SCHEMA
 from grow.data.images import Images
@@ -66,7 +67,7 @@ class Encoder:
         self.template, self.end = state["template"], state["end"]
         if self.template.images:
             torch.set_num_threads(1)  # torch's threads do not survive a fork, and a processor may use them
-        self._set(AutoTokenizer.from_pretrained(state["folder"], local_files_only=True))
+        self._set(AutoTokenizer.from_pretrained(state["folder"], **FROM_FOLDER))
 
     def begin(self) -> list[int]:
         """Returns the token before a prompt, if the tokenizer has one and the prompt does not write it itself."""

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from grow.checkpoint.hub import FROM_FOLDER
 from grow.errors import UserError, innermost
 
 KNOWN = ("Gemma3Processor", "Gemma4Processor", "LlavaProcessor")
@@ -31,7 +32,7 @@ def processor_of_images(folder: str) -> Any:
 def _loaded(folder: str) -> Any:
     """Loads a processor, which brings a tokenizer of its own, once for all splits."""
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoProcessor.from_pretrained(folder, **FROM_FOLDER)
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
         try:
             return _without_video(folder)
@@ -41,8 +42,8 @@ def _loaded(folder: str) -> Any:
 
 def _without_video(folder: str) -> Any:
     """Loads a Gemma 4's processor without its parts for video, which need torchvision, and for sound."""
-    cls: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, local_files_only=True))]
-    parts = [kind.from_pretrained(folder, local_files_only=True) for kind in (AutoImageProcessor, AutoTokenizer)]
+    cls: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, **FROM_FOLDER))]
+    parts = [kind.from_pretrained(folder, **FROM_FOLDER) for kind in (AutoImageProcessor, AutoTokenizer)]
     made = cls.__new__(cls)
     made.check_argument_for_proper_class = lambda *_: None  # it does not know of parts that are left out
     cls.__init__(made, feature_extractor=None, image_processor=parts[0], tokenizer=parts[1], video_processor=None)

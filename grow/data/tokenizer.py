@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from grow.checkpoint.hub import locate
+from grow.checkpoint.hub import FROM_FOLDER, locate
 from grow.checkpoint.shards import Checkpoint
 from grow.errors import UserError, innermost
 from grow.names import canonical
@@ -22,7 +22,7 @@ def load_tokenizer(name: str) -> Any:
             f"{folder}: has no tokenizer; save the base's there: tokenizer.save_pretrained({str(folder)!r})"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {innermost(error)}") from error
     tokenizer.name_or_path = str(folder)

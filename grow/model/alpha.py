@@ -10,7 +10,7 @@ from torch import nn
 
 from grow.errors import UserError
 from grow.model.grown import parts_with_alpha
-from grow.model.lora import has_scaled_loras, lora_layers, scale_loras
+from grow.model.lora import has_scaled_loras, scale_loras, scalings_kept
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
@@ -37,12 +37,10 @@ def base_inside(model: nn.Module) -> Iterator[None]:
     """Turns a grown or adapted model, or one with LoRAs, into its base within the context; afterwards each α is
     restored. Raises UserError as `set_alpha` does."""
     alphas = {part: part.alpha for part in parts_with_alpha(model)}
-    scalings = {layer: layer.scaling for layer in lora_layers(model).values()}
-    try:
-        set_alpha(model, 0)
-        yield
-    finally:
-        for part, alpha in alphas.items():
-            part.alpha = alpha
-        for layer, scaling in scalings.items():
-            layer.scaling = scaling
+    with scalings_kept(model):
+        try:
+            set_alpha(model, 0)
+            yield
+        finally:
+            for part, alpha in alphas.items():
+                part.alpha = alpha

@@ -24,6 +24,13 @@ class InMemoryCheckpoint(Checkpoint):
     """
 
     def __init__(self, model: Any):
+        if any(hasattr(parameter, "ds_id") and not parameter.numel() for parameter in model.parameters()):
+            raise UserError(
+                f"{type(model).__name__}: its weights are in partitions (ZeRO-3); on all ranks call this within "
+                "deepspeed.zero.GatheredParameters(list(model.parameters())), and write on one"
+            )
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            raise UserError(f"{type(model).__name__}: has LoRAs in it; put them into the weights: merge_and_unload()")
         self.path = Path(getattr(model, "name_or_path", "") or type(model).__name__)
         self.shards: list[Path] = []
         self.config: dict[str, Any] = model.config.to_dict()

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grow.errors import UserError
 from grow.names import FUSED, INNER, LAYOUTS
 from grow.parts import MLPS
 from grow.parts.part import Part
@@ -123,7 +124,27 @@ def mix_in(mlp: Any, kind: type, name: str) -> None:
     """Mixes a class into that of an MLP that is already there, so that the base's tensors keep their names."""
     cls: Any = type(mlp)
     mlp.__dict__.setdefault("stock_mlp_class", cls)
-    mlp.__class__ = mixed(kind, cls, name)
+    change_class(mlp, mixed(kind, cls, name))
+
+
+def change_class(module: Any, cls: type) -> None:
+    """Gives a module another class, by whose code it computes. Raises UserError where a forward pass that was bound to
+    the module itself would go on instead."""
+    # accelerate binds one to each module of a model on several devices, around that of the class as it is then.
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward")
+    if "forward" in module.__dict__:
+        raise UserError(
+            f"{type(module).__name__}: its forward pass was replaced, by Liger's kernels or something of their kind, "
+            "which would go on in place of the grown one; grow the model first, and leave MLPs out of them"
+        )
+    module.__class__ = cls
+    if hook is not None:
+        add_hook_to_module(module, hook)
 
 
 @functools.cache

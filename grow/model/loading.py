@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from grow.checkpoint.hub import locate
+from grow.checkpoint.hub import FROM_FOLDER, locate
 from grow.checkpoint.shards import Checkpoint, read_json, refuse_adapter
 from grow.checkpoint.switch_record import NAME as SWITCH_NAME
 from grow.checkpoint.switch_record import read_switch
@@ -94,7 +93,7 @@ def put_own_switch(model: Any) -> None:
 def class_of(path: Path) -> tuple[Any, type[PreTrainedModel]]:
     """Returns the config of a checkpoint, and the class that it names, with growth if it has grown."""
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, **FROM_FOLDER)
     except Exception as error:  # a wrong config raises errors of many kinds
         raise UserError(f"{path}: its config.json is not one that transformers reads ({_short(error)})") from error
     try:
@@ -182,11 +181,18 @@ def _with_adapter(model: PreTrainedModel, path: Path, base: str) -> PreTrainedMo
     import peft
 
     try:
-        if peft.PeftConfig.from_pretrained(str(path)).is_prompt_learning:
+        config = peft.PeftConfig.from_pretrained(str(path))
+        if config.is_prompt_learning:
             raise ValueError("it is in the prompt, and not in the model's layers")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False).get_base_model()
+        config.inference_mode = True
+        adapted = peft.PeftModel(model, config, autocast_adapter_dtype=False)
+        found = adapted.load_adapter(str(path), "default", autocast_adapter_dtype=False)
+        # The gates are of the baseline `disel`, and put in afterwards.
+        without_place = [name for name in found.unexpected_keys if ".lora_gate." not in name]
+        if found.missing_keys or without_place:
+            name = (found.missing_keys or without_place)[0]
+            raise ValueError(f"{name} {'is missing' if found.missing_keys else 'has no place in it'}")
+        return adapted.get_base_model()
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
         raise UserError(f"{path}: PEFT cannot put it on {base} ({_short(error)})") from error
 

@@ -1,12 +1,15 @@
 """LoRAs that are not merged: PEFT's layers in a model, which a switch can leave out (grow.model.switch)."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grow.errors import UserError
+from grow.model.layouts import change_class
 from grow.model.where_on import where_on
 from grow.names import LAYERS, is_copy
 
@@ -78,8 +81,29 @@ def scale_loras(model: nn.Module, alpha: float) -> None:
     none, unless α is 1."""
     check_scales(_not_scaled(model), alpha)
     for layer in lora_layers(model).values():
-        own = layer.__dict__.setdefault("own_scaling", dict(layer.scaling))
-        layer.scaling = {name: alpha * scaling for name, scaling in own.items()}
+        if alpha != 1 and getattr(layer, "merged", False):
+            raise UserError(f"alpha {alpha:g}: LoRAs are merged into the weights; take them out with unmerge_adapter()")
+        known = layer.__dict__.setdefault("scaled", {})
+        for name, scaling in layer.scaling.items():
+            own, now = known.get(name, (scaling, scaling))
+            if scaling != now:  # an adapter that was put in, or scaled by PEFT, since
+                own = scaling
+            layer.scaling[name] = alpha * own
+            known[name] = own, alpha * own
+
+
+@contextlib.contextmanager
+def scalings_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the coefficients of LoRAs back when the context ends."""
+    before = [
+        (layer, dict(layer.scaling), dict(layer.__dict__.get("scaled", {}))) for layer in lora_layers(model).values()
+    ]
+    try:
+        yield
+    finally:
+        for layer, scaling, known in before:
+            layer.scaling.update(scaling)
+            layer.scaled = known
 
 
 def highest_unchanged(names: list[str]) -> int:
@@ -92,7 +116,7 @@ def highest_unchanged(names: list[str]) -> int:
 def switch_lora(layer: Any, switch: Any) -> None:
     """Lets a switch leave out one of PEFT's layers, in place."""
     cls = type(layer)
-    layer.__class__ = type(f"Switched{cls.__name__}", (SwitchedLora, cls), {})
+    change_class(layer, type(f"Switched{cls.__name__}", (SwitchedLora, cls), {}))
     layer.switch = switch
 
 

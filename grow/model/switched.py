@@ -17,6 +17,7 @@ from grow.model.matrix import GrownMatrix
 from grow.model.mlp import GrownMLP
 from grow.model.skills import Skilled
 from grow.model.switch import Switch
+from grow.model.wrapped import unwrapped
 from grow.parts import PARTS
 
 MODES = ("auto", "on", "off")
@@ -213,6 +214,7 @@ def set_switch(model: Any, mode: str) -> None:
     """
     if mode not in MODES:
         raise UserError(f"set_switch: {mode!r}: there are {', '.join(MODES)}")
+    model = unwrapped(model)
     if not isinstance(model, SwitchedModel):
         raise UserError(f"set_switch: {type(model).__name__} has no switch; fit one (grow fit-switch), or load a run's")
     model.switch.mode = mode
@@ -221,4 +223,4 @@ def set_switch(model: Any, mode: str) -> None:
 def switch_decided(model: Any) -> Any:
     """Returns what a model's switch decided in the last pass (SwitchedModel.switched), under any wrapper; None if it
     has no switch."""
-    return getattr(getattr(model, "module", model), "switched", None)
+    return getattr(unwrapped(model), "switched", None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import grow
 from grow.errors import UserError
 from grow.evaluation.interpolation import check_alphas, holds_base
 from grow.model.alpha import base_inside, has_base_inside, set_alpha
@@ -82,11 +83,48 @@ def test_others_have_no_coefficient(text_base: Path, tmp_path: Path, named: str,
 def test_what_is_not_whole_is_refused(text_base: Path, tmp_path: Path) -> None:
     adapted(text_base, peft.LoraConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="missing adapter keys"):
-        load(tmp_path / "lora")
+    whole = dict(tensors)
+    name = next(iter(tensors))
+    for changed, message in (
+        ({key: tensor for key, tensor in whole.items() if key != name}, "is missing"),
+        (
+            whole | {name.replace("down_proj", "gate_proj"): whole[name].clone()},
+            "gate_proj.lora_A.weight has no place",
+        ),
+    ):
+        save_file(changed, tmp_path / "lora" / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "lora")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     adapted(text_base, prompts).save_pretrained(tmp_path / "prompts")
     with pytest.raises(UserError, match="in the prompt"):
         load(tmp_path / "prompts")
+    # A LoRA of copies, on a base that has none.
+    grown = grow.grow_model(load(text_base, torch.float32))
+    copies = peft.LoraConfig(r=4, target_modules="all-linear")
+    peft.get_peft_model(grown, copies).save_pretrained(tmp_path / "of copies")
+    with pytest.raises(UserError, match="has no place"):
+        load(tmp_path / "of copies")
+
+
+def test_adapters_that_come_and_go(text_base: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=TARGETS)
+    model = adapted(text_base, config)
+    trained = logits(model)
+    set_alpha(model, 0.5)
+    with base_inside(model):
+        pass
+    model.add_adapter("two", peft.LoraConfig(r=2, lora_alpha=32, target_modules=TARGETS, init_lora_weights=False))
+    model.set_adapter("two")
+    two = logits(model)  # as its own scaling has it
+    for alpha in (0.25, 1):
+        set_alpha(model, alpha)
+    assert torch.equal(logits(model), two)
+    model.set_adapter("default")
+    assert torch.allclose(logits(model), trained, atol=1e-5)
+    model.merge_adapter()
+    with pytest.raises(UserError, match="unmerge_adapter"):
+        set_alpha(model, 0)
+    model.unmerge_adapter()
+    set_alpha(model, 0)
+    assert torch.allclose(logits(model), logits(load(text_base, torch.float32)), atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from grow.checkpoint.hub import FROM_FOLDER
 from grow.checkpoint.lazy import LazyTensor
 from grow.checkpoint.shards import Checkpoint
 from grow.checkpoint.trained_weights import Export
@@ -77,7 +78,7 @@ class Blocks(Method):
         """Returns the tensors of a deeper model, and its config."""
         text = dict(text_config(start.config))
         # As the class has it: files may leave kinds of layers to their class's pattern.
-        known = transformers.AutoConfig.from_pretrained(start.path).get_text_config().to_dict()
+        known = transformers.AutoConfig.from_pretrained(start.path, **FROM_FOLDER).get_text_config().to_dict()
         count = known["num_hidden_layers"]
         after = {group[-1]: group for group in self._groups(known, count)}
         order: list[tuple[int, int | None]] = []  # a layer, and which of its blocks, of the deeper model
