@@ -182,8 +182,12 @@ def to_stock(model: PreTrainedModel, folder: str | Path, uniform: bool = False, 
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
     if left:
         raise UserError(f"{out}: the model in memory has no {left[0]}, which {type(stock).__name__} needs")
-    if hasattr(model, "generation_config"):
-        stock.generation_config = model.generation_config
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        try:
+            generation.validate(strict=True)  # as it is when it is saved
+        except ValueError as error:
+            raise UserError(f"{out}: the model's generation_config: {' '.join(str(error).split())}") from error
+        stock.generation_config = generation
     with OutputFolder(out, {"stock from memory": uuid4().hex}) as written:
         stock.save_pretrained(written.partial)
         with contextlib.suppress(UserError):  # the folder that the model was loaded from need not be here

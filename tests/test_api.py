@@ -22,6 +22,7 @@ from grow.checkpoint.expand import expand
 from grow.checkpoint.package import attach_growth, extract_base, extract_growth
 from grow.checkpoint.verify import verify
 from grow.data.tokenizer import load_tokenizer
+from grow.evaluation.logits import compare_logits
 from grow.model.loading import load
 from tests.helpers.running import consolidate, train
 from tests.helpers.tiny import ROOT, file_checksum, folder_checksums, free_ports, logits, make_base, make_recipe, tokens
@@ -305,13 +306,27 @@ def test_a_base_in_another_type(text_base: Path, tmp_path: Path, own: str, grew:
         grow.attach(base_model(text_base, getattr(torch, there)), tmp_path / "package")
 
 
+def test_a_generation_config_that_cannot_be_saved(text_base: Path, tmp_path: Path) -> None:
+    model: Any = grow.grow_model(base_model(text_base))
+    model.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(grow.UserError, match="generation_config"):
+        grow.to_stock(model, tmp_path / "stock")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_class_that_does_not_generate(text_base: Path, tmp_path: Path) -> None:
     model = grow.grow_model(transformers.AutoModel.from_pretrained(text_base, dtype=torch.float32))
+    model.generation_config = None
     ids = tokens()
     expected = model(ids).last_hidden_state
     grow.to_stock(model, tmp_path / "stock")
     stock = transformers.AutoModel.from_pretrained(tmp_path / "stock", dtype=torch.float32)
     assert torch.allclose(stock(ids).last_hidden_state, expected, atol=1e-4)
+    stock.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(text_base)).save_pretrained(tmp_path / "base")
+    expand(str(tmp_path / "base"), str(tmp_path / "grown"))
+    found = compare_logits(str(tmp_path / "grown"), str(tmp_path / "base"))
+    assert [of["difference"] for of in found.values()] == [0, 0]
 
 
 @pytest.mark.full  # DeepSpeed alone takes half a minute to begin

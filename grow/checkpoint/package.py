@@ -5,6 +5,7 @@ A growth package is the result of a training run without the base: growth-0000i-
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from grow.checkpoint.card import base_facts
@@ -46,7 +47,12 @@ def extract_base(path: str, out: str) -> dict[str, Any]:
     """
     refuse_existing(Path(out))
     grown = Checkpoint(path) if has_skills_at(path) else _open_grown(path).start
-    files = grown.config["growth"]["base"]["files"]
+    base = grown.config["growth"]["base"]
+    files = base["files"]
+    if not (grown.path / BASE_FOLDER).is_dir():
+        raise UserError(
+            f"{path}: does not hold its base's files, as a checkpoint that Trainer wrote; its base is {base['name']}"
+        )
     _check_base(grown.path, {name: grown.path / name for name in files}, files)
     with OutputFolder(out, {"base of": grown.identity()}) as folder:
         for name, facts in files.items():
@@ -110,7 +116,7 @@ def attach_growth(base_path: str, package: str, out: str) -> dict[str, Any]:
     facts, added = open_package(package)
     own = Checkpoint(base_path)
     if "growth" in own.config:
-        raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
+        raise UserError(f"{base_path}: is grown already; give its base (grow base {quote(base_path)} OUT)")
     base = check_same_base(own, facts)
     made = added_as_of(own, added)
     with OutputFolder(out, {"attach": [own.identity(), [str(s.resolve()) for s in added.shards]]}) as folder:

@@ -9,6 +9,7 @@ What is known of a skill is what stands in its package; each can be taken out as
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from grow.checkpoint.expand import grown_name, link_base
@@ -70,7 +71,7 @@ def attach_skills(base_path: str, packages: Mapping[str, str], out: str, alphas:
             raise UserError(f"--alpha {name}={alpha:g}: it lies between 0 (the base) and 1 (as trained)")
     own = Checkpoint(base_path)
     if "growth" in own.config:
-        raise UserError(f"{base_path}: is grown already; give its base (grow base {base_path} OUT)")
+        raise UserError(f"{base_path}: is grown already; give its base (grow base {quote(base_path)} OUT)")
     made: dict[str, LazyTensor] = {}
     known: dict[str, Any] = {}
     sums_of: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from grow.checkpoint.card import base_facts
@@ -134,7 +135,7 @@ def load_trained(
     if has_skills(checkpoint.config):
         names = ", ".join(checkpoint.config["growth"]["skills"])
         raise UserError(
-            f"{folder}: holds several skills ({names}); take one out: grow growth {folder} OUT --name SKILL"
+            f"{folder}: holds several skills ({names}); take one out: grow growth {quote(str(folder))} OUT --name SKILL"
         )
     if tag:
         raise UserError(f"--tag {tag}: tags are for DeepSpeed checkpoints, which {folder} is not")

@@ -55,6 +55,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         # Whether the grown model's logits must be the base's bit for bit before training.
         "exact": plan is None
         or (plan.factor == 2 and all(info.dtype != "F16" for info in checkpoint.tensors.values())),
+        "trained": grown and (bool(skills) or read_growth(checkpoint.path)["trained"] is not None),
         **({"copies_from": elsewhere, "factor": plan.factor} if elsewhere and plan else {}),
     }
 

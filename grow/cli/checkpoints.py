@@ -4,6 +4,7 @@ Heavy imports happen inside a command, so that --help answers at once.
 """
 
 import os
+from shlex import quote
 from typing import Any
 
 from grow.cli.arguments import number, with_flags
@@ -117,14 +118,16 @@ def verify(checkpoint: str, base: str | None = None, forward: bool = False, json
     from grow.checkpoint.verify import verify as run
 
     if os.path.isfile(os.path.join(checkpoint, "run.json")):
-        raise UserError(f"{checkpoint}: is a run; make a checkpoint of it first: grow consolidate {checkpoint} OUT")
+        raise UserError(
+            f"{checkpoint}: is a run; make a checkpoint of it first: grow consolidate {quote(checkpoint)} OUT"
+        )
     if forward and base is None:
         raise UserError("--forward compares with a base: name it with --base")
     result = run(checkpoint, base)
     if forward and not result["problems"]:
         from grow.evaluation.logits import compare_logits
 
-        alpha = 0.0 if "copies_from" in result else 1.0
+        alpha = 0.0 if "copies_from" in result or result["trained"] else 1.0
         result["logits"] = compare_logits(checkpoint, str(base), alpha=alpha)
         # What cannot be exact, k > 2 and fp16 (halving loses bits of its subnormals), is measured and stated.
         allowed = 0.0 if result["exact"] else 0.02

@@ -58,6 +58,8 @@ def verify_text(r: dict[str, Any]) -> str:
 
         start = copies_start(r["factor"])
         lines.append(f"its copies came from {r['copies_from']}: it starts at {start}; at α = 0:")
+    elif r["trained"] and "logits" in r:
+        lines.append("it is trained; at α = 0:")
     for name, found in r.get("logits", {}).items():
         if "left_out" in found:
             lines.append(f"{name}: not compared, {found['left_out']}")
@@ -145,6 +147,7 @@ def answer_text(r: dict[str, Any]) -> str:
 def alpha_text(r: dict[str, Any]) -> str:
     """Returns the text of `find-alpha`."""
     lines = [f"α = {point['alpha']:<6g} KL {figure_text(point, 'kl', '.5f')}" for point in r["seen"]]
+    lines += ["with its switch on, as what is consolidated is"] * r["switched"]
     lines += [
         f"largest α with KL(base ‖ model) ≤ {r['max_kl']:g} nats a token: {r['alpha']:g}; KL "
         f"{figure_text(r, 'kl', '.5f')} (95 %) over {r['passages']} passages, {r['tokens']} tokens of {r['text']}",

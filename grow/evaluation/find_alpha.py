@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from math import floor, sqrt
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from grow.evaluation.interpolation import Interpolation, check_alphas
 from grow.model.grown import grown_beside_text
 from grow.model.layouts import modules_of
 from grow.model.loss import labelled_logits, likelihood_and_kl
+from grow.model.switched import SwitchedModel, set_switch
 from grow.parts import PARTS
 
 PROSE = "gemma3_270m/prose/test.jsonl"
@@ -112,6 +114,9 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
     check_alphas(path, start, (0.0,))
     examples = read_passages(text, load_tokenizer(path), passages)
     interpolation = Interpolation(path, start)
+    switched = isinstance(interpolation.model, SwitchedModel)
+    if switched:
+        set_switch(interpolation.model, "on")  # as what is consolidated will be: a stock model has none
     if grown_beside_text(interpolation.model):
         raise UserError(
             f"{path}: its tower for images or the projector has grown, of which the KL of text says nothing; score "
@@ -125,6 +130,7 @@ def find_alpha(path: str, start: str, text: str, passages: int, bound: float) ->
     seen = largest_alpha(measured, bound)
     return {
         "checkpoint": path,
+        "switched": switched,
         "next": f"grow {_next(interpolation, path, start)} --alpha {seen[-1]['alpha']:g}",
         **seen[-1],
         "max_kl": bound,
@@ -139,8 +145,10 @@ def _next(interpolation: Interpolation, path: str, start: str) -> str:
     model = interpolation.model
     kinds = [[hasattr(one, "grown") for one in modules_of(model, part).values()] for part in PARTS.values()]
     if not start and not any(map(any, kinds)):
-        return f"eval {path} --recipe RECIPE"  # an adapter is in no stock checkpoint
-    options = (" --uniform" if any(any(grown) and not all(grown) for grown in kinds) else "") + (
-        f" --start {start}" if start else ""
-    )
-    return f"consolidate {path} OUT{options}"
+        return f"eval {quote(path)} --recipe RECIPE"  # an adapter is in no stock checkpoint
+    options = [
+        " --uniform" * any(any(grown) and not all(grown) for grown in kinds),
+        " --without-switch" * isinstance(model, SwitchedModel),
+        f" --start {quote(start)}" * bool(start),
+    ]
+    return f"consolidate {quote(path)} OUT{''.join(options)}"

@@ -26,9 +26,9 @@ TEXT = (
 
 @torch.no_grad()
 def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float = 1.0) -> dict[str, dict[str, Any]]:
-    """Compares two checkpoints' logits on one text, in fp32 and in bf16: {"float32": {"difference": 0.0, …}, …}; and
-    where something of the tower for images has grown what both make of one, "float32, of an image", or why not:
-    {"left_out": "its class asks for image_sizes"}.
+    """Compares two checkpoints' logits, or what a class without a head gives, on one text, in fp32 and in bf16:
+    {"float32": {"difference": 0.0, …}, …}; and where something of the tower for images has grown what both make of one,
+    "float32, of an image", or why not: {"left_out": "its class asks for image_sizes"}.
 
     `difference` is the largest, 0.0 if and only if all are equal bit for bit (torch.equal); `largest` is the largest
     logit of the second checkpoint, for comparison. `alpha` is the first one's.
@@ -42,7 +42,7 @@ def compare_logits(path: str, base_path: str, device: str = "cpu", alpha: float 
             set_switch(models[0], "on")
         name = str(dtype).removeprefix("torch.")
         places = getattr(models[1].config.get_text_config(), "max_position_embeddings", None)
-        found[name] = _compared([model(input_ids=ids[:, :places], use_cache=False).logits for model in models])
+        found[name] = _compared([model(input_ids=ids[:, :places], use_cache=False)[0] for model in models])
         if grown_beside_text(models[0]):
             asked = _asks_for(models[0])
             of_image = {"left_out": f"its class asks for {asked}"} if asked else None

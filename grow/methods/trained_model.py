@@ -1,6 +1,7 @@
 """Opens what a run has trained as a model, in memory."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ def load_model(
         return loading.load_lora(folder / "result", dtype, alpha, start)
     source = load_trained(str(folder), start, export=export_trained)
     if source.config is not None or (alpha != 1 and source.plan is None):
-        raise UserError(f"{folder}: consolidate it first: grow consolidate {folder} OUT --alpha {alpha:g}")
+        raise UserError(f"{folder}: consolidate it first: grow consolidate {quote(str(folder))} OUT --alpha {alpha:g}")
     model = loading.load(source.start.path, dtype)
     if any(is_trained_up(name) for name in source.trained):
         METHODS["g_train"]().add_parameters(model)

@@ -3,6 +3,7 @@
 import dataclasses
 from math import prod
 from pathlib import Path
+from shlex import quote
 
 from grow.checkpoint.expand import expand
 from grow.checkpoint.growable import make_plan, plan_of
@@ -26,7 +27,7 @@ def starting_checkpoint(recipe: Recipe) -> Checkpoint:
     grows = recipe.make_method().grows
     if grows and not Path(recipe.grown).is_dir():
         _base(recipe)
-        how = f"grow expand {recipe.base_name} {recipe.grown}"
+        how = f"grow expand {quote(recipe.base_name)} {quote(recipe.grown)}"
         if recipe.makes_grown or recipe.plans_growth:
             how = "launch/train.sh does, or: " * recipe.makes_grown + f"{how} {' '.join(recipe.growth_flags)}"
         raise UserError(f"{recipe.grown}: no grown checkpoint there; make it: {how}")

@@ -57,7 +57,8 @@ def test_a_run_with_a_switch(text_base: Path, sums: Path, tmp_path: Path, capsys
     here(capsys, "growth", run, tmp_path / "package")
     here(capsys, "attach", text_base, tmp_path / "package", tmp_path / "attached")
     assert read_growth(tmp_path / "package")["switch"]["layer"] == 2
-    here(capsys, "verify", tmp_path / "attached", "--base", text_base)
+    said = here(capsys, "verify", tmp_path / "attached", "--base", text_base, "--forward")
+    assert "it is trained; at α = 0" in said and said.count("bit for bit") == 2
     tokenizer = AutoTokenizer.from_pretrained(text_base)
     prompt = tokenizer([f"<bos>~~~~~~~~3+{n}=~~~~~~~~" for n in range(2, 9)], return_tensors="pt").input_ids
     far = tokens(40)
@@ -85,6 +86,11 @@ def test_a_run_with_a_switch(text_base: Path, sums: Path, tmp_path: Path, capsys
     with pytest.raises(grow.UserError, match="without_switch"):
         grow.to_stock(models[0], tmp_path / "stock-2", uniform=True)
     grow.to_stock(models[0], tmp_path / "stock-2", uniform=True, without_switch=True)
+    # α is found for what is consolidated, which is always on.
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n} is a number, and {n} again." * 4 for n in range(8)))
+    words = ("find-alpha", tmp_path / "grown-trained", "--text", tmp_path / "text.txt", "--json")
+    found = json.loads(here(capsys, *words).splitlines()[-1])
+    assert found["switched"] and found["seen"][-1]["kl"] > 0 and "--without-switch" in found["next"]
     grow.set_switch(models[0], "on")
     stock = load(tmp_path / "stock-2").requires_grad_(False)
     assert torch.allclose(logits(stock, input_ids=far), logits(models[0], input_ids=far), atol=0.05)
