@@ -55,13 +55,14 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     return _checked(values | dict(overrides), path, methods)
 
 
-def recipe_of_run(run: str, methods: Methods, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def recipe_of_run(run: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:
     """Returns the recipe of a run that has begun in a folder, where it lies now, with fields replaced by the overrides.
     Raises UserError if none has."""
     values = begun_with(run)
     if not values:
         raise UserError(f"{run}: no run has begun there (it has no run.json that says by which recipe)")
-    return _checked(values | {"output_dir": run, **(overrides or {})}, os.path.join(run, "run.json"), methods)
+    where = {"output_dir": run.rstrip("/") or run}
+    return _checked(values | where | dict(overrides), os.path.join(run, "run.json"), methods)
 
 
 def _checked(values: dict[str, Any], path: str, methods: Methods) -> Recipe:

@@ -48,12 +48,11 @@ def eval(
         fields: Fields of the recipe.
     """
     from grow.checkpoint.shards import read_json
-    from grow.methods import read_recipe, read_run
+    from grow.methods import read_recipe
 
     if not recipe and not lm_eval:
         raise UserError("eval: name what to score it on: --recipe FILE, or --lm-eval TASK,TASK")
-    read = read_run if (Path(recipe) / "run.json").is_file() else read_recipe
-    settings = read(recipe, fields) if recipe else None
+    settings = read_recipe(recipe, fields) if recipe else None
     flags = {
         "--limit": limit, "--retention-limit": retention_limit, "--samples": samples, "--generate": generate,
         "--shots": shots,

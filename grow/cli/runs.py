@@ -39,7 +39,7 @@ def preview(recipe: str, split: str = "", limit: str = "5", json: bool = False, 
     Example: grow preview my.yaml --split validation --messages conversations --json
 
     Args:
-        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        recipe: A YAML file, or a run. Any of its fields can be given another value: --field value.
         split: Which split of the data; the recipe's train_split unless given.
         limit: How many rows, from the first on; 0 is all.
         json: Print one JSON object.
@@ -67,7 +67,7 @@ def show(recipe: str, *names: str, json: bool = False, **fields: str) -> str:
     Example: grow show recipes/gemma3_270m/translation.yaml output_dir grown --method g_train
 
     Args:
-        recipe: A YAML file. Any of its fields can be given another value: --field value.
+        recipe: A YAML file, or a run. Any of its fields can be given another value: --field value.
         names: The fields; all of them, with their names, unless given.
         json: Print one JSON object.
         fields: Fields of the recipe.
@@ -93,7 +93,8 @@ def train(recipe: str, check: bool = False, expand: bool = False, json: bool = F
     Example: launch/train.sh recipes/gemma3_270m/translation.yaml --method sft --max_steps 20
 
     Args:
-        recipe: A YAML file; recipes/ has some. Any of its fields can be given another value: --field value.
+        recipe: A YAML file; recipes/ has some; or a run, which goes on. Any of its fields can be given another value:
+            --field value.
         check: Only check that all it needs is there, for WORLD_SIZE ranks, and print the run's folder.
         expand: With --check: then make the grown checkpoint in the run's folder, if the recipe names none.
         json: Print one JSON object.
@@ -139,11 +140,11 @@ def fit_switch(
         json: Print one JSON object.
         fields: For a recipe: fields that are given another value.
     """
-    from grow.methods import read_recipe, read_run
+    from grow.methods import read_recipe
 
     if not source.endswith((".yaml", ".yml")) and fields:
         raise UserError(f"fit-switch: --{next(iter(fields))} is for a recipe (FILE.yaml), and {source} is a run")
-    settings = read_run(source) if not source.endswith((".yaml", ".yml")) else read_recipe(source, fields)
+    settings = read_recipe(source, fields)
     kind = kind or (settings.switch if settings.fits_switch else "row")
 
     from grow.switch.of_recipe import refit

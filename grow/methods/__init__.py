@@ -1,6 +1,7 @@
 """Training methods: one file each, behind the interface of grow.methods.method."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from grow.checkpoint.lazy import LazyTensor
@@ -42,8 +43,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def read_recipe(path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and replaces fields by the overrides. Raises UserError for any mistake in either."""
-    return parse_recipe(path, overrides or {}, METHODS)
+    """Reads a recipe, or that of the run that has begun in a folder, and replaces fields by the overrides. Raises
+    UserError for any mistake in either."""
+    read = recipe_of_run if Path(path).is_dir() else parse_recipe
+    return read(path, overrides or {}, METHODS)
 
 
 def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, trained: dict[str, LazyTensor]) -> Export:
@@ -55,9 +58,3 @@ def export_trained(recipe: Mapping[str, Any], dtype: str, start: Checkpoint, tra
     if name not in METHODS:
         raise UserError(unknown(name, METHODS, "method"))
     return METHODS[name].from_values(dict(recipe)).export(start, trained, dtype)
-
-
-def read_run(run: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Returns the recipe of a run that has begun in a folder, with fields replaced by the overrides. Raises UserError
-    if none has."""
-    return recipe_of_run(run, METHODS, overrides)

@@ -91,5 +91,5 @@ def test_what_comes_after_a_checkpoint_is_measured_anew(text_base: Path, tmp_pat
     assert steps == [0, 1, 2, 3, 4]
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     (tmp_path / "run" / "COMPLETE").unlink()
-    train(recipe, 1)
+    train(tmp_path / "run", 1)  # by its own recipe
     assert [json.loads(line)["step"] for line in probes.read_text().splitlines()] == steps
