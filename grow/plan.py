@@ -2,6 +2,7 @@
 "growth"."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -239,7 +240,7 @@ def _ranked(text: str, option: str) -> set[int]:
     match = re.fullmatch(r"(top|bottom):(\d{1,6}):(.+)", text, re.ASCII)
     if match is None or not int(match[2]):
         raise UserError(f"{option} {text}: write top:N:FILE, such as top:6:ranking.json")
-    end, count, file = match[1], int(match[2]), match[3]
+    end, count, file = match[1], int(match[2]), os.path.expanduser(os.path.expandvars(match[3]))
     try:
         ranked = _by_alpha(Path(file)) if Path(file).is_dir() else _read(Path(file))["layers"]
         chosen = ranked[:count] if end == "top" else ranked[-count:]

@@ -15,7 +15,7 @@ from grow.recipe_values import FITTED, zero_settings
 
 AUTO = "auto"
 
-NO_FIELDS = ("method_class", "method_fields", "part_fields", "day")
+NO_FIELDS = ("method_class", "method_fields", "part_fields", "day", "left_out")
 """What of a Recipe is no line of a file."""
 
 
@@ -137,6 +137,8 @@ class Recipe:
     method_fields: dict[str, Any] = field(default_factory=dict)
     part_fields: dict[str, Any] = field(default_factory=dict)
     day: str = ""
+    # What the file says and another method, named on the command line, does without.
+    left_out: dict[str, Any] = field(default_factory=dict)
 
     @property
     def zero(self) -> dict[str, Any]:

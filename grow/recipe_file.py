@@ -45,14 +45,18 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     """Reads a recipe, whose method is one of `methods`, and replaces fields by the overrides.
 
     A switch in it is for methods that add what can be off, and so is `average`, since checkpoints of these are small:
-    where another method is among the overrides, there is neither. Raises UserError for any mistake in file or
-    overrides. grow.methods.read_recipe knows all methods.
+    where another method is among the overrides, there is neither (`left_out`). Raises UserError for any mistake in file
+    or overrides. grow.methods.read_recipe knows all methods.
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
-    values, method = read_values(path), methods.get(str(overrides.get("method")))
+    values = read_values(path)
+    named = overrides.get("method", values.get("method", Recipe.method))
+    method = methods.get(str(named)) if named != values.get("method", Recipe.method) else None
+    left_out = {}
     if method is not None and not method.switches:
-        values = {name: value for name, value in values.items() if name not in ("switch", "average")}
-    return _checked(values | dict(overrides), path, methods)
+        left_out = {name: values.pop(name) for name in ("switch", "average") if name in values}
+    recipe = _checked(values | dict(overrides), path, methods)
+    return dataclasses.replace(recipe, left_out={n: v for n, v in left_out.items() if n not in overrides})
 
 
 def recipe_of_run(run: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:

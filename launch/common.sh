@@ -36,9 +36,12 @@ die() { # die CODE MESSAGE…: 2 is a mistake that the user can mend, 1 a fault
 # Prints a script's opening comment, which says what it does and which variables it reads.
 help_of() { awk 'NR == 1 { next } !/^#/ || /^#SBATCH/ { exit } { sub(/^# ?/, ""); print }' "$1"; }
 
-# Of a script that needs arguments: its help, and the end, without any or with --help among them.
+# Of a script that needs arguments, a recipe first: its help, and the end, without any or with --help among them.
 help_if_asked() {
-    [[ $# == 0 || " $* " == *" --help "* ]] || return 0
+    if [[ $# != 0 && " $* " != *" --help "* ]]; then
+        [[ $1 != --* ]] || die 2 "name the recipe first: $(basename "$0") RECIPE $*"
+        return 0
+    fi
     help_of "$0"
     [[ $# != 0 ]] || exit 2
     exit 0

@@ -27,22 +27,29 @@ METRICS = (
 
 def report(sources: tuple[str, ...], out: str) -> dict[str, Any]:
     """Writes OUT/report.md and OUT/report.png from runs (their curves) and files that `eval --out` wrote (scores)."""
-    scores, curves = [], {}
+    scores: list[dict[str, Any]] = []
+    runs: dict[Path, str] = {}
     for source in sources:
         path = Path(source)
         if (path / "run.json").exists():
-            curves[str(read_json(path / "run.json")["recipe"]["method"])] = validation_losses(last_checkpoint(path))
+            runs[path] = str(read_json(path / "run.json")["recipe"]["method"])
         elif path.is_file():
             scores += _points(read_json(path))
             if not all("task" in point for point in scores):
                 raise UserError(f"{path}: not a file that `grow eval --recipe … --out` wrote")
         else:
             raise UserError(f"{path}: neither a training run nor a file that `grow eval --out` wrote")
+    methods = list(runs.values())
+    curves = {
+        method if methods.count(method) == 1 else str(path): validation_losses(last_checkpoint(path))
+        for path, method in runs.items()
+    }
     folder = Path(out)
     text = table(scores) + "\n" + samples(scores)
     write_text(folder / "report.md", text)
     _plot(scores, curves, folder / "report.png")
-    return {"table": str(folder / "report.md"), "plots": [str(folder / "report.png")], "text": text}
+    plots = [str(folder / "report.png")]
+    return {"table": str(folder / "report.md"), "plots": plots, "curves": list(curves), "text": text}
 
 
 def _points(scores: dict[str, Any]) -> list[dict[str, Any]]:
@@ -64,10 +71,16 @@ def table(scores: list[dict[str, Any]]) -> str:
         cells = [form.format(found[key], **found) if key in found else "–" for found, key, form in parts]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     first = scores[0]
-    old = f", {first['retention']['rows']} of retention" if "retention" in first else ""
-    held_out = f"Held-out rows: {first['task']['rows']} of the task{old}."
+    held_out = f"Held-out rows: {_counts(scores, 'task')} of the task"
+    held_out += f", {_counts(scores, 'retention')} of retention." if "retention" in first else "."
     lines += ["", f"{held_out} Loss in nats per token; computed in {first['dtype'].removeprefix('torch.')}."]
     return "\n".join(lines) + "\n"
+
+
+def _counts(scores: list[dict[str, Any]], part: str) -> str:
+    """Returns how many rows of a part were scored; of each, where they differ and should not be compared."""
+    counts = [str(row[part]["rows"]) for row in scores if part in row]
+    return counts[0] if len(set(counts)) == 1 else f"{', '.join(counts)} (other rows each)"
 
 
 def samples(scores: list[dict[str, Any]]) -> str:
@@ -78,7 +91,7 @@ def samples(scores: list[dict[str, Any]]) -> str:
     longest: list[dict[str, str]] = max((own for _, own in written), key=len, default=[])
     for index, sample in enumerate(longest):
         lines += [f"> {sample['prompt']}".replace("\n", "\n> "), "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {own[index]['output']} |" for name, own in written if own[index:]]
+        lines += [f"| {name} | {own[index]['output'] or '–'} |" for name, own in written if own[index:]]
         lines += [f"| *reference* | {sample['reference']} |", ""]
     return "\n".join(lines)
 

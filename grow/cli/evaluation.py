@@ -65,6 +65,10 @@ def eval(
     if before and not tokens:
         raise UserError("--shots: goes with --generate TOKENS")
     alphas = tuple(number("--alpha", part, float) for part in alpha.split(","))
+    if against and not Path(against).is_file():
+        raise UserError(f"--against {against}: no such file")
+    if out and Path(out).is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
     base = read_json(Path(against)) if against else None
 
     from grow.checkpoint.files import write_json
@@ -78,9 +82,13 @@ def eval(
         Answers(tokens, before) if tokens else None,
     )  # fmt: skip
     result["name"] = name or os.path.basename(checkpoint.rstrip("/"))
-    if out:
-        write_json(out, result)
     said = say(result, eval_text, json)
+    if out:
+        try:
+            write_json(out, result)
+        except UserError:
+            print(said)  # it has taken long
+            raise
     _raise_failed(result, said, out)
     return said
 
@@ -229,10 +237,12 @@ def chat(
     lines: Any = [prompt]
     if prompts:
         try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {prompts}: cannot be read ({error})") from None
     elif prompt is None:
+        if sys.stdin is None:
+            raise UserError("chat: there is no input to read prompts from; give --prompt or --prompts")
         lines = _typed()
 
     from grow.methods import read_recipe

@@ -74,8 +74,9 @@ def verify_text(r: dict[str, Any]) -> str:
 
 def train_text(r: dict[str, Any]) -> str:
     """Returns the text of `train`."""
+    counts = f" at the last (the mean of {r['average']} checkpoints counts)" if "average" in r else ""
     return (
-        f"{r['run']}: {r['status']}, {r['steps']} steps, validation loss {r['validation_loss']:.3f}; "
+        f"{r['run']}: {r['status']}, {r['steps']} steps, validation loss {r['validation_loss']:.3f}{counts}; "
         f"{r['frozen_unchanged']} frozen tensors bit-identical to the start"
     )
 

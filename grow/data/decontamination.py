@@ -1,7 +1,8 @@
 """Contaminated test rows: held-out rows that equal a training row, or share a 13-gram with one.
 
 Thirteen words are the measure of GPT-3's report (Brown et al. 2020, arXiv 2005.14165, appendix C). Text is compared
-in lower case and without punctuation, column by column, since what a template adds is the same in every row. In scripts
+in lower case and without punctuation (of whole rows, without that of sentences), column by column, since what a
+template adds is the same in every row. In scripts
 without spaces between words, a character with its marks counts as half a word. What stands in more than one of a
 hundred training rows, and in more than ten, is of their kind and not of a row, such as an instruction or a system turn,
 and does not count. Of a row with images these count alone: its question is often that of many rows.
@@ -23,6 +24,8 @@ _OFTEN = 10
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # A character of such a script, or a word of any other: letters and digits with the vowel signs and accents after them.
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}_])+")
+# Of a row as a whole, marks of sentences do not count; signs do, which tell rows of code, or of sums, apart.
+_MARKS = regex.compile(r"[.,;:!?…\"'“”‘’«»]+(?![\p{L}\p{N}])|(?<![\p{L}\p{N}])[\"'“‘«]+")
 _HALF = regex.compile(rf"[{_UNSPACED}]")
 
 
@@ -64,10 +67,11 @@ def _of_row(row: dict[str, Any], template: Template) -> Iterator[int]:
 
 def _marks(texts: list[str]) -> Iterator[int]:
     """Yields hashes of the row as a whole, and of every 13 consecutive words in it."""
-    words = [_WORD.findall(text.lower()) for text in texts]
-    if not any(words):
+    whole = tuple(" ".join(_MARKS.sub(" ", text.lower()).split()) for text in texts)
+    if not any(whole):
         return
-    yield hash(tuple(map(tuple, words)))
+    yield hash(whole)
+    words = [_WORD.findall(text.lower()) for text in texts]
     for column in words:
         # Weights are in halves of a word; each run is as short as it can be.
         weights = [1 if _HALF.match(word) else 2 for word in column]

@@ -249,6 +249,8 @@ def _base_of(result: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if α = 0 is not among these.
     """
     points = result.get("by_alpha") or result.get("dial") or []  # "dial" in files of before
+    if not all(isinstance(point, dict) and "task" in point for point in points or [result]):
+        raise UserError("--against: not a file that `grow eval --recipe … --out` wrote")
     base = next((point for point in points if point["alpha"] == 0), None)
     if points and base is None:
         raise UserError("--against: scores of several α without α = 0, which would be the base; score that")
@@ -258,6 +260,8 @@ def _base_of(result: dict[str, Any]) -> dict[str, Any]:
 def _check_base(base: dict[str, Any], sets: list[Items]) -> None:
     """Raises UserError, before anything is scored, if an earlier result is of other retention rows."""
     known = known_sets(base)
+    if not known.keys() & {items.name for items in sets[1:]}:
+        raise UserError("--against: has no scores of the retention rows that are scored here")
     for items in sets[1:]:
         if items.name in known and known[items.name].get("fingerprint") != items.fingerprint:
             raise UserError(

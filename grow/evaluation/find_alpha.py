@@ -49,7 +49,9 @@ def read_passages(path: str, tokenizer: Any, limit: int) -> Examples:
         raise UserError(f"--text {path}: cannot be read ({error.strerror}){hint}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--text {path}: is neither plain UTF-8 nor JSONL with a column text") from None
-    wanted = [str(text) for text in texts if str(text).strip()][:limit]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"--text {path}: a row's text is no text")
+    wanted = [text for text in texts if text.strip()][:limit]
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     found = tokenizer(wanted, add_special_tokens=False).input_ids if wanted else []
     passages = [ids for ids in (begin + own[:_TOKENS] for own in found) if len(ids) > 1]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -59,7 +60,7 @@ def generate(
         {
             "prompt": row.prompt.removeprefix(tokenizer.bos_token or ""),
             "reference": row.reference,
-            "output": _cut(texts[index].strip(), several) or "–",
+            "output": _cut(texts[index].strip(), several),
         }
         for index, row in enumerate(asked)
     ]
@@ -103,27 +104,30 @@ def _written(model: Any, part: list[Asked], tokens: int, ends: list[int], pad: i
 
 
 def translation_scores(outputs: list[str], references: list[str]) -> dict[str, Any]:
-    """Returns chrF2 and BLEU of a corpus, 0 to 100, with 95 % bootstrap intervals, and sacrebleu's signatures (Post
-    2018)."""
+    """Returns chrF2 and BLEU of a corpus, 0 to 100, with the 2.5th to the 97.5th percentile of sacrebleu's bootstrap,
+    and its signatures (Post 2018)."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    class OfFloats:
-        """sacrebleu fails to average its floats with NumPy's, which it mixes where outputs share little."""
+    scores: list[float] = []  # of the corpus, and then of its resamples
+
+    class Kept:
+        """sacrebleu gives a mean and a width of the resamples' scores, which may reach below 0."""
 
         def _compute_score_from_stats(self, stats: Any) -> Any:
             score = super()._compute_score_from_stats(stats)  # type: ignore[misc]
-            score.score = float(score.score)
+            score.score = float(score.score)  # it fails to average floats with NumPy's, of which it has both
+            scores.append(score.score)
             return score
 
-    class Chrf(OfFloats, CHRF): ...
+    class Chrf(Kept, CHRF): ...
 
-    class Bleu(OfFloats, BLEU): ...
+    class Bleu(Kept, BLEU): ...
 
     found: dict[str, Any] = {"intervals": {}}
     for name, metric in (("chrf", Chrf()), ("bleu", Bleu())):
-        figure = metric.corpus_score(outputs, [references], n_bootstrap=_DRAWS)
-        found[name] = float(figure.score)
-        middle, half = float(figure._mean), float(figure._ci)
-        found["intervals"][name] = (middle - half, middle + half)
+        scores.clear()
+        found[name] = float(metric.corpus_score(outputs, [references], n_bootstrap=_DRAWS).score)
+        low, high = np.percentile(scores[1:], (2.5, 97.5))
+        found["intervals"][name] = (float(low), float(high))
         found[f"{name}_signature"] = str(metric.get_signature())
     return found

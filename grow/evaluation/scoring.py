@@ -130,8 +130,9 @@ def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, 
     """Returns `accuracy` with its interval: the share of rows whose own completion is the likeliest of the recipe's
     options, by the sum of its tokens' log-probabilities.
 
-    An end token counts only if one option is the beginning of another, which would never be the likelier without it.
-    Raises UserError if no row fits with every option.
+    Options that are equally likely, as those of one token often are in bf16, share the hit. An end token counts only
+    if one option is the beginning of another, which would never be the likelier without it. Raises
+    UserError if no row fits with every option.
     """
     right = right_options(rows, recipe)
     end = any(one != other and other.startswith(one) for one in recipe.options for other in recipe.options)
@@ -150,10 +151,11 @@ def choices(model: Any, rows: Any, recipe: Recipe, tokenizer: Any) -> dict[str, 
     for index, place in enumerate(right):
         if all(index in of_option for of_option in likelihoods):
             found = [of_option[index] for of_option in likelihoods]
-            hits.append(float(found[place] == max(found)))
+            likeliest = max(found)
+            hits.append((found[place] == likeliest) / found.count(likeliest))
     if not hits:
         raise UserError(f"options: no test row can be scored with every one of them at max_length {recipe.max_length}")
     return {
-        "accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "accuracy_items": list(map(int, hits)),
+        "accuracy": sum(hits) / len(hits), "accuracy_rows": len(hits), "accuracy_items": hits,
         "intervals": {"accuracy": interval(hits)},
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """What is wrong with a run, said before anything heavy."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,9 @@ from grow.training.start import growing_parts, planned_start, starting_checkpoin
 def check_run(recipe: Recipe, find_start: Callable[[Recipe], Checkpoint] = starting_checkpoint) -> Checkpoint:
     """Checks the run before anything heavy is loaded. Returns the checkpoint to start from. Raises UserError."""
     run, world_size = Path(recipe.output_dir), planned_ranks()
+    if recipe.left_out and os.environ.get("RANK", "0") == "0":
+        named = ", ".join(f"{name} {value}" for name, value in recipe.left_out.items())
+        print(f"{recipe.method}: without the recipe's {named}; --average N has it average, too", file=sys.stderr)
     check_output(recipe.output_dir)
     start = find_start(recipe)
     per_step = world_size * recipe.micro_batch

@@ -121,12 +121,19 @@ def check_rows(run: Path, data: dict[str, PackedDataset]) -> None:
 
 
 def _check_contents(run: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    for name, checksum in before.get(what, {}).items():
-        if now[what].get(name) != checksum:
+    there = _placed(now[what])
+    for name, checksum in _placed(before.get(what, {})).items():
+        if there.get(name) != checksum:
             raise UserError(
                 f"{run}: holds a run that began with other contents of {name} ({what}); "
                 "put them back, or give another --output_dir"
             )
+
+
+def _placed(checksums: dict[str, str]) -> dict[str, str]:
+    """Calls the data sets that are mixed in by their place, since their folders may have moved."""
+    mixed = [name for name in checksums if name.startswith("mix: ")]
+    return {f"mix {mixed.index(name) + 1}" if name in mixed else name: value for name, value in checksums.items()}
 
 
 def data_facts(data: dict[str, PackedDataset], version: int) -> dict[str, Any]:
@@ -168,20 +175,21 @@ class Claim:
         self.run = run
         self._file: IO[str] | None = None
 
-    def take(self) -> None:
-        """Locks RUN/.lock, unless this has been done; waits for another process that is about to end. Raises UserError
-        for one that goes on. A file system without locks keeps nobody out."""
+    def take(self) -> bool:
+        """Locks RUN/.lock, unless this has been done, and says whether it was not; waits for another process that is
+        about to end. Raises UserError for one that goes on. A file system without locks keeps nobody out."""
         if self._file is not None:
-            return
+            return False
         self.run.mkdir(parents=True, exist_ok=True)
         self._file = (self.run / ".lock").open("w")
         for _ in range(_SECONDS):
             try:
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
             except BlockingIOError:
                 time.sleep(1)
             except OSError:
-                return
+                return True
         raise UserError(f"{self.run}: another process trains this run; wait for it, or give another output_dir")
 
 

@@ -26,7 +26,7 @@ _FREE = {
 }  # fmt: skip
 # The run's folder may have moved, and a DeepSpeed JSON is compared by its settings.
 _ELSEWHERE = {"output_dir", "deepspeed"}
-_PLACES = {"base", "grown", "data", "retention", "kl_text", "chat_template"}
+_PLACES = {"base", "grown", "data", "retention", "kl_text", "chat_template", "mix"}
 
 
 def places(recipe: Recipe) -> dict[str, Any]:
@@ -65,13 +65,15 @@ def check_same_run(run: Path, recipe: Recipe) -> None:
 def _is_same(name: str, old: Any, now: Any, before: dict[str, Any]) -> bool:
     if old == now or name not in _PLACES:
         return bool(old == now)
+    if isinstance(old, dict) and list(old.values()) != list(now.values()):
+        return False
     was_local = name in before["local"] if isinstance(before.get("local"), list) else _was_local(old)
     # Checksums in run.json say whether the contents are the same; older files have none of general text.
     return was_local and _is_local(now) and (name != "kl_text" or "text_checksums" in before)
 
 
 def _is_local(value: Any) -> bool:
-    paths = value if isinstance(value, list) else [value]
+    paths = list(value) if isinstance(value, (list, dict)) else [value]
     return bool(paths) and all(isinstance(path, str) and path and Path(path).exists() for path in paths)
 
 

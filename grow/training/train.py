@@ -37,7 +37,7 @@ from grow.checkpoint.shards import Checkpoint, read_json
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.data.of_recipe import tokenizer_of
 from grow.data.packing import PackedDataset
-from grow.errors import Preempted
+from grow.errors import Preempted, UserError
 from grow.model.attention import check_installed, set_attention
 from grow.model.images import blank_for
 from grow.model.loading import checkpoint_activations, load
@@ -87,6 +87,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     deepspeed.init_distributed(verbose=False)
     claimed = Claim(run)
     from_rank_0(lambda: claimed.take() if run.is_dir() else None)
+    if from_rank_0((run / MARKER).exists):  # by the process that had claimed it until now
+        dist.destroy_process_group()
+        return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer = _trainer(recipe, claimed, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -120,7 +123,9 @@ def _trainer(recipe: Recipe, claimed: Claim, start: Checkpoint, shutdown: Any, c
     data = read_data(recipe, start, tokenizer)
     sequences, validation = data["train"], data["validation"]
     steps = steps_of(recipe, sequences)
-    from_rank_0(claimed.take)  # a run's first start makes its folder once nothing is wrong
+    # A run's first start makes its folder once nothing is wrong.
+    if from_rank_0(lambda: claimed.take() and bool(complete_checkpoints(run))):
+        raise UserError(f"{run}: another process has begun this run meanwhile; run the same command again to resume")
     # Fitted on rank 0 alone, with a base of its own: before ZeRO-3 partitions whatever is loaded.
     switch = from_rank_0(lambda: switch_of(recipe, start))
     method = recipe.make_method()
@@ -203,6 +208,7 @@ def _result(trainer: Any, run: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         **({"best_step": best} if best else {}),
         "validation_loss": kept[-1] if kept else None,
+        **({"average": trainer.recipe.average} if trainer.recipe.average > 1 else {}),
     }
 
 

@@ -76,6 +76,7 @@ def test_a_recipe_says_so(text_base: Path, sums: Path, capsys: pytest.CaptureFix
     assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (4, 6, 7)]
     mean = read_growth(run / "result")
     assert mean["trained"]["averaged_steps"] == [4, 6, 7]
+    assert read_json(run / "COMPLETE")["average"] == 3
     consolidate(str(run), str(tmp_path / "still"), "grown")
     assert read_growth(tmp_path / "still")["tensors"] == mean["tensors"]
     assert torch.equal(logits(load_model(run)), logits(load(tmp_path / "still")))

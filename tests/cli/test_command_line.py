@@ -135,6 +135,12 @@ def test_train_script_passes_mistakes_on(tmp_path: Path) -> None:
     assert done.stderr.strip() == f"grow: {tmp_path / 'nowhere.yaml'}: no recipe there (No such file or directory)"
 
 
+@pytest.mark.parametrize("script", ["train", "expand", "consolidate", "prepare"])
+def test_a_script_without_its_recipe(script: str) -> None:
+    done = run(f"launch/{script}.sh", "--method", "sft", code=2)
+    assert done.stderr.strip() == f"{script}.sh: name the recipe first: {script}.sh RECIPE --method sft"
+
+
 def test_what_cannot_be_fetched_is_one_line(tmp_path: Path) -> None:
     """Nothing listens there: as on a node without network."""
     recipe = make_recipe(tmp_path / "r.yaml", Path("some/model"), tmp_path, make_data(tmp_path / "data"), 2)

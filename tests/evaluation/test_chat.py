@@ -94,10 +94,10 @@ def test_the_command(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, m
     here(capsys, "attach", text_base, tmp_path / "package", grown)
     said = here(capsys, "chat", grown, "--prompt", "Hello", "--compare", "--max-new-tokens", "5")
     assert "[the base: " in said
-    (tmp_path / "prompts.txt").write_text("3+4=\n\n5+6=\n")
+    (tmp_path / "prompts.txt").write_bytes("\ufeff3+4=\r\n\n5+\u20286=\n".encode())
     lines = here(capsys, "chat", text_base, "--prompts", tmp_path / "prompts.txt", "--recipe", recipe, "--json")
     found = [json.loads(line) for line in lines.splitlines()]
-    assert [answer["prompt"] for answer in found] == ["3+4=", "5+6="] and found[0]["on"] is None
+    assert [answer["prompt"] for answer in found] == ["3+4=", "5+\u20286="] and found[0]["on"] is None
     typed = iter(["Hello"])
 
     def ended(_: str) -> str:
@@ -108,6 +108,8 @@ def test_the_command(text_base: Path, sums: Path, tmp_path: Path, capsys: Any, m
 
     monkeypatch.setattr("builtins.input", ended)
     assert here(capsys, "chat", text_base, "--max-new-tokens", "3").strip()
+    monkeypatch.setattr("sys.stdin", None)  # as where it is closed
+    assert "no input to read prompts from" in here(capsys, "chat", text_base, code=2)
     assert "no base inside" in here(capsys, "chat", text_base, "--prompt", "a", "--compare", code=2)
     assert "no base inside" in here(capsys, "chat", text_base, "--prompt", "a", "--switch", "on", code=2)
     assert "at least 1" in here(capsys, "chat", text_base, "--prompt", "a", "--max-new-tokens", "0", code=2)

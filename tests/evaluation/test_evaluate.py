@@ -167,6 +167,11 @@ def test_what_training_rows_give_away_is_left_out(trained: Path, recipe: Path, t
     assert contaminated([(held_out, template)], (many, template)) == [set()]
     assert contaminated([(held_out, template)], (many[:10], template)) == [{0}]
     assert contaminated([(many[3:4], template)], (many, template)) == [{0}]
+    # Signs tell rows apart; letters' case and spaces do not.
+    signs = [
+        {"q": f"{sign}{n} {than} 7 ?", "a": "yes"} for n, sign, than in ((1, "", "<"), (1, "-", ">"), (1, "", " >"))
+    ]
+    assert contaminated([(signs, template)], ([{"q": "1 > 7 ?", "a": "Yes"}], template)) == [{2}]
     # In an evaluation: five of the training rows among the test rows.
     settings = read_recipe(str(recipe))
     data = make_data(tmp_path / "data")
@@ -211,8 +216,10 @@ def test_translations_are_written_and_scored(trained: Path, recipe: Path) -> Non
     assert "nrefs:1" in same["bleu_signature"]
     other = translation_scores(["Le chien est sur la chaise.", "Il fait froid.", "Je sais."], french)
     assert 10 < other["chrf"] < 90 and other["intervals"]["chrf"][0] < other["chrf"] < other["intervals"]["chrf"][1]
-    little = translation_scores(["–", "a", "0", " ", "Le"], ["Le chat", "Il fait", "Je ne", "Oui", "Le chat"])
-    assert 0 < little["chrf"] < 20 and little["intervals"]["chrf"][0] < little["chrf"]
+    # Where little is shared, the interval ends at 0; and what is not written shares nothing.
+    little = translation_scores(["", "a", "0", " ", "Le"], ["Le chat", "Il fait", "Je ne", "Oui", "Le chat"])
+    assert 0 == little["intervals"]["chrf"][0] < little["chrf"] < little["intervals"]["chrf"][1] < 30
+    assert translation_scores([""] * 3, ["un – deux"] * 3)["chrf"] == 0
     settings = read_recipe(str(recipe), {"metric": "chrf"})
     found = json.loads(json.dumps(evaluate(str(trained), settings, limit=20, samples=2)))
     assert 0 <= found["task"]["chrf"] <= 100 and len(found["samples"]) == 2
@@ -242,7 +249,7 @@ def test_answers_are_written_and_scored(
         while ids.shape[1] < start + 4 and ids[0, -1] not in ends:
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-        assert output == (expected.strip().split("\n")[0] or "–")
+        assert output == expected.strip().split("\n")[0]
         right += output.casefold().rstrip(".,;:!?") == ("odd" if number % 2 else "even")
     assert written["exact_match"] == right / written["rows"]
 
@@ -251,7 +258,7 @@ def test_answers_are_written_and_scored(
     ("output", "exact", "begins"),
     [
         ("Paris", 1, 1), (" paris.", 1, 1), ("Paris, in France", 0, 1), ("Parisian", 0, 0), ("la ville", 0, 0),
-        ("–", 0, 0),
+        ("", 0, 0),
     ],
 )  # fmt: skip
 def test_an_answer_may_go_on(output: str, exact: float, begins: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,4 +130,6 @@ def test_between_a_stock_model_and_its_base(
     assert 0 < found["alpha"] < 1 and f"--start {text_base}" in found["next"]
     assert "no base is inside" in here(capsys, "find-alpha", tuned, "--text", text, code=2)
     assert "has its base inside" in here(capsys, "find-alpha", trained, "--start", text_base, "--text", text, code=2)
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    assert "is no text" in here(capsys, "find-alpha", trained, "--text", tmp_path / "null.jsonl", code=2)
     assert "no passage" in here(capsys, "find-alpha", trained, "--text", "/dev/null", code=2)

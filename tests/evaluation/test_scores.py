@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
+from grow.analysis.report import report
 from grow.cli.format import eval_text
+from grow.cli.main import main
 from grow.data.decontamination import contaminated
 from grow.data.load import load_rows
 from grow.data.template import Template
@@ -18,7 +22,7 @@ from grow.evaluation.generation import generate
 from grow.evaluation.scoring import Scores, choices
 from grow.methods import read_recipe
 from grow.model.loading import load
-from tests.helpers.running import here
+from tests.helpers.running import here, train
 from tests.helpers.tiny import make_base, make_data, make_recipe
 
 FIGURES = dict.fromkeys(("loss", "token_accuracy", "exact_match", "log_likelihood"), 0.0) | {
@@ -50,7 +54,7 @@ class Says(torch.nn.Module):
         (" {a}", ["one", "two"], [" one\nmore", " two"], ["one", "two"], True),
         ("\n{a}", ["one", "two"], ["\none", "\ntwo"], ["one", "two"], False),
         (" {a}", ["one\nand two", "three"], [" one\nand two", " three\n4"], ["one\nand two", "three\n4"], False),
-        (" {a}<eos>", ["one", "two"], [" one<eos>", ""], ["one", "–"], True),
+        (" {a}<eos>", ["one", "two"], [" one<eos>", ""], ["one", ""], True),
     ],
 )
 def test_what_is_written_is_cut_as_the_references_are(
@@ -97,8 +101,6 @@ def test_whatever_one_part_ends_in_the_others_are_written(
         raise RuntimeError("out of memory,\nsomewhere")
 
     monkeypatch.setattr("grow.evaluation.evaluate.translation_scores", fails)
-    from grow.cli.main import main
-
     assert main(["eval", str(text_base), "--recipe", str(recipe), "--limit", "4", "--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "chrf: RuntimeError: out of memory" in said.err and "all else is scored" in said.err
@@ -114,8 +116,6 @@ def test_rows_that_are_left_out_are_counted_and_said(
     lines = ['{"question": "5*5=", "answer": "25"}', '{"question": "5*6="}', '{"question": "5*', "[]"]
     (data / "test.jsonl").write_text("\n".join([*lines, '{"question": "' + "5" * 90 + '", "answer": "5"}']))
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, method="sft")
-    from grow.cli.main import main
-
     assert main(["eval", str(text_base), "--recipe", str(recipe), "--json"]) == 0
     said = capsys.readouterr()
     task = json.loads(said.out.splitlines()[-1])["task"]
@@ -222,10 +222,63 @@ def test_what_scoring_would_refuse_is_said_before_training(
     recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, data, 2, **fields)
     assert "' yes', the completion of a row" in here(capsys, "train", recipe, "--check", code=2)
     (data / "test.jsonl").unlink()
-    from grow.cli.main import main
-
     assert main(["train", str(recipe), "--check", "--options", " yes, no"]) == 0
     assert "split test" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert "is a run" in here(capsys, "eval", tmp_path / "run", "--recipe", recipe, code=2)
+
+
+def test_options_that_are_equally_likely_share_the_hit(text_base: Path, tmp_path: Path) -> None:
+    """Two tokens of one embedding are a coin's sides, whichever of them is right."""
+    model: Any = load(text_base, torch.bfloat16)
+    tokenizer = load_tokenizer(str(text_base))
+    one, other, third = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in "ABC")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[other] = model.get_input_embeddings().weight[one]
+        model.get_input_embeddings().weight[third] = -10 * model.get_input_embeddings().weight[one]
+    rows = Dataset.from_list([{"q": str(n), "a": "AB"[n % 2]} for n in range(8)])
+    fields = {"metric": "accuracy", "options": "A,B", "prompt": "{q}", "completion": "{a}"}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, tmp_path, 2, method="sft")
+    found = choices(model, rows, read_recipe(str(recipe), fields), tokenizer)
+    assert found["accuracy"] == 0.5 and found["accuracy_items"] == [0.5] * 8
+
+
+def test_scores_that_cannot_be_written_are_said(
+    text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft")
+    words = ["eval", str(text_base), "--recipe", str(recipe), "--limit", "2"]
+    assert "is a folder" in here(capsys, *words, "--out", tmp_path, code=2)
+    assert main([*words, "--out", f"{recipe}/scores.json"]) == 2
+    said = capsys.readouterr()
+    assert "task: loss" in said.out and "cannot be written" in said.err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no such file"),
+        ({"a": 3}, "not a file that `grow eval"),
+        ({"by_alpha": [1]}, "not a file that `grow eval"),
+        ({"task": {}}, "has no scores of the retention rows"),
+    ],
+)
+def test_what_is_no_base_to_compare_with(
+    content: Any, says: str, text_base: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"retention": str(sums), "retention_prompt": "{question}", "retention_completion": "{answer}"}
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft", **fields)
+    against = tmp_path / "against.json"
+    if content is not None:
+        against.write_text(json.dumps(content))
+    assert says in here(capsys, "eval", text_base, "--recipe", recipe, "--against", against, code=2)
+
+
+def test_a_run_has_its_own_curve(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft")
+    train(recipe, 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    runs = (str(tmp_path / "run"), str(tmp_path / "again"))
+    assert report(runs, str(tmp_path / "report"))["curves"] == list(runs)
+    assert report(runs[:1], str(tmp_path / "report"))["curves"] == ["sft"]

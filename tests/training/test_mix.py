@@ -1,6 +1,8 @@
 """Several data sets in one run: each with its share, resumed in the same bits, and named where something is wrong."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from grow.data.of_recipe import read_mixed
 from grow.errors import UserError
 from grow.evaluation.evaluate import evaluate
 from grow.methods import read_recipe
-from tests.helpers.running import here, train_and_resume
+from tests.helpers.running import here, train, train_and_resume
 from tests.helpers.tiny import make_recipe
 
 
@@ -26,6 +28,14 @@ def test_a_run_learns_from_several(text_base: Path, sums: Path, text: Path, tmp_
     assert facts["recipe"]["mix"] == fields["mix"]
     assert set(facts["data_checksums"]) == {"train", "validation", f"mix: {text}", f"mix: {sums}"}
     history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    # Where the folders are does not matter, nor how their names are typed.
+    shutil.copytree(text, tmp_path / "moved")
+    moved = {str(tmp_path / "moved"): 0.25, f"{sums}/../{sums.name}": 0.25}
+    for mix, message in ((moved, ""), ({str(text): 0.25, str(tmp_path / "moved"): 0.25}, "other contents of mix")):
+        (tmp_path / "run" / "COMPLETE").unlink()
+        again = make_recipe(tmp_path / "again.yaml", text_base, tmp_path / "grown", sums, 2, **(fields | {"mix": mix}))
+        with pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext():
+            train(again, 1)
     alone = make_recipe(tmp_path / "alone.yaml", text_base, tmp_path / "grown", sums, 2)
     assert history[-1]["epoch"] > 0 and read_recipe(str(alone)).mix == {}
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from grow.errors import UserError
 from grow.methods import read_recipe
 from grow.training import run_file
 from grow.training.same_run import check_same_run, places
-from tests.helpers.running import here, train
+from tests.helpers.running import FORKED, here, train, train_here
+from tests.helpers.slurm_cluster import wait_for
 from tests.helpers.tiny import ROOT, folder_checksums, make_data, make_recipe, step_lines
 
 
@@ -211,3 +213,22 @@ def test_one_process_trains_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_file.Claim(tmp_path / "run").take()
     del first
     run_file.Claim(tmp_path / "run").take()
+
+
+def test_a_run_that_is_done_while_another_start_waits(text_base: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "r.yaml", text_base, tmp_path, sums, 2, method="sft")
+    train(recipe, 1)
+    run = tmp_path / "run"
+    before = folder_checksums(run)
+    (run / "COMPLETE").rename(tmp_path / "kept")
+    first = run_file.Claim(run)
+    first.take()
+    waiting = FORKED.Process(target=train_here, args=(recipe, tmp_path / "second.out"))
+    waiting.start()
+    wait_for(lambda: (tmp_path / "second.out").exists(), 60, "the second start")
+    time.sleep(3)  # it has looked for the marker before it waits
+    (tmp_path / "kept").rename(run / "COMPLETE")
+    del first
+    waiting.join()
+    assert waiting.exitcode == 0 and "was done already" in (tmp_path / "second.out").read_text()
+    assert folder_checksums(run) == before

@@ -11,6 +11,7 @@ import torch
 from grow.checkpoint.zero import ZeroCheckpoint
 from grow.cli.main import main
 from grow.methods import read_recipe
+from grow.plan import parse_layers
 from tests.cli.test_command_line import mistake
 from tests.helpers.running import curve, here, train
 from tests.helpers.tiny import ROOT, make_recipe
@@ -165,3 +166,21 @@ def test_validation_on_rows_that_are_trained_on(
     for split, said in (("train", True), ("train[90%:]", True), ("validation", False)):
         assert main(["train", str(path), "--check", "--validation_split", split]) == 0
         assert ("validation: these rows are trained on; cut them" in capsys.readouterr().err) == said
+
+
+def test_what_another_method_does_without_is_said(text_base: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """A switch, and a mean of checkpoints, which are large; the file's own method has them all the same."""
+    path = recipe(text_base, sums, tmp_path, average=2, save_steps=1)
+    assert read_recipe(str(path)).average == read_recipe(str(path), {"method": "sft"}).average == 2
+    assert main(["train", str(path), "--check", "--method", "flow"]) == 0
+    assert "flow: without the recipe's average 2" in capsys.readouterr().err
+    assert main(["train", str(path), "--check", "--method", "flow", "--average", "2"]) == 0
+    assert "without the recipe's" not in capsys.readouterr().err
+
+
+def test_a_ranking_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ranking.json").write_text('{"layers": [3, 1, 2]}')
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in ("${HERE}/ranking.json", "~/ranking.json"):
+        assert parse_layers(f"top:2:{file}", 4) == (1, 3)
