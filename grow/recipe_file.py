@@ -50,13 +50,14 @@ def parse_recipe(path: str, overrides: Mapping[str, Any], methods: Methods) -> R
     """
     os.environ.setdefault("GROW_CACHE", os.path.expanduser("~/.cache/grow"))
     values = read_values(path)
-    named = overrides.get("method", values.get("method", Recipe.method))
-    method = methods.get(str(named)) if named != values.get("method", Recipe.method) else None
-    left_out = {}
-    if method is not None and not method.switches:
-        left_out = {name: values.pop(name) for name in ("switch", "average") if name in values}
-    recipe = _checked(values | dict(overrides), path, methods)
-    return dataclasses.replace(recipe, left_out={n: v for n, v in left_out.items() if n not in overrides})
+    own = values.get("method", Recipe.method)
+    named = overrides.get("method", own)
+    method = methods.get(str(named))
+    left_out: dict[str, Any] = {}
+    if named != own and method is not None and not method.switches:
+        wanted = {"switch", "average"} - set(overrides)
+        left_out = {name: values.pop(name) for name in sorted(wanted & set(values))}
+    return dataclasses.replace(_checked(values | dict(overrides), path, methods), left_out=left_out)
 
 
 def recipe_of_run(run: str, overrides: Mapping[str, Any], methods: Methods) -> Recipe:

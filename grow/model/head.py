@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grow.model.loss import label_scores, labelled, labelled_logits, loss_and_gradient, loss_sum, token_scores
+from grow.model.wrapped import unwrapped
 
 PIECE = 2**28
 """Bytes of logits at a time: some 500 labels of Gemma's vocabulary in bf16, enough for a product at full speed."""
@@ -48,22 +49,22 @@ class Head:
 def known_head(model: nn.Module) -> Head | None:
     """Returns the head of a model; None where its logits are not what Head computes, bit for bit on some tokens, or
     where its weights are partitioned (ZeRO-3) or not those of one linear layer."""
-    unwrapped: Any = getattr(model, "module", model)
-    layer = unwrapped.get_output_embeddings()
+    own = unwrapped(model)
+    layer = own.get_output_embeddings()
     if type(layer) is not nn.Linear or layer.bias is not None or hasattr(layer.weight, "ds_id"):
         return None
-    head, seen, was = Head(unwrapped), list[Tensor](), unwrapped.training
+    head, seen, was = Head(own), list[Tensor](), own.training
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            unwrapped.eval()
+            own.eval()
             # Past the special tokens, which stand first in most vocabularies: none begins a row here.
             ids = torch.arange(16, 24, device=layer.weight.device)[None] % layer.weight.shape[0]
-            logits = unwrapped(input_ids=ids, use_cache=False).logits
+            logits = own(input_ids=ids, use_cache=False).logits
             same = len(seen) == 1 and torch.equal(head.logits(seen[0]), logits)
     finally:
         handle.remove()
-        unwrapped.train(was)
+        own.train(was)
     return head if same else None
 
 

@@ -15,6 +15,7 @@ from grow.data.labels import IGNORED
 from grow.model.alpha import base_inside
 from grow.model.attention import laid_end_to_end
 from grow.model.images import of_images, passing_the_tower
+from grow.model.wrapped import unwrapped
 
 _GPU_BYTES, _CORE_BYTES = 2**28, 2**21
 """Bytes of distributions over the vocabulary that are in memory at once in fp32: on a GPU enough for few kernels; on a
@@ -34,20 +35,20 @@ def labelled(model: nn.Module, batch: dict[str, Tensor], seen: Callable[[Tensor]
     """Runs the model as labelled_logits does. `seen` is given the hidden states at labels [N, H], and returns those
     that go through the head: a 2-D input, since torch copies a frozen head's weight for every batch row of a strided
     3-D one."""
-    unwrapped: Any = getattr(model, "module", model)
-    batch, of_rows = laid_end_to_end(unwrapped, batch)
+    own = unwrapped(model)
+    batch, of_rows = laid_end_to_end(own, batch)
     labels_BL = batch["labels"]
     mask_BL = labels_BL != IGNORED
-    head = unwrapped.get_output_embeddings()
+    head = own.get_output_embeddings()
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (seen(inputs[0][mask_BL]), *inputs[1:])
 
     handle: Any = head.register_forward_pre_hook(select)
-    deciding = unwrapped.switch.of_batch(batch) if hasattr(unwrapped, "switch") else contextlib.nullcontext()
+    deciding = own.switch.of_batch(batch) if hasattr(own, "switch") else contextlib.nullcontext()
     try:
         # Packed rows stay apart only without an attention mask and without a cache.
-        with deciding, passing_the_tower(unwrapped, batch):
+        with deciding, passing_the_tower(own, batch):
             output = model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **of_rows,
                 **of_images(batch),
@@ -127,7 +128,7 @@ def base_logits(model: nn.Module, batch: dict[str, Tensor], base: nn.Module | No
     one inside the model (grow.model.alpha.base_inside); its α is kept."""
     if base is not None:
         return labelled_logits(base, batch)[0]
-    with base_inside(getattr(model, "module", model)):
+    with base_inside(unwrapped(model)):
         return labelled_logits(model, batch)[0]
 
 

@@ -73,7 +73,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     recipe = with_learning_rate(recipe)
     start = check_run(recipe)
     if (run / MARKER).exists():
-        return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
+        return _done_already(run)
     check_installed(recipe.attn_implementation)
     check_compiler(recipe)
     check_kernels(recipe, str(start.config.get("model_type")))
@@ -89,7 +89,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     from_rank_0(lambda: claimed.take() if run.is_dir() else None)
     if from_rank_0((run / MARKER).exists):  # by the process that had claimed it until now
         dist.destroy_process_group()
-        return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
+        return _done_already(run)
     checkpoint = from_rank_0(lambda: _sound_checkpoint(run))
     trainer = _trainer(recipe, claimed, start, shutdown, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -104,6 +104,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
             "run the same command again to resume"
         )
     return {"run": str(run), "status": "done", **result}
+
+
+def _done_already(run: Path) -> dict[str, Any]:
+    return {"run": str(run), "status": "was done already", **read_json(run / MARKER)}
 
 
 def _take_device() -> None:

@@ -22,14 +22,14 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("size", "base", "cls"),
+    ("size", "base", "cls", "wider"),
     [
-        ("gemma3_1b", "gemma-3-1b-pt", transformers.Gemma3ForCausalLM),
-        ("gemma4_e2b", "gemma-4-E2B", transformers.Gemma4ForConditionalGeneration),
+        ("gemma3_1b", "gemma-3-1b-pt", transformers.Gemma3ForCausalLM, "num_attention_heads"),
+        ("gemma4_e2b", "gemma-4-E2B", transformers.Gemma4ForConditionalGeneration, "intermediate_size"),
     ],
 )
 def test_from_the_hub_to_a_scored_stock_checkpoint(
-    size: str, base: str, cls: Any, cluster: Cluster, tmp_path: Path
+    size: str, base: str, cls: Any, wider: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     stand_ins(tmp_path / "hub")
     ours = clone(tmp_path / "clone")
@@ -50,6 +50,7 @@ def test_from_the_hub_to_a_scored_stock_checkpoint(
     stock, info = cls.from_pretrained(f"{run_folder}-stock", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before = cls.from_pretrained(tmp_path / f"hub/models/google/{base}/main")
-    assert stock.num_parameters() > before.num_parameters()
+    now, then = (getattr(model.config.get_text_config(), wider) for model in (stock, before))
+    assert now == 2 * then
     scores = json.loads(Path(f"{run_folder}-scores.json").read_text())
     assert scores["task"]["rows"] == 10 and "chrf" in scores["task"]
